@@ -1,0 +1,66 @@
+"""Fused layers for parameter-efficient fine-tuning.
+
+    import fused_peft as fp
+    model = fp.get_peft_model(model, fp.LoraConfig(r=16, target_modules="all-linear"))
+
+Methods and notation: arXiv 2407.05417. ``python -m fused_peft info`` shows what runs on this machine and why.
+"""
+
+from pathlib import Path as _Path
+
+__version__ = "0.1.0"
+
+_root = _Path(__file__).resolve().parent.parent
+if not (_Path(__file__).parent / "kernels").is_dir() and (_root / "kernels").is_dir():
+    # A source checkout or an editable install: kernels/ stands beside this folder, not in it.
+    __path__.append(str(_root))
+
+from .convert import (  # noqa: E402
+    disable_adapter,
+    explain,
+    get_peft_model,
+    merge,
+    merge_and_unload,
+    print_trainable_parameters,
+    unmerge,
+)
+from .dispatch import StrictError, set_backend, set_strict  # noqa: E402
+from .factors import Factors, NotMergeableError  # noqa: E402
+from .io import AdapterFormatError, load_adapter, load_config, save_pretrained  # noqa: E402
+from .linear import PeftLinear  # noqa: E402
+from .methods import BitFitConfig, IA3Config, LoraConfig, SSBConfig, SSLConfig  # noqa: E402
+
+
+def source_dir(name: str) -> _Path:
+    """The folder of ``kernels`` or ``csrc``, in a wheel or in a checkout. Raises FileNotFoundError."""
+    for parent in (_Path(__file__).parent, _root):
+        if (parent / name).is_dir():
+            return parent / name
+    raise FileNotFoundError(f"{name}/ is missing from this installation of fused_peft; reinstall it")
+
+
+__all__ = [
+    "AdapterFormatError",
+    "BitFitConfig",
+    "Factors",
+    "IA3Config",
+    "LoraConfig",
+    "NotMergeableError",
+    "PeftLinear",
+    "SSBConfig",
+    "SSLConfig",
+    "StrictError",
+    "disable_adapter",
+    "explain",
+    "get_peft_model",
+    "load_adapter",
+    "load_config",
+    "merge",
+    "merge_and_unload",
+    "print_trainable_parameters",
+    "save_pretrained",
+    "set_backend",
+    "set_strict",
+    "source_dir",
+    "unmerge",
+]

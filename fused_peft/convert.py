@@ -1,0 +1,304 @@
+"""From a model to an adapted model and back: get_peft_model, merge, unmerge, merge_and_unload, disable_adapter."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from . import dispatch
+from .linear import PeftLinear
+from .methods import PeftConfig, method_of
+from .targets import find_targets, modules_to_save, resolve
+
+_STATE = "_fused_peft"
+
+
+@dataclass
+class AdapterState:
+    """What get_peft_model leaves on the model beside its layers: the config, and how to see the base again."""
+
+    config: PeftConfig
+    saved: dict[str, nn.Module] = field(default_factory=dict)  # modules_to_save: name -> frozen original
+    biases: dict[str, Tensor] = field(default_factory=dict)  # trained in place: parameter name -> base value
+
+
+@dataclass
+class _Plan:
+    """Everything get_peft_model will do, made and checked before the model is touched."""
+
+    state: AdapterState
+    layers: dict[str, PeftLinear]
+    copies: dict[str, nn.Module]
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
+    """(name, layer) of every adapted layer."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, PeftLinear))
+
+
+def state_of(model: nn.Module) -> AdapterState:
+    """The model's adapter state; ValueError when get_peft_model has not run on it."""
+    state = getattr(model, _STATE, None)
+    if state is None:
+        raise ValueError(f"model={type(model).__name__} has no adapter; call get_peft_model or load_adapter first")
+    return state
+
+
+def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> _Plan:
+    """Build every new module without changing the model. Raises what get_peft_model raises."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} must be a torch.nn.Module")
+    method = method_of(config)
+    if hasattr(model, _STATE) or any(True for _ in layers(model)):
+        raise ValueError("the model already has adapters; call merge_and_unload first, or load_adapter to replace them")
+    if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
+        raise ValueError("the model already carries Hugging Face PEFT layers; call its merge_and_unload first")
+    config = replace(config)  # re-validates, and never edits the caller's object
+    resolved = resolve(model, config)
+    saved = modules_to_save(model, resolved)
+    new = {}
+    with _frozen_as_before(model):
+        for name, module in find_targets(model, resolved).items():
+            try:
+                new[name] = PeftLinear.from_linear(module, resolved.for_module(name), adapter_dtype)
+            except ValueError as e:
+                raise ValueError(f"{name}: {e}") from e
+    if any(layer.fan_in_fan_out for layer in new.values()) and hasattr(resolved, "fan_in_fan_out"):
+        resolved = replace(resolved, fan_in_fan_out=True)
+    originals = {name: model.get_submodule(name) for name in saved}
+    _warn_tied(model, new)
+    biases = {}
+    for name, parameter in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        if last == "bias" and not any(name.startswith(f"{s}.") for s in saved):
+            if _bias_trains(resolved, method, owner in new, config.target_modules is None):
+                biases[name] = parameter.detach().clone()
+    return _Plan(
+        AdapterState(resolved, saved=originals, biases=biases),
+        new,
+        {name: copy.deepcopy(module) for name, module in originals.items()},
+    )
+
+
+def _bias_trains(config: PeftConfig, method, adapted: bool, everywhere: bool) -> bool:
+    if method.trains_other_biases:
+        return not adapted and everywhere
+    return config.bias == "all" or (config.bias != "none" and adapted)
+
+
+@contextmanager
+def _frozen_as_before(model: nn.Module):
+    """from_linear freezes shared parameters; undo that when building fails, and until the plan is carried out."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _warn_tied(model: nn.Module, new: dict[str, PeftLinear]) -> None:
+    owners = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), nn.Parameter):
+            owners.setdefault(id(module.weight), []).append(name)
+    for name, layer in new.items():
+        tied = [n for n in owners[id(layer.weight)] if n != name]
+        if tied:
+            warnings.warn(
+                f"{name}.weight is shared with {', '.join(tied)}: merging the adapter will change those too",
+                stacklevel=4,
+            )
+
+
+def get_peft_model(
+    model: nn.Module, config: PeftConfig, autocast_adapter_dtype: bool = True, adapter_dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Adapt a model in place and return it: base frozen, adapters (and asked-for biases and heads) trainable.
+
+    Every trainable parameter exists when this returns. Layers, parameter names and targets follow Hugging Face PEFT;
+    each adapted linear layer becomes a ``PeftLinear`` that shares its weight.
+
+    Args:
+        model: any nn.Module with linear layers.
+        config: e.g. ``LoraConfig(r=16, target_modules="all-linear")``.
+        autocast_adapter_dtype: adapters of fp16 and bf16 layers are kept in fp32 (PEFT's default).
+        adapter_dtype: an explicit dtype for every adapter, instead.
+
+    Raises ValueError or TypeError with the model unchanged: already adapted, no or unsuitable matches, r too large.
+    """
+    if adapter_dtype is None and not autocast_adapter_dtype:
+        adapter_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    return carry_out(model, plan(model, config, adapter_dtype))
+
+
+def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
+    model.requires_grad_(False)
+    for name, layer in planned.layers.items():
+        _replace(model, model.get_submodule(name), layer)
+        for parameter in layer.adapter_names:
+            getattr(layer, parameter).requires_grad_(not planned.state.config.inference_mode)
+    for name, module in planned.copies.items():
+        # under this name only: a tied or shared original stays frozen wherever else it is used
+        _set(model, name, module.requires_grad_(not planned.state.config.inference_mode))
+    for name in planned.state.biases:
+        model.get_parameter(name).requires_grad_(not planned.state.config.inference_mode)
+    setattr(model, _STATE, planned.state)
+    return model
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is registered."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def merge(model: nn.Module, safe_merge: bool = False) -> None:
+    """Fold every adapter into its weight. All layers are checked first: on any error the model is as it was.
+
+    Raises RuntimeError when already merged, NotMergeableError when a method has no equivalent weight, ValueError with
+    safe_merge when a merged weight is not finite.
+    """
+    found = _found(model)
+    for name, layer in found:
+        if layer.merged:
+            raise RuntimeError(f"{name} is already merged; call unmerge before merging again")
+    done = []
+    try:
+        for name, layer in found:
+            layer.merge(safe_merge)
+            done.append(layer)
+    except ValueError as e:
+        for layer in done:
+            layer.unmerge()
+        raise type(e)(f"{name}: {e}") from e
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restore every base weight bit for bit. Raises RuntimeError when a layer is not merged."""
+    found = _found(model)
+    for name, layer in found:
+        if not layer.merged:
+            raise RuntimeError(f"{name} is not merged; there is nothing to unmerge")
+    for _, layer in found:
+        layer.unmerge()
+
+
+def _found(model: nn.Module) -> list[tuple[str, PeftLinear]]:
+    found = list(layers(model))
+    if not found:
+        raise ValueError(f"model={type(model).__name__} has no adapted layer; call get_peft_model first")
+    return found
+
+
+def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
+    """Merge, then turn every layer back into its original class; returns the plain model. Raises as ``merge`` does."""
+    found = _found(model)
+    if not all(layer.merged for _, layer in found):
+        merge(model, safe_merge)
+    for _, layer in found:
+        _replace(model, layer, layer.unload())
+    if hasattr(model, _STATE):
+        delattr(model, _STATE)
+    return model
+
+
+@contextmanager
+def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the context the model computes what the base model did: adapters off, merged or not; heads of
+    modules_to_save and biases trained in place back at their base values."""
+    state = getattr(model, _STATE, None) or AdapterState(config=None)
+    found = _found(model)
+    before = [layer.enabled for _, layer in found]
+    trained = {name: model.get_submodule(name) for name in state.saved}
+    parameters = {name: _bias_in_use(model, name) for name in state.biases}
+    values = {name: p.data for name, p in parameters.items()}
+    try:
+        for _, layer in found:
+            layer.enabled = False
+        for name, module in trained.items():
+            like = next(module.parameters(), None)
+            original = state.saved[name]
+            _set(model, name, original if like is None else original.to(like.device, like.dtype))
+            original.train(module.training)
+        for name, p in parameters.items():
+            p.data = state.biases[name].to(p.device, p.dtype)
+        yield model
+    finally:
+        for (_, layer), enabled in zip(found, before, strict=True):
+            layer.enabled = enabled
+        for name, module in trained.items():
+            _set(model, name, module)
+        for name, p in parameters.items():
+            p.data = values[name]
+
+
+def _bias_in_use(model: nn.Module, name: str) -> Tensor:
+    """The tensor that a disabled layer reads as its bias: merged layers read the one kept beside the merged."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    return owner._base_bias if isinstance(owner, PeftLinear) and owner.merged else owner.bias
+
+
+def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """Print and return (trainable, all) parameter counts, in PEFT's words."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    print(
+        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / max(total, 1):.4f}"
+    )
+    return trainable, total
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """Which backend computes one layer, and why: the refusals of those before it."""
+
+    name: str
+    method: str
+    backend: str
+    why: str
+
+
+class Explanation(list):
+    """One LayerExplanation a layer; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("layer", "method", "backend", "why"), *((e.name, e.method, e.backend, e.why) for e in self)]
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows)
+
+
+def explain(model: nn.Module, tokens: int = 2048, dtype: torch.dtype | None = None) -> Explanation:
+    """Which backend would run each layer on ``tokens`` rows of ``dtype`` (default: the weight's), and why.
+
+    ``print(fp.explain(model))`` shows a table. In strict mode, raises StrictError as the forward would.
+    """
+    out = Explanation()
+    for name, layer in _found(model):
+        if layer.merged or not layer.enabled:
+            state = "merged" if layer.merged and layer.enabled else "disabled"
+            out.append(LayerExplanation(name, layer.method.name, "torch", f"{state}: one plain linear layer"))
+            continue
+        with torch.no_grad():
+            f = layer.factors()
+        x = torch.empty(1, device="meta", dtype=dtype or layer.weight.dtype).expand(tokens, layer.in_features)
+        o = dispatch.Operands(
+            x, layer._matrix(layer.weight), None, layer.bias if f.bias is None else f.bias,
+            f.d_in, f.d_out, f.A, f.a, f.G, f.B, x if f.p and layer.training else None, f.s, f.p, f.h,
+        )  # fmt: skip
+        choice = dispatch.choose(replace(dispatch.Problem.of(o), **dispatch.place(layer.weight.device)))
+        out.append(LayerExplanation(name, layer.method.name, choice.backend.name, choice.why()))
+    return out

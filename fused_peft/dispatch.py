@@ -1,0 +1,194 @@
+"""Which backend computes a call: a frozen Problem meets a priority list, and each backend answers with reasons.
+
+Nothing falls back silently: ``choose`` returns the refusals beside the winner, ``explain`` prints them, and strict mode
+raises them in one message.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Operands(NamedTuple):
+    """Everything one call of the expression reads. Shapes as in ``Factors``; x (..., K), w (N, K), c (..., N)."""
+
+    x: Tensor | None = None
+    w: Tensor | None = None
+    c: Tensor | None = None
+    bias: Tensor | None = None
+    d_in: Tensor | None = None
+    d_out: Tensor | None = None
+    A: Tensor | None = None
+    a: Tensor | None = None
+    G: Tensor | None = None
+    B: Tensor | None = None
+    seed: Tensor | None = None  # int32 (2,): dropout is on
+    s: float = 1.0
+    p: float = 0.0
+    h: str = "identity"
+
+
+TENSORS = 11  # the leading fields of Operands that are tensors
+
+
+def place(device: torch.device) -> dict:
+    """The fields of a Problem that its device decides."""
+    return {
+        "device": device.type,
+        "arch": torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+    }
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the expression as a backend judges it: M rows, K in, N out, rank r, and what is present."""
+
+    device: str
+    arch: tuple[int, int] | None
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype | None
+    M: int
+    K: int
+    N: int
+    r: int
+    present: frozenset[str]
+    G: str = "none"
+    h: str = "identity"
+    p: float = 0.0
+
+    @classmethod
+    def of(cls, o: Operands) -> Problem:
+        x, factor = o.x, next((t for t in (o.A, o.d_in, o.d_out) if t is not None), None)
+        K = (x if o.w is None else o.w).shape[-1]
+        return cls(
+            **place(x.device),
+            dtype=x.dtype,
+            adapter_dtype=None if factor is None else factor.dtype,
+            M=math.prod(x.shape[:-1]),
+            K=K,
+            N=o.c.shape[-1] if o.w is None else o.w.shape[0],
+            r=0 if o.A is None else o.A.shape[0],
+            present=frozenset(n for n, v in zip(o._fields[:TENSORS], o[:TENSORS], strict=True) if v is not None),
+            G="none" if o.G is None else ("vector", "matrix")[o.G.dim() - 1],
+            h=o.h,
+            p=o.p if o.seed is not None else 0.0,
+        )
+
+
+class Backend(Protocol):
+    """The seam of the expression. ``need`` is aligned with Operands' tensors: which gradients are wanted."""
+
+    name: str
+
+    def reasons(self, problem: Problem) -> list[str]:
+        """Why this backend cannot, or should not, compute the problem; empty when it can."""
+
+    def available(self) -> list[str]:
+        """Why this backend cannot run on this machine at all; empty when it can."""
+
+    def forward(self, o: Operands, keep_z: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """y (..., N); T (M, r), the pre-activation drop(x̂)Aᵀ + a, or None; z (M, N), y before d_out, if keep_z."""
+
+    def backward(
+        self, dy: Tensor, o: Operands, T: Tensor | None, z: Tensor | None, need: tuple[bool, ...]
+    ) -> list[Tensor | None]:
+        """Gradients aligned with Operands' tensors, None where not needed."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    backend: Backend
+    refusals: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def why(self) -> str:
+        if not self.refusals:
+            return "first choice for this device"
+        return "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in self.refusals)
+
+
+class StrictError(RuntimeError):
+    """Strict mode: the preferred backend refused, and the message says why."""
+
+
+_backends: dict[str, Backend] = {}
+_priority: dict[str, list[str]] = {}
+_forced: str | None = None
+_strict = False
+
+
+def register(backend: Backend, devices: tuple[str, ...] = ()) -> None:
+    """Add a backend, first choice for ``devices``. The eager backend is everywhere last."""
+    _backends[backend.name] = backend
+    for device in devices:
+        _priority.setdefault(device, []).insert(0, backend.name)
+    choose.cache_clear()
+
+
+def unregister(name: str) -> None:
+    """Remove a backend registered earlier; KeyError when there is none of that name."""
+    del _backends[name]
+    for names in _priority.values():
+        if name in names:
+            names.remove(name)
+    choose.cache_clear()
+
+
+def backends() -> dict[str, Backend]:
+    return dict(_backends)
+
+
+def set_backend(name: str | None) -> None:
+    """Prefer one backend for every call, or None for the default order. Also read once from FUSED_PEFT_BACKEND.
+
+    A backend that cannot compute a call is explained and replaced by eager, or raises in strict mode.
+    Raises ValueError for an unknown name.
+    """
+    global _forced
+    if name is not None and name not in _backends:
+        raise ValueError(f"backend={name!r} is unknown; choose one of {sorted(_backends)} or None")
+    _forced = name
+    choose.cache_clear()
+
+
+def set_strict(strict: bool) -> None:
+    """With True, a call whose first-choice backend refuses raises StrictError with every reason, instead of eager."""
+    global _strict
+    if not isinstance(strict, bool):
+        raise TypeError(f"strict={strict!r} must be True or False")
+    _strict = strict
+    choose.cache_clear()
+
+
+@lru_cache(maxsize=4096)
+def choose(problem: Problem) -> Choice:
+    """The first backend without a reason against it. Raises StrictError in strict mode when the first choice refuses."""
+    names = [_forced] if _forced else _priority.get(problem.device, [])
+    refusals = []
+    for name in [*names, "eager"]:
+        reasons = tuple(_backends[name].available() or _backends[name].reasons(problem))
+        if not reasons:
+            break
+        refusals.append((name, reasons))
+    choice = Choice(_backends[name], tuple(refusals))
+    if reasons or (_strict and refusals):
+        raise StrictError(f"no preferred backend can compute {problem}: {choice.why()}")
+    return choice
+
+
+def backend_for(o: Operands) -> Backend:
+    if o.x.is_cpu and _forced is None and "cpu" not in _priority:
+        return _backends["eager"]
+    return choose(Problem.of(o)).backend
+
+
+def _from_environment() -> None:
+    name = os.environ.get("FUSED_PEFT_BACKEND")
+    if name:
+        set_backend(name)

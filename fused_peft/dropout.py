@@ -1,0 +1,72 @@
+"""Dropout masks as a pure function of (seed, element), so a mask is regenerated and never stored.
+
+Element e of a tensor (row-major) takes 16 of the 32 bits that a counter-based hash gives for word e >> 1 (low half for
+even e): keep(e) ⇔ half(e) ≥ threshold(p). Every backend, kernel and device computes these same bits. The kept fraction
+is resolved to 2⁻¹⁶. The mixing is a three-multiply 32-bit finaliser on the word index, with the second half of the
+seed injected after the first multiply so that two seeds never give shifted copies of one stream. Shifts are logical;
+arithmetic is modulo 2³².
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# (shift, multiplier) of each round; the last shift has no multiply. Constants of C. Wellons' triple32.
+ROUNDS = ((17, 0xED5AD4BB - (1 << 32)), (11, 0xAC4C1B51 - (1 << 32)), (15, 0x31848BAB))
+LAST_SHIFT = 14
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """Two int32 words from the device's default generator: reproducible under manual_seed, no host synchronisation."""
+    return torch.randint(-(1 << 31), (1 << 31) - 1, (2,), dtype=torch.int32, device=device)
+
+
+def threshold(p: float) -> int:
+    """The smallest signed 16-bit value that is kept."""
+    return min(round(p * 65536), 65535) - 32768
+
+
+def _bits(seed: Tensor, n: int) -> Tensor:
+    """n signed 16-bit values, uniform."""
+    h = torch.arange((n + 1) // 2, dtype=torch.int32, device=seed.device).bitwise_xor_(seed[0])
+    high = torch.empty_like(h)
+
+    def xor_shift(k):
+        torch.bitwise_right_shift(h, k, out=high)
+        h.bitwise_xor_(high.bitwise_and_((1 << (32 - k)) - 1))
+
+    for i, (shift, multiplier) in enumerate(ROUNDS):
+        xor_shift(shift)
+        h.mul_(multiplier)
+        if i == 0:
+            h.bitwise_xor_(seed[1])
+    xor_shift(LAST_SHIFT)
+    return h.view(torch.int16)[:n]
+
+
+def keep_mask(seed: Tensor, shape, p: float) -> Tensor:
+    """Boolean mask of ``shape``, True where the element is kept.
+
+    seed: int32 (2,), as made by ``new_seed``; p: dropout probability in [0, 1).
+    """
+    return (_bits(seed, math.prod(shape)) >= threshold(p)).view(shape)
+
+
+class Mask:
+    """The mask of one call, its bits computed once and applied to several tensors of the same shape."""
+
+    def __init__(self, seed: Tensor, shape, p: float):
+        self.bits = _bits(seed, math.prod(shape)).view(shape)
+        self.threshold = threshold(p)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A new tensor x ⊙ keep; the caller owes the factor 1 / (1 - p)."""
+        if x.element_size() == 2:  # all 16-bit lanes: 0 or -1 as a bit mask is three times faster than a product
+            keep = self.bits.clone().ge_(self.threshold).neg_()
+            return keep.bitwise_and_(x.view(torch.int16)).view(x.dtype)
+        keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        torch.ge(self.bits, self.threshold, out=keep)
+        return keep.mul_(x)

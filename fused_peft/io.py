@@ -1,0 +1,215 @@
+"""Checkpoints in Hugging Face PEFT's layout: adapter_config.json and adapter_model.safetensors in one folder.
+
+Keys are ``base_model.model.<module>.<parameter>``, with PEFT's parameter names where PEFT has the method and
+``<method>_<parameter>`` elsewhere; biases trained in place and modules_to_save are stored as PEFT stores them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import convert
+from .linear import PeftLinear
+from .methods import METHODS, PeftConfig
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# what PEFT writes beside the hyper-parameters, and settings that mean nothing unless another is on
+_NEUTRAL = {"auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
+
+# with bias="all" PEFT stores the biases of modules_to_save a second and third time, under its wrapper's names
+_DUPLICATE = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
+
+
+class AdapterFormatError(ValueError):
+    """The folder does not hold an adapter that this library can load; the message names the file and the problem."""
+
+
+def _slots(layers: dict[str, PeftLinear], state: convert.AdapterState, find: Callable[[str], Tensor]) -> dict:
+    """{key on disk: (tensor in the model, shape on disk)} of everything a checkpoint holds.
+
+    ``find`` looks a parameter up by its name in the adapted model.
+    """
+    slots = {}
+    for name, layer in layers.items():
+        for param in layer.adapter_names:
+            tensor = getattr(layer, param)
+            shape = tuple(tensor.shape)
+            if param in layer.method.disk and len(shape) == 1:
+                shape = tuple(layer.method.disk_shape(shape, layer.config))
+            slots[f"{_PREFIX}{name}.{layer.method.disk_key(param)}"] = (tensor, shape)
+    for name in state.biases:
+        tensor, owner = find(name), name.rpartition(".")[0]
+        key = f"{owner}.base_layer.bias" if owner in layers else name
+        slots[_PREFIX + key] = (tensor, tuple(tensor.shape))
+    for name, original in state.saved.items():
+        for key in original.state_dict():
+            tensor = find(f"{name}.{key}")
+            slots[f"{_PREFIX}{name}.{key}"] = (tensor, tuple(tensor.shape))
+    return slots
+
+
+def _finder(model: nn.Module) -> Callable[[str], Tensor]:
+    tensors = None
+
+    def find(name: str) -> Tensor:
+        nonlocal tensors
+        if tensors is None:
+            tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        return tensors[name]
+
+    return find
+
+
+def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write the adapter (never the base weights) into the folder ``path``, created if need be.
+
+    Stock PEFT loads it for the methods it has. Raises ValueError when the model has no adapter and
+    FileExistsError when ``path`` is a file. Each file is written aside and renamed, so a crash leaves the old one.
+    """
+    state = convert.state_of(model)
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"path={str(path)!r} is an existing file; give a folder")
+    slots = _slots(dict(convert.layers(model)), state, _finder(model))
+    tensors = {key: t.detach().reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
+    config = {k: v for k, v in asdict(state.config).items() if v is not None}
+    config = {"peft_type": state.config.peft_type, **config, "inference_mode": True}
+    path.mkdir(parents=True, exist_ok=True)
+    aside = path / f".{WEIGHTS_NAME}.{os.getpid()}"
+    save_file({k: t.clone() for k, t in tensors.items()}, aside, metadata={"format": "pt"})
+    os.replace(aside, path / WEIGHTS_NAME)
+    aside = path / f".{CONFIG_NAME}.{os.getpid()}"
+    aside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    os.replace(aside, path / CONFIG_NAME)
+
+
+def load_config(path: str | os.PathLike) -> PeftConfig:
+    """The config stored in the folder ``path``, written by this library or by Hugging Face PEFT.
+
+    Raises FileNotFoundError, or AdapterFormatError for a broken file, an unknown method, or a setting that changes
+    the result and that this library does not know.
+    """
+    file = Path(path) / CONFIG_NAME
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"path={str(path)!r} holds no {CONFIG_NAME}; give the folder that save_pretrained wrote"
+        )
+    try:
+        stored = json.loads(file.read_text())
+        peft_type = stored.pop("peft_type")
+    except (ValueError, KeyError, AttributeError) as e:
+        raise AdapterFormatError(f"{file} is not an adapter config: {e}") from e
+    known = {m.config.peft_type: m.config for m in METHODS.values()}
+    if peft_type not in known:
+        raise AdapterFormatError(f"{file}: peft_type={peft_type!r} is unknown; known: {', '.join(sorted(known))}")
+    names = {f.name for f in fields(known[peft_type])}
+    unknown = {
+        k: v for k, v in stored.items() if k not in names and k not in _NEUTRAL and v not in (None, False, {}, [])
+    }
+    if unknown:
+        raise AdapterFormatError(f"{file}: {unknown} is not supported for {peft_type}; load this adapter with PEFT")
+    try:
+        return known[peft_type](**{k: v for k, v in stored.items() if k in names and v is not None})
+    except (TypeError, ValueError) as e:
+        raise AdapterFormatError(f"{file}: {e}") from e
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    file = path / WEIGHTS_NAME
+    if not file.is_file():
+        beside = sorted(p.name for p in path.glob("adapter_model.*"))
+        hint = f" (found {', '.join(beside)}: convert it to safetensors)" if beside else ""
+        raise FileNotFoundError(f"path={str(path)!r} holds no {WEIGHTS_NAME}{hint}")
+    try:
+        with safe_open(file, framework="pt") as f:
+            keys = [key for key in f.keys() if not _DUPLICATE.search(key)]
+            return {key: f.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError) as e:
+        raise AdapterFormatError(f"{file} is truncated or not a safetensors file: {e}") from e
+
+
+def _listing(keys) -> str:
+    keys = sorted(keys)
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+
+
+def _check(stored: dict[str, Tensor], slots: dict, path: Path) -> None:
+    missing, extra = slots.keys() - stored.keys(), stored.keys() - slots.keys()
+    if missing or extra:
+        parts = [f"lacks {_listing(missing)}"] if missing else []
+        parts += [f"has {_listing(extra)}, which the model does not"] if extra else []
+        raise AdapterFormatError(f"{path / WEIGHTS_NAME} {' and '.join(parts)}; was it made for another architecture?")
+    for key, (tensor, shape) in slots.items():
+        if tuple(stored[key].shape) != shape:
+            raise AdapterFormatError(
+                f"{path / WEIGHTS_NAME}: {key} has shape {tuple(stored[key].shape)}, but the model needs "
+                f"{shape}; was it made for another architecture?"
+            )
+        if not stored[key].dtype.is_floating_point and tensor.dtype.is_floating_point:
+            raise AdapterFormatError(f"{path / WEIGHTS_NAME}: {key} has dtype {stored[key].dtype}")
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool = True) -> nn.Module:
+    """Load the adapter in the folder ``path``, written by this library or by PEFT, into ``model``; returns it.
+
+    On a plain model the adapter is created first, as get_peft_model would; on a model adapted by the same method its
+    values are replaced. is_trainable: whether the adapter trains. Everything is checked before anything changes:
+    raises FileNotFoundError, AdapterFormatError (names the file and what is wrong in it) or get_peft_model's errors
+    with the model as it was.
+    """
+    path = Path(path)
+    config = load_config(path)
+    config.inference_mode = not is_trainable
+    stored = _read(path)
+    if hasattr(model, convert._STATE):
+        state, layers = convert.state_of(model), dict(convert.layers(model))
+        if type(state.config) is not type(config):
+            raise AdapterFormatError(
+                f"{path / CONFIG_NAME} is for {config.peft_type}, but the model carries {state.config.peft_type}; "
+                "merge_and_unload first"
+            )
+        merged = [name for name, layer in layers.items() if layer.merged]
+        if merged:
+            raise RuntimeError(f"{merged[0]} is merged; call unmerge before load_adapter")
+        slots = _slots(layers, state, _finder(model))
+        _check(stored, slots, path)
+        _warn_settings(state.config, config)
+    else:
+        try:
+            planned = convert.plan(model, config)
+        except (ValueError, TypeError) as e:
+            raise AdapterFormatError(f"{path} does not fit model={type(model).__name__}: {e}") from e
+        # the same names point at the same shapes before and after, so the check needs no change to the model
+        _check(stored, _slots(planned.layers, planned.state, _finder(model)), path)
+        convert.carry_out(model, planned)
+        slots = _slots(planned.layers, planned.state, _finder(model))
+    with torch.no_grad():
+        for key, (tensor, _) in slots.items():
+            tensor.copy_(stored[key].reshape(tensor.shape))
+    return model
+
+
+def _warn_settings(current: PeftConfig, stored: PeftConfig) -> None:
+    """Values are replaced, settings such as the scaling are not: say which differ."""
+    where = {"target_modules", "base_model_name_or_path", "revision", "inference_mode", "task_type", "modules_to_save"}
+    differ = {
+        f.name: (getattr(current, f.name), getattr(stored, f.name))
+        for f in fields(current)
+        if f.name not in where and getattr(current, f.name) != getattr(stored, f.name)
+    }
+    if differ:
+        warnings.warn(
+            f"the loaded adapter was made with other settings; the model keeps its own: {differ}", stacklevel=3
+        )

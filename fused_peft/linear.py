@@ -1,0 +1,244 @@
+"""PeftLinear: a frozen nn.Linear and one adapter, computed as the single expression of ``factors``."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .factors import Factors
+from .methods import PeftConfig, method_of
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _conv1d_type() -> type | None:
+    """Transformers' Conv1D (a linear layer with its weight stored (in, out)), if Transformers is in use."""
+    module = sys.modules.get("transformers.pytorch_utils")
+    return getattr(module, "Conv1D", None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    conv1d = _conv1d_type()
+    return isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))
+
+
+def why_not_adaptable(module: nn.Module) -> str | None:
+    """Why ``PeftLinear`` cannot take the place of a module, or None when it can."""
+    kind = type(module).__name__
+    if isinstance(module, PeftLinear):
+        return "it already carries an adapter; merge_and_unload it first"
+    if not is_linear(module):
+        return f"{kind} is not a linear layer (torch.nn.Linear or Transformers' Conv1D); exclude it"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight and never calls it, so an adapter would do nothing; exclude it"
+    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        return f"{kind} has a forward of its own, which the fused layer would bypass; exclude it"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "its shape is not known yet; run one batch through the model first"
+    if not module.weight.dtype.is_floating_point:
+        return f"its weight has dtype {module.weight.dtype}, but a floating dtype is needed; dequantise it first"
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrized; remove the parametrization first"
+    return None
+
+
+class PeftLinear(nn.Linear):
+    """Drop-in linear layer: x (..., in_features) -> y (..., out_features), base weight frozen, adapter trainable.
+
+    The keys ``weight`` and ``bias`` are those of nn.Linear; each trainable tensor of the method is a parameter beside
+    them under the method's name for it (``lora_A``, ``d_in``, ...). Every parameter exists from construction on.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for nn.Linear; device may be "meta".
+        config: one of the library's configs, e.g. ``LoraConfig(r=16)``.
+        adapter_dtype: dtype of the adapter; None means fp32 where the weight is fp16 or bf16 (gradients then come out
+            in fp32, the computation stays in the input's dtype), else the weight's dtype.
+
+    Raises TypeError when config is no config of this library, ValueError when the layer cannot carry it.
+    """
+
+    method = None  # until the adapter is attached
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: PeftConfig | None = None,
+        device=None,
+        dtype=None,
+        adapter_dtype: torch.dtype | None = None,
+    ):
+        method_of(config)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.fan_in_fan_out = False
+        self._base_class = nn.Linear
+        self._attach(config, adapter_dtype)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> PeftLinear:
+        """A PeftLinear around an existing nn.Linear or Transformers Conv1D.
+
+        Shares the weight and bias Parameters (no copy), which are frozen, and keeps hooks, training mode and
+        attributes. A Conv1D's weight stays (in, out), under the same key. Raises TypeError or ValueError, with nothing
+        changed, when the module or the config does not fit.
+        """
+        reason = why_not_adaptable(linear)
+        if reason:
+            raise TypeError(f"linear={type(linear).__name__}(...) cannot be adapted: {reason}")
+        layer = cls.__new__(cls)
+        layer.__dict__.update(linear.__dict__)
+        for registry in ("_parameters", "_buffers", "_modules"):
+            layer.__dict__[registry] = dict(linear.__dict__[registry])
+        layer.fan_in_fan_out = not isinstance(linear, nn.Linear)
+        layer._base_class = type(linear)
+        layer.out_features, layer.in_features = layer._matrix(linear.weight).shape
+        layer._attach(config, adapter_dtype)
+        return layer
+
+    def _attach(self, config: PeftConfig, adapter_dtype: torch.dtype | None) -> None:
+        method, weight = method_of(config), self.weight
+        config = config.for_module("")
+        if adapter_dtype is None:
+            adapter_dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
+        with torch.no_grad():
+            params = method.init(self._matrix(weight.detach()).to(adapter_dtype), self.bias, config)
+        self.method, self.config = method, config
+        self.merged, self.enabled = False, True
+        weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        for name, value in params.items():
+            self.register_parameter(name, nn.Parameter(value.to(adapter_dtype)))
+        self.adapter_names = tuple(params)
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """The weight as (out, in); its own inverse."""
+        return weight.t() if self.fan_in_fan_out else weight
+
+    def reset_parameters(self) -> None:
+        """Initialise the base weight as nn.Linear does, and the adapter as its method does (for ``to_empty``)."""
+        super().reset_parameters()
+        if self.method is not None:
+            self.reset_adapter_parameters()
+
+    @torch.no_grad()
+    def reset_adapter_parameters(self) -> None:
+        """Initialise the adapter anew, in place: the parameter objects stay the same."""
+        first = getattr(self, self.adapter_names[0])
+        weight = self._matrix(self.weight).to(first.dtype)
+        for name, value in self.method.init(weight, self.bias, self.config).items():
+            getattr(self, name).copy_(value)
+
+    def factors(self) -> Factors:
+        """The adapter as ``Factors``, differentiable in the adapter's parameters."""
+        return self.method.factors(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., out_features) in x's dtype (or autocast's); x (..., in_features) in the weight's dtype.
+
+        Raises ValueError (width, device) or TypeError (dtype) when x does not fit.
+        """
+        weight, bias = self.weight, self.bias
+        if self.fan_in_fan_out:
+            weight = weight.t()
+        if self.enabled and not self.merged:
+            return ops.linear(x, weight, self.method.factors(self), bias, None, self.training)
+        if self.merged and not self.enabled:
+            weight, bias = self._matrix(self._base_weight), self._base_bias
+        return ops.plain_linear(x, weight, bias)
+
+    @torch.no_grad()
+    def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) of the equivalent plain layer, in the weight's dtype and layout; computed in at least fp32.
+
+        Raises NotMergeableError when the method has no equivalent weight.
+        """
+        weight = self.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        f = self.factors()
+        merged = f.to(wide).merged(self._matrix(weight).to(wide)).to(weight.dtype)
+        bias = self.bias if f.bias is None else f.bias
+        return self._matrix(merged).contiguous(), None if bias is None else bias.to(weight.dtype, copy=True)
+
+    def merge(self, safe_merge: bool = False) -> None:
+        """Fold the adapter into ``weight`` and ``bias`` and keep the base beside them, so that unmerge is exact.
+
+        safe_merge: refuse a merged weight or bias that is not finite. Raises RuntimeError when already merged,
+        NotMergeableError or ValueError with nothing changed.
+        """
+        if self.merged:
+            raise RuntimeError("the layer is already merged; unmerge it before merging again")
+        weight, bias = self.merged_tensors()
+        if safe_merge:
+            for name, t in (("weight", weight), ("bias", bias)):
+                if t is not None and not torch.isfinite(t).all():
+                    raise ValueError(f"the merged {name} has NaN or infinite entries; the adapter is broken")
+        self.register_buffer("_base_weight", self.weight.data, persistent=False)
+        self.register_buffer("_base_bias", None if self.bias is None else self.bias.data, persistent=False)
+        self.weight.data = weight
+        if self.bias is not None:
+            self.bias.data = bias
+        elif bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Restore the base weight and bias, bit for bit. Raises RuntimeError when not merged."""
+        if not self.merged:
+            raise RuntimeError("the layer is not merged; there is nothing to unmerge")
+        self.weight.data = self._base_weight
+        if self._base_bias is None:
+            self.bias = None
+        else:
+            self.bias.data = self._base_bias
+        self._forget_base()
+
+    def _forget_base(self) -> None:
+        del self._base_weight, self._base_bias
+        self.merged = False
+
+    def unload(self, merge: bool = True) -> nn.Module:
+        """A plain layer of the original class that shares this one's weight Parameter; merged into it if ``merge``."""
+        if merge and not self.merged:
+            self.merge()
+        if not merge and self.merged:
+            self.unmerge()
+        if self.merged:
+            self._forget_base()
+        plain = self._base_class.__new__(self._base_class)
+        plain.__dict__.update(self.__dict__)
+        for registry in ("_parameters", "_buffers", "_modules"):
+            plain.__dict__[registry] = dict(self.__dict__[registry])
+        own = ["method", "config", "merged", "enabled", "fan_in_fan_out", "_base_class", "adapter_names"]
+        if self.fan_in_fan_out:
+            own += ["in_features", "out_features"]
+        for name in own:
+            del plain.__dict__[name]
+        for name in self.adapter_names:
+            del plain._parameters[name]
+        return plain
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """A checkpoint always holds the base weight, merged or not, so that reloading never adds the adapter twice."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[prefix + "weight"] = self._base_weight
+            destination.pop(prefix + "bias", None)
+            if self._base_bias is not None:
+                destination[prefix + "bias"] = self._base_bias
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        if self.merged:
+            errors.append(f"{prefix[:-1]} is merged; call unmerge before load_state_dict")
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        about = f"method={self.method.name}"
+        details = self.config.describe()
+        flags = [flag for flag, on in (("merged", self.merged), ("disabled", not self.enabled)) if on]
+        return ", ".join(filter(None, [super().extra_repr(), about, details, *flags]))

@@ -1,0 +1,77 @@
+"""(IA)³: W' = diag(l) W, or W diag(l) where the layer is a feed-forward module; the bias is scaled too.
+
+Liu et al., arXiv 2205.05638; reconstruction group of arXiv 2407.05417, where it scales the left subspace.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from ..factors import Factors
+from .base import Method, PeftConfig
+from .defaults import IA3_FEEDFORWARD, IA3_TARGETS
+
+
+@dataclass(kw_only=True)
+class IA3Config(PeftConfig):
+    """feedforward_modules: names or a regular expression of the layers whose input, not output, is scaled; None takes
+    the architecture's. scale_bias: l multiplies the bias too, as PEFT does. init_ia3_weights: False starts from
+    N(0, 1).
+    """
+
+    peft_type: ClassVar[str] = "IA3"
+    target_defaults: ClassVar[dict[str, Any]] = {
+        "target_modules": IA3_TARGETS,
+        "feedforward_modules": IA3_FEEDFORWARD,
+    }
+
+    feedforward_modules: list[str] | str | None = None
+    scale_bias: bool = True
+    init_ia3_weights: bool = True
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        feedforward = self.feedforward_modules
+        if isinstance(feedforward, str):
+            self._compiles("feedforward_modules", feedforward)
+        elif feedforward is not None:
+            self.feedforward_modules = self._names("feedforward_modules", feedforward)
+            if isinstance(self.target_modules, list):
+                missing = sorted(set(self.feedforward_modules) - set(self.target_modules))
+                if missing:
+                    raise ValueError(f"feedforward_modules={missing!r} must be in target_modules={self.target_modules}")
+
+    def for_module(self, name: str) -> IA3Config:
+        """A layer's config: its feedforward_modules matches everything, or is None."""
+        feedforward = self.feedforward_modules or []
+        if isinstance(feedforward, str):
+            found = bool(re.fullmatch(feedforward, name))
+        else:
+            found = any(name.endswith(end) for end in feedforward)
+        return replace(self, target_modules=None, feedforward_modules=".*" if found else None)
+
+
+def init(W, bias, config):
+    l = W.new_ones(W.shape[1] if config.feedforward_modules else W.shape[0])
+    return {"ia3_l": l if config.init_ia3_weights else l.normal_()}
+
+
+def factors(layer):
+    l, bias = layer.ia3_l, layer.bias
+    if layer.config.feedforward_modules:
+        return Factors(d_in=l)
+    return Factors(d_out=l, bias=l * bias if bias is not None and layer.config.scale_bias else None)
+
+
+IA3 = Method(
+    name="ia3",
+    group="reconstruct",
+    config=IA3Config,
+    init=init,
+    factors=factors,
+    disk={"ia3_l": "ia3_l"},
+    disk_shape=lambda shape, config: (1, *shape) if config.feedforward_modules else (*shape, 1),
+)

@@ -1,0 +1,222 @@
+"""The differentiable call: y = d_out ⊙ (C + s·h(drop(x⊙d_in)Aᵀ + a)GᵀBᵀ) + bias, and all its gradients.
+
+This file alone owns what is kept for backward: x where A, d_in or W trains, T (M, r) where the low-rank path trains,
+z (M, N) where d_out trains, and a dropout seed of two words. One functional pair, ``fused_peft::linear`` and
+``fused_peft::linear_backward``, serves torch.compile, export and function transforms; eager calls take the same pair
+through a bare autograd.Function, which costs a third of a registered op's host time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
+
+from . import backends, dispatch
+from .dispatch import TENSORS, Operands, backend_for
+from .dropout import new_seed
+from .factors import Factors
+
+assert backends  # imported for its registrations
+_transforming = torch._C._are_functorch_transforms_active
+
+
+def linear(
+    x: Tensor,
+    w: Tensor | None,
+    f: Factors,
+    bias: Tensor | None = None,
+    c: Tensor | None = None,
+    training: bool = True,
+) -> Tensor:
+    """y (..., N) of the expression in ``factors``, differentiable once in every tensor.
+
+    x (..., K) in any floating dtype and any strides; w (N, K) in x's dtype, any strides, or None when c (..., N) takes
+    the place of x̂Wᵀ; bias (N,) is used unless ``f.bias`` is given. Dropout is on when ``f.p`` > 0 and ``training``.
+    Under autocast x, w and c are cast to the autocast dtype. Factors may have another floating dtype than x; their
+    gradients come out in their own. Raises ValueError or TypeError when shapes, dtypes or devices do not fit.
+    """
+    if torch._C._is_any_autocast_enabled():
+        x, w, c = _autocast(x, w, c)
+    p, seed = (f.p, new_seed(x.device)) if training and f.p else (0.0, None)
+    o = Operands(x, w, c, bias if f.bias is None else f.bias, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed, f.s, p, f.h)
+    try:
+        if is_compiling() or _transforming():
+            keep_z = f.d_out is not None and f.d_out.requires_grad and torch.is_grad_enabled()
+            return torch.ops.fused_peft.linear(*o, keep_z)[0]
+        backend = backend_for(o)
+        if torch.is_grad_enabled():
+            return _apply(backend, *o)
+        return backend.forward(o, False)[0]
+    except (RuntimeError, IndexError):
+        _check(x, w)  # the clear error, looked for only once something failed
+        raise
+
+
+def plain_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """torch.nn.functional.linear with this library's errors."""
+    try:
+        return F.linear(x, w, bias)
+    except RuntimeError:
+        _check(x, w)
+        raise
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast does to a matmul's inputs."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    dt = torch.get_autocast_dtype(device)
+    return [None if t is None else t.to(dt) for t in tensors]
+
+
+def _check(x: Tensor, w: Tensor | None) -> None:
+    """Raise the error that says what does not fit between x (..., K) and w (N, K), if anything does not."""
+    if w is None or (x.shape[-1:] == w.shape[1:] and x.dtype == w.dtype and x.device == w.device):
+        return
+    if x.dim() == 0 or x.shape[-1] != w.shape[1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but its last dimension must be in_features={w.shape[1]}; check the layer "
+            "that feeds this one"
+        )
+    if x.device != w.device:
+        raise ValueError(f"x is on {x.device} but the weight is on {w.device}; move one with .to()")
+    raise TypeError(f"x has dtype {x.dtype} but the weight has {w.dtype}; cast x, or run under torch.autocast")
+
+
+@lru_cache
+def _reads(need: tuple[bool, ...], h: str) -> tuple[bool, bool]:
+    """Whether backward reads x, and T, to compute the wanted gradients."""
+    want = Operands(*need)
+    x = want.A or want.d_in or want.w
+    T = want.B or want.G or (h != "identity" and (want.x or want.d_in or want.A or want.a))
+    return x, T
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h):
+        need = ctx.needs_input_grad[1 : TENSORS + 1]
+        y, T, z = backend.forward((x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h), need[5])
+        read_x, read_T = _reads(need, h)
+        ctx.save_for_backward(
+            x if read_x else None, w, None, bias, d_in, d_out, A, a, G, B, seed, T if read_T else None, z
+        )
+        ctx.rest = (backend, need, (s, p, h))
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * (len(Operands._fields) + 1)
+        backend, need, scalars = ctx.rest
+        *tensors, T, z = ctx.saved_tensors
+        return (None, *backend.backward(dy, (*tensors, *scalars), T, z, need), None, None, None)
+
+
+# Function.apply less its functorch handling, which ``linear`` has already ruled out: 2 µs a call
+_apply = super(torch.autograd.Function, _Linear).apply
+
+
+@torch.library.custom_op("fused_peft::linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    w: Tensor | None,
+    c: Tensor | None,
+    bias: Tensor | None,
+    d_in: Tensor | None,
+    d_out: Tensor | None,
+    A: Tensor | None,
+    a: Tensor | None,
+    G: Tensor | None,
+    B: Tensor | None,
+    seed: Tensor | None,
+    s: float,
+    p: float,
+    h: str,
+    keep_z: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h)
+    y, T, z = dispatch.backend_for(o).forward(o, keep_z)
+    if z is not None and z.data_ptr() in (y.data_ptr(), 0 if c is None else c.data_ptr()):
+        z = z.clone()
+    return y, x.new_empty(0) if T is None else T, x.new_empty(0) if z is None else z
+
+
+@_linear_op.register_fake
+def _(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, keep_z):
+    M = x.numel() // x.shape[-1]
+    N = c.shape[-1] if w is None else w.shape[0]
+    T = x.new_empty(0) if A is None else x.new_empty(M, A.shape[0])
+    return x.new_empty(*x.shape[:-1], N), T, x.new_empty(M, N) if keep_z else x.new_empty(0)
+
+
+@torch.library.custom_op("fused_peft::linear_backward", mutates_args=())
+def _linear_backward_op(
+    dy: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    c: Tensor | None,
+    bias: Tensor | None,
+    d_in: Tensor | None,
+    d_out: Tensor | None,
+    A: Tensor | None,
+    a: Tensor | None,
+    G: Tensor | None,
+    B: Tensor | None,
+    seed: Tensor | None,
+    T: Tensor | None,
+    z: Tensor | None,
+    s: float,
+    p: float,
+    h: str,
+    need: Sequence[bool],
+) -> list[Tensor]:
+    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h)
+    backend = dispatch.backend_for(o if x is not None else o._replace(x=dy))
+    grads = backend.backward(dy, o, T, z, tuple(need))
+    return [g.contiguous() for g in grads if g is not None]
+
+
+@_linear_backward_op.register_fake
+def _(dy, x, w, c, bias, d_in, d_out, A, a, G, B, seed, T, z, s, p, h, need):
+    dx_like = dy.new_empty(*dy.shape[:-1], (w if A is None else A).shape[1])
+    like = (dx_like, w, dy, bias, d_in, d_out, A, a, G, B, seed)
+    return [t.new_empty(t.shape) for t, wanted in zip(like, need, strict=True) if wanted]
+
+
+def _setup_context(ctx, inputs, output):
+    x, w, _, *tensors, s, p, h, keep_z = inputs
+    _, T, z = output
+    need = tuple(ctx.needs_input_grad[:TENSORS])
+    read_x, read_T = _reads(need, h)
+    ctx.save_for_backward(x if read_x else None, w, None, *tensors, T if read_T else None, z if keep_z else None)
+    ctx.rest = (need, (s, p, h))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dy, dT, dz):
+    nones = (None,) * (len(Operands._fields) + 1)
+    if dy is None:
+        return nones
+    need, scalars = ctx.rest
+    *tensors, T, z = ctx.saved_tensors
+    # dc is dy itself when nothing scales it; a functional op must not return its input
+    dc_is_dy = need[2] and tensors[5] is None
+    asked = [n and not (i == 2 and dc_is_dy) for i, n in enumerate(need)]
+    found = iter(torch.ops.fused_peft.linear_backward(dy, *tensors, T, z, *scalars, asked))
+    grads = [next(found) if n else None for n in asked]
+    if dc_is_dy:
+        grads[2] = dy
+    return (*grads, *nones[TENSORS:])
+
+
+_linear_op.register_autograd(_backward, setup_context=_setup_context)
