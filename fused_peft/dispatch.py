@@ -144,8 +144,14 @@ def backends() -> dict[str, Backend]:
     return dict(_backends)
 
 
+def devices(name: str) -> str:
+    """Where a backend stands in the order, in words."""
+    first = [device for device, names in _priority.items() if name in names]
+    return f"tried first on {', '.join(first)}" if first else "used where no other backend takes the call"
+
+
 def set_backend(name: str | None) -> None:
-    """Prefer one backend for every call, or None for the default order. Also read once from FUSED_PEFT_BACKEND.
+    """Prefer one backend for every call, or None for the default order. FUSED_PEFT_BACKEND sets it at import.
 
     A backend that cannot compute a call is explained and replaced by eager, or raises in strict mode.
     Raises ValueError for an unknown name.
@@ -168,7 +174,7 @@ def set_strict(strict: bool) -> None:
 
 @lru_cache(maxsize=4096)
 def choose(problem: Problem) -> Choice:
-    """The first backend without a reason against it. Raises StrictError in strict mode when the first choice refuses."""
+    """The first backend without a reason against it. In strict mode any refusal raises StrictError."""
     names = [_forced] if _forced else _priority.get(problem.device, [])
     refusals = []
     for name in [*names, "eager"]:
@@ -188,7 +194,5 @@ def backend_for(o: Operands) -> Backend:
     return choose(Problem.of(o)).backend
 
 
-def _from_environment() -> None:
-    name = os.environ.get("FUSED_PEFT_BACKEND")
-    if name:
-        set_backend(name)
+def set_backend_from_environment() -> None:
+    set_backend(os.environ.get("FUSED_PEFT_BACKEND") or None)

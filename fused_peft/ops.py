@@ -1,14 +1,15 @@
 """The differentiable call: y = d_out ⊙ (C + s·h(drop(x⊙d_in)Aᵀ + a)GᵀBᵀ) + bias, and all its gradients.
 
 This file alone owns what is kept for backward: x where A, d_in or W trains, T (M, r) where the low-rank path trains,
-z (M, N) where d_out trains, and a dropout seed of two words. One functional pair, ``fused_peft::linear`` and
-``fused_peft::linear_backward``, serves torch.compile, export and function transforms; eager calls take the same pair
-through a bare autograd.Function, which costs a third of a registered op's host time.
+z (M, N) where d_out trains, and a dropout seed of two words (of the bias only an empty tensor, for its dtype). One
+functional pair, ``fused_peft::linear`` and ``fused_peft::linear_backward``, serves torch.compile and export; eager calls
+take the same pair through a bare autograd.Function, which costs a third of a registered op's host time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -19,7 +20,7 @@ from torch.compiler import is_compiling
 
 from . import backends, dispatch
 from .dispatch import TENSORS, Operands, backend_for
-from .dropout import new_seed
+from .dropout import keep_mask, new_seed
 from .factors import Factors
 
 assert backends  # imported for its registrations
@@ -46,7 +47,9 @@ def linear(
     p, seed = (f.p, new_seed(x.device)) if training and f.p else (0.0, None)
     o = Operands(x, w, c, bias if f.bias is None else f.bias, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed, f.s, p, f.h)
     try:
-        if is_compiling() or _transforming():
+        if _transforming():
+            return _expression(o, f)
+        if is_compiling():
             keep_z = f.d_out is not None and f.d_out.requires_grad and torch.is_grad_enabled()
             return torch.ops.fused_peft.linear(*o, keep_z)[0]
         backend = backend_for(o)
@@ -56,6 +59,13 @@ def linear(
     except (RuntimeError, IndexError):
         _check(x, w)  # the clear error, looked for only once something failed
         raise
+
+
+def _expression(o: Operands, f: Factors) -> Tensor:
+    """The call written out, for vmap, grad, jvp and the like, which see through PyTorch's own operations only."""
+    keep = keep_mask(o.seed, o.x.shape, o.p) if o.p else None
+    bias = None if o.bias is None else o.bias.to(o.x.dtype)
+    return replace(f.to(o.x.dtype), bias=None).expression(o.x, o.w, bias, o.c, keep)
 
 
 def plain_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -106,8 +116,9 @@ class _Linear(torch.autograd.Function):
         y, T, z = backend.forward((x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h), need[5])
         read_x, read_T = _reads(need, h)
         ctx.save_for_backward(
-            x if read_x else None, w, None, bias, d_in, d_out, A, a, G, B, seed, T if read_T else None, z
-        )
+            x if read_x else None, w, None, bias.new_empty(0) if need[3] else None,
+            d_in, d_out, A, a, G, B, seed, T if read_T else None, z,
+        )  # fmt: skip
         ctx.rest = (backend, need, (s, p, h))
         ctx.set_materialize_grads(False)
         return y
@@ -189,16 +200,20 @@ def _linear_backward_op(
 @_linear_backward_op.register_fake
 def _(dy, x, w, c, bias, d_in, d_out, A, a, G, B, seed, T, z, s, p, h, need):
     dx_like = dy.new_empty(*dy.shape[:-1], (w if A is None else A).shape[1])
-    like = (dx_like, w, dy, bias, d_in, d_out, A, a, G, B, seed)
+    dbias_like = None if bias is None else bias.new_empty(dy.shape[-1])
+    like = (dx_like, w, dy, dbias_like, d_in, d_out, A, a, G, B, seed)
     return [t.new_empty(t.shape) for t, wanted in zip(like, need, strict=True) if wanted]
 
 
 def _setup_context(ctx, inputs, output):
-    x, w, _, *tensors, s, p, h, keep_z = inputs
+    x, w, _, bias, *tensors, s, p, h, keep_z = inputs
     _, T, z = output
     need = tuple(ctx.needs_input_grad[:TENSORS])
     read_x, read_T = _reads(need, h)
-    ctx.save_for_backward(x if read_x else None, w, None, *tensors, T if read_T else None, z if keep_z else None)
+    ctx.save_for_backward(
+        x if read_x else None, w, None, bias.new_empty(0) if need[3] else None,
+        *tensors, T if read_T else None, z if keep_z else None,
+    )  # fmt: skip
     ctx.rest = (need, (s, p, h))
     ctx.set_materialize_grads(False)
 

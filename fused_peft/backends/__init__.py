@@ -4,3 +4,4 @@ from .. import dispatch
 from .eager import Eager
 
 dispatch.register(Eager())
+dispatch.set_backend_from_environment()

@@ -1,0 +1,32 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+
+import fused_peft
+from fused_peft import dispatch
+
+
+@pytest.fixture(autouse=True)
+def _clean_state():
+    """Every test starts with the same seed and leaves the dispatcher as it was."""
+    torch.manual_seed(0)
+    before = set(dispatch.backends())
+    yield
+    fused_peft.set_strict(False)
+    fused_peft.set_backend(None)
+    for name in set(dispatch.backends()) - before:
+        dispatch.unregister(name)
+
+
+@pytest.fixture
+def poison():
+    """Fresh allocations are filled with NaN, so an element that is never written fails the comparison."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

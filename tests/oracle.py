@@ -1,0 +1,68 @@
+"""Comparing a layer with its paper formula in fp64: outputs and every gradient."""
+
+from __future__ import annotations
+
+import torch
+from cases import Case, Shape
+from paper import FORMULAS
+
+from fused_peft import PeftLinear
+from fused_peft.dropout import keep_mask, new_seed
+
+TOLERANCE = 1e-9
+
+
+def build(case: Case, shape: Shape, bias: bool = True, dtype=torch.float64, randomise: bool = True) -> PeftLinear:
+    torch.manual_seed(0)
+    layer = PeftLinear(shape.K, shape.N, bias=bias, config=case.make(shape.r), dtype=dtype)
+    if randomise:
+        with torch.no_grad():
+            for name in layer.adapter_names:
+                getattr(layer, name).add_(torch.randn(getattr(layer, name).shape, dtype=dtype))
+    return layer
+
+
+def inputs(shape: Shape, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(*shape.lead, shape.K, generator=generator, dtype=dtype)
+    return x, torch.randn(*shape.lead, shape.N, generator=generator, dtype=dtype)
+
+
+def gradients(y, tensors: dict, dy) -> dict:
+    grads = torch.autograd.grad(y, list(tensors.values()), dy)
+    return {"y": y.detach(), **dict(zip(tensors, grads, strict=True))}
+
+
+def layer_results(layer: PeftLinear, x, dy, seed: int = 7) -> dict:
+    """{y, dx, and the gradient of every adapter parameter} as the layer computes them, dropout seeded."""
+    x = x.detach().requires_grad_()
+    torch.manual_seed(seed)
+    return gradients(layer(x), {"x": x, **{n: getattr(layer, n) for n in layer.adapter_names}}, dy)
+
+
+def paper_results(case: Case, layer: PeftLinear, x, dy, seed: int = 7) -> dict:
+    """The same from tests/paper.py and PyTorch's autograd."""
+    leaf = x.detach().requires_grad_()
+    p = {n: getattr(layer, n).detach().clone().requires_grad_() for n in layer.adapter_names}
+    constants = case.formula_constants(layer.config)
+    drop = getattr(layer.config, "lora_dropout", 0.0)
+    if drop and layer.training:
+        torch.manual_seed(seed)
+        constants["drop"] = keep_mask(new_seed(x.device), x.shape, drop).to(x.dtype) / (1 - drop)
+    bias = None if layer.bias is None else layer.bias.detach()
+    y = FORMULAS[case.method](leaf, layer.weight.detach(), bias, p, constants)
+    return gradients(y, {"x": leaf, **p}, dy)
+
+
+def disagreements(case: Case, layer: PeftLinear, x, dy, tolerance: float = TOLERANCE) -> list[str]:
+    """Names of the results that differ from the formula by more than the tolerance, relative to the largest entry."""
+    got, want = layer_results(layer, x, dy), paper_results(case, layer, x, dy)
+    assert got.keys() == want.keys()
+    wrong = []
+    for name, reference in want.items():
+        value = got[name]
+        assert value.shape == reference.shape, name
+        scale = max(1.0, reference.abs().max().item()) if reference.numel() else 1.0
+        if not torch.allclose(value, reference, rtol=0, atol=tolerance * scale):  # a NaN is never close
+            wrong.append(name)
+    return wrong
