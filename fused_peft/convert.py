@@ -256,9 +256,8 @@ def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """Print and return (trainable, all) parameter counts, in PEFT's words."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    print(
-        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / max(total, 1):.4f}"
-    )
+    percent = 100 * trainable / max(total, 1)
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
     return trainable, total
 
 
@@ -297,7 +296,7 @@ def explain(model: nn.Module, tokens: int = 2048, dtype: torch.dtype | None = No
         x = torch.empty(1, device="meta", dtype=dtype or layer.weight.dtype).expand(tokens, layer.in_features)
         o = dispatch.Operands(
             x, layer._matrix(layer.weight), None, layer.bias if f.bias is None else f.bias,
-            f.d_in, f.d_out, f.A, f.a, f.G, f.B, x if f.p and layer.training else None, f.s, f.p, f.h,
+            f.d_in, f.d_out, f.A, f.a, f.G, f.B, x if f.p and layer.training else None, f.s, f.p, f.h, f.scale_bias,
         )  # fmt: skip
         choice = dispatch.choose(replace(dispatch.Problem.of(o), **dispatch.place(layer.weight.device)))
         out.append(LayerExplanation(name, layer.method.name, choice.backend.name, choice.why()))

@@ -33,6 +33,7 @@ class Operands(NamedTuple):
     s: float = 1.0
     p: float = 0.0
     h: str = "identity"
+    scale_bias: bool = False
 
 
 TENSORS = 11  # the leading fields of Operands that are tensors
@@ -62,6 +63,7 @@ class Problem:
     G: str = "none"
     h: str = "identity"
     p: float = 0.0
+    scale_bias: bool = False
 
     @classmethod
     def of(cls, o: Operands) -> Problem:
@@ -79,6 +81,7 @@ class Problem:
             G="none" if o.G is None else ("vector", "matrix")[o.G.dim() - 1],
             h=o.h,
             p=o.p if o.seed is not None else 0.0,
+            scale_bias=o.scale_bias,
         )
 
 
@@ -134,9 +137,10 @@ def register(backend: Backend, devices: tuple[str, ...] = ()) -> None:
 def unregister(name: str) -> None:
     """Remove a backend registered earlier; KeyError when there is none of that name."""
     del _backends[name]
-    for names in _priority.values():
-        if name in names:
-            names.remove(name)
+    for device, names in list(_priority.items()):
+        _priority[device] = [n for n in names if n != name]
+        if not _priority[device]:
+            del _priority[device]
     choose.cache_clear()
 
 

@@ -3,6 +3,7 @@
 x̂ = x ⊙ d_in
 S = h( drop(x̂) Aᵀ + a ) Gᵀ
 y = d_out ⊙ ( C + s · S Bᵀ ) + bias          C = x̂ Wᵀ, or a tensor c that is already there
+y = d_out ⊙ ( C + s · S Bᵀ + bias )          where scale_bias is set
 
 merged weight = d_out ⊙ (W + s · B G A) ⊙ d_in       whenever h and a are absent
 """
@@ -34,7 +35,8 @@ class Factors:
 
     Shapes, with K = in_features, N = out_features and r = rank: A (r, K), a (r,), G (r,) or (r, r), B (N, r),
     d_in (K,), d_out (N,), bias (N,). ``bias`` replaces the layer's own bias when it is given. ``s`` is the scaling,
-    ``h`` one of identity, relu, gelu, silu, tanh, and ``p`` the dropout probability on the input of A.
+    ``h`` one of identity, relu, gelu, silu, tanh, ``p`` the dropout probability on the input of A, and ``scale_bias``
+    says that d_out multiplies the bias too.
     Floating dtypes may differ from the weight's; the computation runs in the input's dtype.
     """
 
@@ -48,6 +50,7 @@ class Factors:
     s: float = 1.0
     h: str = "identity"
     p: float = 0.0
+    scale_bias: bool = False
 
     @property
     def rank(self) -> int:
@@ -74,6 +77,7 @@ class Factors:
             if left is not None and right is not None and left is not right:
                 raise ValueError(f"Factors to be added both have {name}; at most one may, or both the same tensor")
             shared[name] = right if left is None else left
+        shared["scale_bias"] = self.scale_bias or other.scale_bias
         if self.A is None or other.A is None:
             return replace(other if self.A is None else self, **shared)
         if self.p != other.p:
@@ -113,6 +117,11 @@ class Factors:
             out = self.d_out[:, None] * out
         return out
 
+    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The bias (N,) of the merged layer, or None, given the layer's own."""
+        bias = bias if self.bias is None else self.bias
+        return self.d_out * bias if self.scale_bias and self.d_out is not None and bias is not None else bias
+
     def expression(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None = None, c: Tensor | None = None, keep=None
     ) -> Tensor:
@@ -129,10 +138,12 @@ class Factors:
             if self.G is not None:
                 S = S * self.G if self.G.dim() == 1 else S @ self.G.T
             out = out + self.s * (S @ self.B.T)
-        if self.d_out is not None:
-            out = out * self.d_out
         bias = bias if self.bias is None else self.bias
-        return out if bias is None else out + bias
+        if self.d_out is None:
+            return out if bias is None else out + bias
+        if self.scale_bias and bias is not None:
+            return (out + bias) * self.d_out
+        return out * self.d_out if bias is None else out * self.d_out + bias
 
     def to(self, dtype: torch.dtype) -> Factors:
         """A copy with every tensor cast to ``dtype``."""

@@ -160,8 +160,9 @@ class PeftLinear(nn.Linear):
         weight = self.weight
         wide = torch.promote_types(weight.dtype, torch.float32)
         f = self.factors()
-        merged = f.to(wide).merged(self._matrix(weight).to(wide)).to(weight.dtype)
-        bias = self.bias if f.bias is None else f.bias
+        f = f.to(wide)
+        merged = f.merged(self._matrix(weight).to(wide)).to(weight.dtype)
+        bias = f.merged_bias(self.bias)
         return self._matrix(merged).contiguous(), None if bias is None else bias.to(weight.dtype, copy=True)
 
     def merge(self, safe_merge: bool = False) -> None:

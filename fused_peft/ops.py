@@ -2,8 +2,8 @@
 
 This file alone owns what is kept for backward: x where A, d_in or W trains, T (M, r) where the low-rank path trains,
 z (M, N) where d_out trains, and a dropout seed of two words (of the bias only an empty tensor, for its dtype). One
-functional pair, ``fused_peft::linear`` and ``fused_peft::linear_backward``, serves torch.compile and export; eager calls
-take the same pair through a bare autograd.Function, which costs a third of a registered op's host time.
+functional pair, ``fused_peft::linear`` and ``fused_peft::linear_backward``, serves torch.compile and export; eager
+calls take the same pair through a bare autograd.Function, which costs a third of a registered op's host time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from . import backends, dispatch
+from . import backends
 from .dispatch import TENSORS, Operands, backend_for
 from .dropout import keep_mask, new_seed
 from .factors import Factors
@@ -45,7 +45,23 @@ def linear(
     if torch._C._is_any_autocast_enabled():
         x, w, c = _autocast(x, w, c)
     p, seed = (f.p, new_seed(x.device)) if training and f.p else (0.0, None)
-    o = Operands(x, w, c, bias if f.bias is None else f.bias, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed, f.s, p, f.h)
+    o = Operands(
+        x,
+        w,
+        c,
+        bias if f.bias is None else f.bias,
+        f.d_in,
+        f.d_out,
+        f.A,
+        f.a,
+        f.G,
+        f.B,
+        seed,
+        f.s,
+        p,
+        f.h,
+        f.scale_bias,
+    )
     try:
         if _transforming():
             return _expression(o, f)
@@ -111,15 +127,15 @@ def _reads(need: tuple[bool, ...], h: str) -> tuple[bool, bool]:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h):
+    def forward(ctx, backend, x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias):
         need = ctx.needs_input_grad[1 : TENSORS + 1]
-        y, T, z = backend.forward((x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h), need[5])
+        y, T, z = backend.forward((x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias), need[5])
         read_x, read_T = _reads(need, h)
         ctx.save_for_backward(
             x if read_x else None, w, None, bias.new_empty(0) if need[3] else None,
             d_in, d_out, A, a, G, B, seed, T if read_T else None, z,
         )  # fmt: skip
-        ctx.rest = (backend, need, (s, p, h))
+        ctx.rest = (backend, need, (s, p, h, scale_bias))
         ctx.set_materialize_grads(False)
         return y
 
@@ -130,7 +146,7 @@ class _Linear(torch.autograd.Function):
             return (None,) * (len(Operands._fields) + 1)
         backend, need, scalars = ctx.rest
         *tensors, T, z = ctx.saved_tensors
-        return (None, *backend.backward(dy, (*tensors, *scalars), T, z, need), None, None, None)
+        return (None, *backend.backward(dy, (*tensors, *scalars), T, z, need), None, None, None, None)
 
 
 # Function.apply less its functorch handling, which ``linear`` has already ruled out: 2 µs a call
@@ -153,17 +169,18 @@ def _linear_op(
     s: float,
     p: float,
     h: str,
+    scale_bias: bool,
     keep_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h)
-    y, T, z = dispatch.backend_for(o).forward(o, keep_z)
+    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias)
+    y, T, z = backend_for(o).forward(o, keep_z)
     if z is not None and z.data_ptr() in (y.data_ptr(), 0 if c is None else c.data_ptr()):
         z = z.clone()
     return y, x.new_empty(0) if T is None else T, x.new_empty(0) if z is None else z
 
 
 @_linear_op.register_fake
-def _(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, keep_z):
+def _(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, keep_z):
     M = x.numel() // x.shape[-1]
     N = c.shape[-1] if w is None else w.shape[0]
     T = x.new_empty(0) if A is None else x.new_empty(M, A.shape[0])
@@ -189,16 +206,18 @@ def _linear_backward_op(
     s: float,
     p: float,
     h: str,
+    scale_bias: bool,
     need: Sequence[bool],
 ) -> list[Tensor]:
-    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h)
-    backend = dispatch.backend_for(o if x is not None else o._replace(x=dy))
+    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias)
+    # x and c need not be kept; dy stands in for what a Problem reads of them
+    backend = backend_for(o._replace(x=dy if x is None else x, c=dy if w is None else None))
     grads = backend.backward(dy, o, T, z, tuple(need))
     return [g.contiguous() for g in grads if g is not None]
 
 
 @_linear_backward_op.register_fake
-def _(dy, x, w, c, bias, d_in, d_out, A, a, G, B, seed, T, z, s, p, h, need):
+def _(dy, x, w, c, bias, d_in, d_out, A, a, G, B, seed, T, z, s, p, h, scale_bias, need):
     dx_like = dy.new_empty(*dy.shape[:-1], (w if A is None else A).shape[1])
     dbias_like = None if bias is None else bias.new_empty(dy.shape[-1])
     like = (dx_like, w, dy, dbias_like, d_in, d_out, A, a, G, B, seed)
@@ -206,7 +225,7 @@ def _(dy, x, w, c, bias, d_in, d_out, A, a, G, B, seed, T, z, s, p, h, need):
 
 
 def _setup_context(ctx, inputs, output):
-    x, w, _, bias, *tensors, s, p, h, keep_z = inputs
+    x, w, _, bias, *tensors, s, p, h, scale_bias, keep_z = inputs
     _, T, z = output
     need = tuple(ctx.needs_input_grad[:TENSORS])
     read_x, read_T = _reads(need, h)
@@ -214,7 +233,7 @@ def _setup_context(ctx, inputs, output):
         x if read_x else None, w, None, bias.new_empty(0) if need[3] else None,
         *tensors, T if read_T else None, z if keep_z else None,
     )  # fmt: skip
-    ctx.rest = (need, (s, p, h))
+    ctx.rest = (need, (s, p, h, scale_bias))
     ctx.set_materialize_grads(False)
 
 

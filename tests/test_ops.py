@@ -38,6 +38,7 @@ COMBINATIONS = [
         *((("A", "B", "a", "d_in", "d_out", "bias"), G, h, 0.3, None) for G in (None, (R, R)) for h in ACTIVATIONS),
         *((s, None, "identity", 0.0, None) for s in ((), ("d_in",), ("d_out",), ("d_in", "d_out"), ("bias",))),
         (("d_out", "bias"), None, "identity", 0.0, None),
+        (("A", "B", "d_out", "bias"), None, "identity", 0.0, "c"),
         *((s, None, "gelu", 0.0, "c") for s in (("A", "B", "a"), ("A", "B", "a", "bias"), ("A", "B", "d_out"))),
         (("A", "B", "d_in", "d_out", "bias"), (R,), "identity", 0.2, "c"),
     ]
@@ -45,9 +46,10 @@ COMBINATIONS = [
 
 
 @pytest.mark.parametrize(("present", "G", "h", "p", "c"), COMBINATIONS)
+@pytest.mark.parametrize("scale_bias", [False, True])
 @pytest.mark.parametrize("route", ["eager", "op"])
-def test_every_combination_against_the_expression(present, G, h, p, c, route, poison, monkeypatch):
-    f, tensors = make(present, G, h=h, p=p, s=1.7)
+def test_every_combination_against_the_expression(present, G, h, p, c, scale_bias, route, poison, monkeypatch):
+    f, tensors = make(present, G, h=h, p=p, s=1.7, scale_bias=scale_bias)
     x, w, bias, dy = rand(2, M, K), rand(N, K), rand(N), torch.randn(2, M, N, dtype=torch.float64)
     extra = {"c": rand(2, M, N)} if c else {"w": w}
     leaves = [x, *extra.values(), *tensors.values(), *([] if "bias" in present else [bias])]
@@ -200,7 +202,7 @@ def saved_bytes(run, exclude):
         (fp.LoraConfig(r=4, lora_bias=True), lambda b: 64 * 4 * b),
         (fp.SSLConfig(), lambda b: 0),
         (fp.SSBConfig(), lambda b: 64 * 48 * b),
-        (fp.IA3Config(scale_bias=False), lambda b: 64 * 48 * b),
+        (fp.IA3Config(), lambda b: 64 * 48 * b),
         (fp.IA3Config(feedforward_modules=".*"), lambda b: 0),
         (fp.BitFitConfig(), lambda b: 0),
     ],
@@ -295,7 +297,7 @@ def test_opcheck(present, G, h, with_c):
     w, c = (None, rand(2, M, N, dtype=torch.float32)) if with_c else (rand(N, K, dtype=torch.float32), None)
     names = ("bias", "d_in", "d_out", "A", "a", "G", "B")
     seed = new_seed(x.device)
-    args = (x, w, c, *(t.get(n) for n in names), seed, 1.5, 0.3, h, t.get("d_out") is not None)
+    args = (x, w, c, *(t.get(n) for n in names), seed, 1.5, 0.3, h, True, t.get("d_out") is not None)
     torch.library.opcheck(torch.ops.fused_peft.linear.default, args)
 
 

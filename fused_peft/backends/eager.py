@@ -1,6 +1,7 @@
 """The definition, in plain PyTorch on any device; other backends must equal it.
 
     forward   x̂ = x⊙d_in;  T = drop(x̂)Aᵀ + a;  S = h(T)Gᵀ;  z = C + s·S Bᵀ;  y = d_out⊙z + bias
+          (the bias already in z where d_out scales it too)
     backward  dz = d_out⊙dy;  dS = s·dz B;  dT = (dS G)⊙h'(T);  dx̂ = dz W + drop(dT A)
               dA = dTᵀ drop(x̂);  dB = s·dzᵀS;  dG = dSᵀh(T);  da = Σ dT;  dd_in = Σ x⊙dx̂;  dd_out = Σ dy⊙z;  dW = dzᵀx̂
 
@@ -63,7 +64,7 @@ class Eager:
         return [] if problem.dtype.is_floating_point else [f"{problem.dtype} is not a floating dtype"]
 
     def forward(self, o: Operands, keep_z: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h = o
+        x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias = o
         dt, lead = x.dtype, None
         if x.dim() != 2:
             lead, x = x.shape[:-1], _rows(x)
@@ -71,12 +72,13 @@ class Eager:
         if bias is not None and bias.dtype != dt:
             bias = bias.to(dt)
         xh = x if d_in is None else x * d_in.to(dt)
+        inner, outer = (bias, None) if d_out is None or scale_bias else (None, bias)
 
-        # z = C + s·S Bᵀ, with the bias already inside when nothing scales z; fresh: z is ours to write into
+        # z = C + s·S Bᵀ + inner; fresh: z is ours to write into
         if w is not None:
-            z, fresh = F.linear(xh, w, bias if d_out is None else None), True
-        elif d_out is None and bias is not None:
-            z, fresh = c + bias, True
+            z, fresh = F.linear(xh, w, inner), True
+        elif inner is not None:
+            z, fresh = c + inner, True
         else:
             z, fresh = c, False
         T = None
@@ -95,16 +97,18 @@ class Eager:
 
         if d_out is None:
             y = z if fresh else z.clone()
-        elif bias is not None:
-            y = torch.addcmul(bias, z, d_out.to(dt))
         else:
-            y = z.mul_(d_out.to(dt)) if fresh and not keep_z else z * d_out.to(dt)
+            d_out = d_out.to(dt)
+            if outer is not None:
+                y = torch.addcmul(outer, z, d_out)
+            else:
+                y = z.mul_(d_out) if fresh and not keep_z else z * d_out
         return y if lead is None else y.view(*lead, y.shape[1]), T, z if keep_z else None
 
     def backward(
         self, dy: Tensor, o: Operands, T: Tensor | None, z: Tensor | None, need: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        x, w, _, bias, d_in, d_out, A, a, G, B, seed, s, p, h = o
+        x, w, _, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias = o
         want_x, want_w, want_c, want_bias, want_d_in, want_d_out, want_A, want_a, want_G, want_B, _ = need
         dx = dw = dc = dbias = dd_in = dd_out = dA = da = dG = dB = None
         dy_shape, dt = dy.shape, dy.dtype
@@ -113,7 +117,7 @@ class Eager:
         dz = dy if d_out is None else dy * d_out.to(dt)
 
         if want_bias:
-            dbias = torch.sum(dy, 0, dtype=bias.dtype)
+            dbias = torch.sum(dz if scale_bias else dy, 0, dtype=bias.dtype)
         if want_d_out:
             dd_out = _dot_columns(dy, z, d_out)
         if want_c:

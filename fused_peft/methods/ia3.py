@@ -60,10 +60,9 @@ def init(W, bias, config):
 
 
 def factors(layer):
-    l, bias = layer.ia3_l, layer.bias
     if layer.config.feedforward_modules:
-        return Factors(d_in=l)
-    return Factors(d_out=l, bias=l * bias if bias is not None and layer.config.scale_bias else None)
+        return Factors(d_in=layer.ia3_l)
+    return Factors(d_out=layer.ia3_l, scale_bias=layer.config.scale_bias)
 
 
 IA3 = Method(

@@ -20,8 +20,9 @@ from .defaults import LORA_TARGETS
 @dataclass(kw_only=True)
 class LoraConfig(PeftConfig):
     """r: rank. lora_alpha: s = lora_alpha / r. lora_dropout: probability on the input of A. lora_bias: a trained bias
-    on B. rank_pattern, alpha_pattern: {name or regular expression: value} for layers that differ. init_lora_weights: True
-    (A kaiming_uniform(√5), B 0), "gaussian" (A N(0, 1/r²), B 0) or False (both random, not the identity: for tests).
+    on B. rank_pattern, alpha_pattern: {name or regular expression: value} for layers that differ. init_lora_weights:
+    True (A kaiming_uniform(√5), B 0), "gaussian" (A N(0, 1/r²), B 0) or False (both random, not the identity: for
+    tests).
     """
 
     peft_type: ClassVar[str] = "LORA"
