@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import dispatch
 from .linear import PeftLinear
 from .methods import PeftConfig, method_of
-from .targets import find_targets, modules_to_save, resolve
+from .targets import find_targets, is_target, modules_to_save, resolve
 
 _STATE = "_fused_peft"
 
@@ -54,7 +54,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     """Build every new module without changing the model. Raises what get_peft_model raises."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} must be a torch.nn.Module")
-    method = method_of(config)
+    method_of(config)
     if hasattr(model, _STATE) or any(True for _ in layers(model)):
         raise ValueError("the model already has adapters; call merge_and_unload first, or load_adapter to replace them")
     if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
@@ -77,7 +77,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
         if last == "bias" and not any(name.startswith(f"{s}.") for s in saved):
-            if _bias_trains(resolved, method, owner in new, config.target_modules is None):
+            if _bias_trains(resolved, owner, owner in new):
                 biases[name] = parameter.detach().clone()
     return _Plan(
         AdapterState(resolved, saved=originals, biases=biases),
@@ -86,9 +86,10 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     )
 
 
-def _bias_trains(config: PeftConfig, method, adapted: bool, everywhere: bool) -> bool:
-    if method.trains_other_biases:
-        return not adapted and everywhere
+def _bias_trains(config: PeftConfig, owner: str, adapted: bool) -> bool:
+    """Whether a base bias trains in place."""
+    if method_of(config).trains_other_biases:
+        return config.target_modules is None and not adapted and is_target(config, owner)
     return config.bias == "all" or (config.bias != "none" and adapted)
 
 

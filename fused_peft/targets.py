@@ -9,7 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from .linear import PeftLinear, is_linear, why_not_adaptable
-from .methods import PeftConfig, method_of
+from .methods import PeftConfig
 
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -33,13 +33,15 @@ def _layer_index(name: str, patterns) -> int | None:
 
 
 def is_target(config: PeftConfig, name: str) -> bool:
-    """Whether a config with explicit target_modules adapts the module of this name."""
+    """Whether a resolved config means the module of this name; target_modules=None means every module."""
     excluded, targets = config.exclude_modules, config.target_modules
     if excluded:
         if re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends_with_any(name, excluded):
             return False
     if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ()):
         return False
+    if targets is None:
+        return True
     if isinstance(targets, str):
         return bool(re.fullmatch(targets, name))
     if name in targets:
@@ -88,8 +90,6 @@ def resolve(model: nn.Module, config: PeftConfig) -> PeftConfig:
             found[name] = table[model_type]
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         found["target_modules"] = _all_linear(model, config.task_type)
-    elif config.target_modules is None and method_of(config).trains_other_biases:
-        found["target_modules"] = [n for n, m in model.named_modules() if n and is_linear(m) and m.bias is not None]
     return replace(config, **found)
 
 
@@ -100,6 +100,8 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     """
     modules = dict(model.named_modules())
     found = {name: module for name, module in modules.items() if name and is_target(config, name)}
+    if config.target_modules is None:
+        found = {name: module for name, module in found.items() if is_linear(module) and module.bias is not None}
     if not found:
         raise ValueError(_no_match(config, modules))
     for name, module in found.items():
@@ -114,7 +116,8 @@ def _no_match(config: PeftConfig, modules: dict[str, nn.Module]) -> str:
         name for name, module in modules.items() if name and (is_linear(module) or isinstance(module, PeftLinear))
     ]
     ends = sorted({name.rpartition(".")[2] for name in linear})
-    wanted = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+    wanted = config.target_modules or []
+    wanted = [wanted] if isinstance(wanted, str) else wanted
     near = [n for w in wanted for n in difflib.get_close_matches(w, ends + linear, n=3, cutoff=0.5)]
     narrowed = {
         name: getattr(config, name)

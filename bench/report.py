@@ -1,0 +1,76 @@
+"""Rewrites the README's tables from the committed results: `make report`.
+
+A table stands between `<!-- name -->` and `<!-- /name -->`; nothing between the marks is written by hand.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench/results"
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with (RESULTS / name).open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def markdown(header: list[str], body: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cpu_layers() -> str:
+    """One line a method, one column a shape and dtype: ratio to the frozen layer, HF PEFT's behind it."""
+    measured = rows("cpu/layers.csv")
+    columns = list(dict.fromkeys((r["shape"], r["dtype"]) for r in measured))
+    by = {(r["shape"], r["dtype"], r["step"]): r["ratio_p50"] for r in measured}
+    methods = [s.removesuffix(" ours") for s in dict.fromkeys(r["step"] for r in measured) if s.endswith(" ours")]
+
+    def cell(method, column):
+        peer = by.get((*column, f"{method} peft"))
+        return by[(*column, f"{method} ours")] + (f" ({peer})" if peer else "")
+
+    header = ["forward + backward", *(f"{shape} {dtype}" for shape, dtype in columns)]
+    return markdown(header, [[m, *(cell(m, c) for c in columns)] for m in methods])
+
+
+def overhead() -> str:
+    found = {r["case"]: r["microseconds_or_ratio"] for r in rows("cpu/overhead.csv")}
+    shown = [k for k in found if k.startswith(("F.linear", "fused", "PeftLinear", "HF PEFT")) and "/ F.linear" not in k]
+    body = [[k, found[k]] for k in shown]
+    body += [[k, found[k]] for k in found if "/ F.linear" in k]
+    return markdown(["one call, one thread", "µs (last two: ratio)"], body)
+
+
+def demo() -> str:
+    found = rows("demo/results.csv")
+    return markdown(list(found[0]), [list(r.values()) for r in found])
+
+
+TABLES: dict[str, Callable[[], str]] = {"cpu-layers": cpu_layers, "overhead": overhead, "demo": demo}
+
+
+def render(readme: str) -> str:
+    """The README with every marked table made anew; ValueError for a mark without a table."""
+
+    def fill(match: re.Match) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise ValueError(f"README marks a table {name!r}, known: {', '.join(TABLES)}")
+        return f"<!-- {name} -->\n{TABLES[name]()}\n<!-- /{name} -->"
+
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", fill, readme, flags=re.S)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(render(readme.read_text()))
+
+
+if __name__ == "__main__":
+    main()
