@@ -254,9 +254,10 @@ def _bias_in_use(model: nn.Module, name: str) -> Tensor:
 
 
 def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """Print and return (trainable, all) parameter counts, in PEFT's words."""
+    """Print and return (trainable, all) parameter counts, in PEFT's words, with the originals of modules_to_save."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    kept = getattr(model, _STATE).saved.values() if hasattr(model, _STATE) else ()
+    total = sum(p.numel() for p in {*model.parameters(), *(p for m in kept for p in m.parameters())})
     percent = 100 * trainable / max(total, 1)
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
     return trainable, total

@@ -31,6 +31,9 @@ _NEUTRAL = {"auto_mapping", "peft_version", "megatron_core", "qalora_group_size"
 # with bias="all" PEFT stores the biases of modules_to_save a second and third time, under its wrapper's names
 _DUPLICATE = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 
+# PEFT's initialisations that leave the base weight alone: of no consequence once the values are loaded
+_INIT_ONLY = {"orthogonal", "eva"}
+
 
 class AdapterFormatError(ValueError):
     """The folder does not hold an adapter that this library can load; the message names the file and the problem."""
@@ -85,6 +88,14 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
     slots = _slots(dict(convert.layers(model)), state, _finder(model))
     tensors = {key: t.detach().reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
     config = {k: v for k, v in asdict(state.config).items() if v is not None}
+    plain = type(state.config)()
+    foreign = {k: config.pop(k) for k in state.config.beyond_peft & config.keys()}
+    foreign = {k: v for k, v in foreign.items() if v != getattr(plain, k)}
+    if foreign:
+        warnings.warn(
+            f"Hugging Face PEFT ignores {foreign} of {plain.peft_type}; it will load another adapter", stacklevel=2
+        )
+        config |= foreign
     config = {"peft_type": state.config.peft_type, **config, "inference_mode": True}
     path.mkdir(parents=True, exist_ok=True)
     aside = path / f".{WEIGHTS_NAME}.{os.getpid()}"
@@ -120,6 +131,8 @@ def load_config(path: str | os.PathLike) -> PeftConfig:
     }
     if unknown:
         raise AdapterFormatError(f"{file}: {unknown} is not supported for {peft_type}; load this adapter with PEFT")
+    if stored.get("init_lora_weights") in _INIT_ONLY:
+        stored["init_lora_weights"] = True
     try:
         return known[peft_type](**{k: v for k, v in stored.items() if k in names and v is not None})
     except (TypeError, ValueError) as e:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import replace
 
 from torch import nn
 
@@ -81,16 +80,16 @@ def resolve(model: nn.Module, config: PeftConfig) -> PeftConfig:
     else:
         model_type = getattr(model_config, "model_type", "custom")
     for name, table in config.target_defaults.items():
-        if getattr(config, name) is None and not (name == "feedforward_modules" and config.target_modules):
-            if model_type not in table:
+        if getattr(config, name) is None:
+            if model_type not in table and name == "target_modules":
                 raise ValueError(
                     f"{name}=None, but there is no default for model_type {model_type!r}; give {name} as names, a "
                     "regular expression or 'all-linear'"
                 )
-            found[name] = table[model_type]
+            found[name] = table.get(model_type, [])
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         found["target_modules"] = _all_linear(model, config.task_type)
-    return replace(config, **found)
+    return config.resolved(**found)
 
 
 def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:

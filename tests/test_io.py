@@ -182,6 +182,22 @@ def test_an_adapter_of_another_method_is_refused(saved):
         fp.load_adapter(net, saved)
 
 
+def test_settings_that_peft_lacks_are_stored_only_when_set_and_with_a_warning(tmp_path):
+    plain = fp.IA3Config(target_modules=["q"], feedforward_modules=[])
+    fp.save_pretrained(fp.get_peft_model(Net(), plain), tmp_path)
+    assert not {"bias", "scale_bias"} & json.loads((tmp_path / "adapter_config.json").read_text()).keys()
+    plain.scale_bias = False
+    with pytest.warns(UserWarning, match="ignores {'scale_bias': False} of IA3"):
+        fp.save_pretrained(fp.get_peft_model(Net(), plain), tmp_path)
+    assert fp.load_config(tmp_path).scale_bias is False
+
+
+@pytest.mark.parametrize("how", ["orthogonal", "eva"])
+def test_initialisations_that_only_set_values_load(saved, how):
+    edit_config(saved, init_lora_weights=how)
+    assert fp.load_adapter(Net(), saved).blocks[0].q.config.init_lora_weights is True
+
+
 def test_config_round_trip(saved):
     config = fp.load_config(saved)
     assert isinstance(config, fp.LoraConfig)

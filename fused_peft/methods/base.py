@@ -41,7 +41,10 @@ class PeftConfig:
     """
 
     peft_type: ClassVar[str]
+    # field -> {model_type: the architecture's value}, used where the field is None
     target_defaults: ClassVar[dict[str, Any]] = {}
+    # fields that PEFT's config of this peft_type lacks: stored only when they are set
+    beyond_peft: ClassVar[frozenset[str]] = frozenset()
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -90,6 +93,10 @@ class PeftConfig:
         if not all(isinstance(n, str) and n for n in names):
             raise TypeError(f"{name}={value!r} must hold non-empty strings")
         return names
+
+    def resolved(self, **found) -> PeftConfig:
+        """The config with a model's own values filled in."""
+        return replace(self, **found)
 
     def for_module(self, name: str) -> PeftConfig:
         """The config of one layer, with every per-name pattern resolved."""

@@ -26,6 +26,7 @@ class IA3Config(PeftConfig):
         "target_modules": IA3_TARGETS,
         "feedforward_modules": IA3_FEEDFORWARD,
     }
+    beyond_peft: ClassVar[frozenset[str]] = frozenset({"bias", "scale_bias", "layers_to_transform", "layers_pattern"})
 
     feedforward_modules: list[str] | str | None = None
     scale_bias: bool = True
@@ -43,6 +44,14 @@ class IA3Config(PeftConfig):
                 missing = sorted(set(self.feedforward_modules) - set(self.target_modules))
                 if missing:
                     raise ValueError(f"feedforward_modules={missing!r} must be in target_modules={self.target_modules}")
+
+    def resolved(self, **found) -> IA3Config:
+        """Feed-forward names that are no targets themselves (when those came from "all-linear", say) as a pattern."""
+        feedforward = found.get("feedforward_modules", self.feedforward_modules)
+        targets = found.get("target_modules", self.target_modules)
+        if isinstance(feedforward, list) and isinstance(targets, list) and set(feedforward) - set(targets):
+            found["feedforward_modules"] = f".*({'|'.join(map(re.escape, feedforward))})"
+        return replace(self, **found)
 
     def for_module(self, name: str) -> IA3Config:
         """A layer's config: its feedforward_modules matches everything, or is None."""
