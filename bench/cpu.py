@@ -3,14 +3,16 @@
     python bench/cpu.py [--rounds 15] [--out bench/results/cpu/layers.csv] [--check]
 
 Each round runs every contender once in turn, so drift of the machine hits all alike. A ratio is the median over rounds
-of (this step / the frozen step of the same round); p20 and p80 show the spread. --check fails when a method is slower
-than HF PEFT's or LoRA exceeds 1.10 of the frozen layer on the square shape, beyond the run's own noise.
+of (this step / the frozen step of the same round); p20 and p80 show the spread. The C allocator is told to keep freed
+memory, since otherwise page faults, which fall on a contender by chance, outweigh the differences. --check fails when a
+method is above 1.02 of HF PEFT's (the run-to-run noise) or LoRA above 1.10 of the frozen layer on the square shape.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import platform
 import statistics
 import sys
@@ -20,6 +22,12 @@ from pathlib import Path
 import torch
 from baselines import CPU_SHAPES, contenders
 
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+NOISE = 1.02
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -72,7 +80,7 @@ def main() -> int:
     for row in rows(args.rounds):
         measured.append(row)
         print(*(row[k] for k in ("shape", "dtype", "step", "ms_p50", "ratio_p50", "vs_peft_p50")), sep="\t", flush=True)
-        if row["vs_peft_p50"] and row["vs_peft_p50"] > 1.0:
+        if row["vs_peft_p50"] and row["vs_peft_p50"] > NOISE:
             failures.append(f"{row['step']} is {row['vs_peft_p50']} of HF PEFT at {row['shape']} {row['dtype']}")
         if row["step"] == "lora ours" and row["shape"] == str(CPU_SHAPES[0]) and row["ratio_p50"] > 1.10:
             failures.append(f"lora is {row['ratio_p50']} of the frozen layer at {row['shape']} {row['dtype']}")
@@ -87,4 +95,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if not KEEP_MEMORY.items() <= os.environ.items():  # read by the C library at start-up only
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     sys.exit(main())

@@ -43,12 +43,13 @@ def _gated(U: Tensor, G: Tensor) -> Tensor:
     return U * G if G.dim() == 1 else torch.mm(U, G.t())
 
 
-def _dot_columns(u: Tensor, v: Tensor, like: Tensor) -> Tensor:
-    """Σ over rows of u ⊙ v; half precision is multiplied and summed in fp32, a cache-sized block of rows at a time."""
-    if u.element_size() > 2:
+def _dot_columns(u: Tensor, v: Tensor, like: Tensor, exact: bool = False) -> Tensor:
+    """Σ over rows of u ⊙ v. Half precision for an fp32 parameter, or if ``exact``, is multiplied and summed in fp32, a
+    cache-sized block of rows at a time; otherwise the product is rounded once before it is summed."""
+    if u.element_size() > 2 or (like.dtype == u.dtype and not exact):
         return (u * v).sum(0).to(like.dtype)
     total = torch.zeros(u.shape[1], dtype=torch.float32, device=u.device)
-    step = max(1, (1 << 17) // max(1, u.shape[1])) if u.is_cpu else max(1, u.shape[0])
+    step = max(1, (1 << 18) // max(1, u.shape[1])) if u.is_cpu else max(1, u.shape[0])
     for i in range(0, u.shape[0], step):
         total += (u[i : i + step].float() * v[i : i + step]).sum(0)
     return total.to(like.dtype)
@@ -114,18 +115,18 @@ class Eager:
         dy_shape, dt = dy.shape, dy.dtype
         if dy.dim() != 2:
             dy = _rows(dy)
+        if want_d_out:  # before dz, so that dz takes over its temporary's memory and stays in cache for the GEMM
+            dd_out = _dot_columns(dy, z, d_out, exact=d_in is not None)
         dz = dy if d_out is None else dy * d_out.to(dt)
-
         if want_bias:
             dbias = torch.sum(dz if scale_bias else dy, 0, dtype=bias.dtype)
-        if want_d_out:
-            dd_out = _dot_columns(dy, z, d_out)
         if want_c:
             dc = dz.view(dy_shape)
 
         into_x = want_x or want_d_in
-        if want_A or want_w or want_d_in:
+        if x is not None:
             x = _rows(x)
+        if want_A or want_w:
             xh = x if d_in is None else x * d_in.to(dt)
         if A is not None:
             mask, scale = None, 1.0
@@ -133,7 +134,7 @@ class Eager:
                 mask, scale = Mask(seed, (dy.shape[0], A.shape[1]), p), 1 / (1 - p)
             U = T if h == "identity" else ACTIVATIONS[h](T)
             if want_B:
-                dB = _mm(dz.t(), U if G is None else _gated(U, G), s)
+                dB = _mm((U if G is None else _gated(U, G)).t(), dz, s).t()  # (r, N) first: up to 7x faster on CPU
                 if B.dtype != dt:
                     dB = dB.to(B.dtype)
             if into_x or want_A or want_a or want_G:
@@ -165,7 +166,7 @@ class Eager:
                     update = update if mask is None else mask(update)
                     dx = update if dx is None else dx.add_(update)
             if want_d_in:
-                dd_in = _dot_columns(x, dx, d_in)
+                dd_in = _dot_columns(x, dx, d_in, exact=d_out is not None)
             if d_in is not None:
                 dx.mul_(d_in.to(dt))
             dx = dx.view(*dy_shape[:-1], dx.shape[1]) if want_x and len(dy_shape) != 2 else dx if want_x else None
