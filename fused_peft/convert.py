@@ -62,11 +62,12 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     config = replace(config)  # re-validates, and never edits the caller's object
     resolved = resolve(model, config)
     saved = modules_to_save(model, resolved)
-    new = {}
+    new, targets = {}, find_targets(model, resolved)
+    resolved = resolved.for_targets([_shape(module) for module in targets.values()])
     with _frozen_as_before(model):
-        for name, module in find_targets(model, resolved).items():
+        for name, module in targets.items():
             try:
-                new[name] = PeftLinear.from_linear(module, resolved.for_module(name), adapter_dtype)
+                new[name] = PeftLinear.around(module, resolved.for_module(name), adapter_dtype)
             except ValueError as e:
                 raise ValueError(f"{name}: {e}") from e
     if any(layer.fan_in_fan_out for layer in new.values()) and hasattr(resolved, "fan_in_fan_out"):
@@ -84,6 +85,12 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
         new,
         {name: copy.deepcopy(module) for name, module in originals.items()},
     )
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer or Conv1D."""
+    shape = tuple(module.weight.shape)
+    return shape if isinstance(module, nn.Linear) else shape[::-1]
 
 
 def _bias_trains(config: PeftConfig, owner: str, adapted: bool) -> bool:
@@ -143,6 +150,7 @@ def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     model.requires_grad_(False)
     for name, layer in planned.layers.items():
         _replace(model, model.get_submodule(name), layer)
+        layer.take_from_base()
         for parameter in layer.adapter_names:
             getattr(layer, parameter).requires_grad_(not planned.state.config.inference_mode)
     for name, module in planned.copies.items():
@@ -265,10 +273,11 @@ def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """Which backend computes one layer, and why: the refusals of those before it."""
+    """Which form and backend compute one layer, and why: the refusals of the backends before it."""
 
     name: str
     method: str
+    form: str
     backend: str
     why: str
 
@@ -277,29 +286,48 @@ class Explanation(list):
     """One LayerExplanation a layer; prints as a table."""
 
     def __str__(self) -> str:
-        rows = [("layer", "method", "backend", "why"), *((e.name, e.method, e.backend, e.why) for e in self)]
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
-        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[3]]) for row in rows)
+        rows = [("layer", "method", "form", "backend", "why")]
+        rows += [(e.name, e.method, e.form, e.backend, e.why) for e in self]
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows)
 
 
 def explain(model: nn.Module, tokens: int = 2048, dtype: torch.dtype | None = None) -> Explanation:
-    """Which backend would run each layer on ``tokens`` rows of ``dtype`` (default: the weight's), and why.
+    """Which form and backend would run each layer on ``tokens`` rows of ``dtype`` (default: the weight's), and why.
 
     ``print(fp.explain(model))`` shows a table. In strict mode, raises StrictError as the forward would.
     """
     out = Explanation()
     for name, layer in _found(model):
+        method = layer.method
         if layer.merged or not layer.enabled:
             state = "merged" if layer.merged and layer.enabled else "disabled"
-            out.append(LayerExplanation(name, layer.method.name, "torch", f"{state}: one plain linear layer"))
-            continue
-        with torch.no_grad():
-            f = layer.factors()
-        x = torch.empty(1, device="meta", dtype=dtype or layer.weight.dtype).expand(tokens, layer.in_features)
-        o = dispatch.Operands(
-            x, layer._matrix(layer.weight), None, layer.bias if f.bias is None else f.bias,
-            f.d_in, f.d_out, f.A, f.a, f.G, f.B, x if f.p and layer.training else None, f.s, f.p, f.h, f.scale_bias,
-        )  # fmt: skip
-        choice = dispatch.choose(replace(dispatch.Problem.of(o), **dispatch.place(layer.weight.device)))
-        out.append(LayerExplanation(name, layer.method.name, choice.backend.name, choice.why()))
+            out.append(LayerExplanation(name, method.name, "plain", "torch", f"{state}: one plain linear layer"))
+        elif layer.forms_weight(tokens):
+            why = "the weight is formed in each call, then one plain GEMM"
+            if method.cost:
+                factored, formed = (f / 1e9 for f in method.cost(layer, tokens))
+                why += f": {formed:.3g} GFLOP instead of {factored:.3g} factored"
+            out.append(LayerExplanation(name, method.name, "weight", "torch", why))
+        else:
+            choice = dispatch.choose(_problem(layer, tokens, dtype or layer.weight.dtype))
+            form = "output" if method.output else "factors"
+            out.append(LayerExplanation(name, method.name, form, choice.backend.name, choice.why()))
     return out
+
+
+def _problem(layer: PeftLinear, tokens: int, dtype: torch.dtype) -> dispatch.Problem:
+    """The call that a layer makes on ``tokens`` rows, without making it."""
+    with torch.no_grad():
+        f = (layer.method.output or layer.method.factors)(layer)
+    behind = layer.method.output is not None
+    width = layer.out_features if behind else layer.in_features
+    x = torch.empty(1, device="meta", dtype=dtype).expand(tokens, width)
+    w = None if behind or layer.method.replaces_weight else layer.matrix
+    bias = f.bias if f.bias is not None or behind else layer.bias
+    seed = x if f.p and layer.training else None
+    o = dispatch.Operands(
+        x, w, x if behind else None, bias, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed,
+        f.s, f.p, f.h, f.scale_bias, f.drop_base,
+    )  # fmt: skip
+    return replace(dispatch.Problem.of(o), **dispatch.place(layer.weight.device))

@@ -34,6 +34,7 @@ class Operands(NamedTuple):
     p: float = 0.0
     h: str = "identity"
     scale_bias: bool = False
+    drop_base: bool = False
 
 
 TENSORS = 11  # the leading fields of Operands that are tensors
@@ -64,24 +65,26 @@ class Problem:
     h: str = "identity"
     p: float = 0.0
     scale_bias: bool = False
+    drop_base: bool = False
 
     @classmethod
     def of(cls, o: Operands) -> Problem:
         x, factor = o.x, next((t for t in (o.A, o.d_in, o.d_out) if t is not None), None)
-        K = (x if o.w is None else o.w).shape[-1]
+        K = next(t for t in (o.w, o.A, x) if t is not None).shape[-1]
         return cls(
             **place(x.device),
             dtype=x.dtype,
             adapter_dtype=None if factor is None else factor.dtype,
             M=math.prod(x.shape[:-1]),
             K=K,
-            N=o.c.shape[-1] if o.w is None else o.w.shape[0],
+            N=next(t for t in (o.w, o.B) if t is not None).shape[0] if o.c is None else o.c.shape[-1],
             r=0 if o.A is None else o.A.shape[0],
             present=frozenset(n for n, v in zip(o._fields[:TENSORS], o[:TENSORS], strict=True) if v is not None),
             G="none" if o.G is None else ("vector", "matrix")[o.G.dim() - 1],
             h=o.h,
             p=o.p if o.seed is not None else 0.0,
             scale_bias=o.scale_bias,
+            drop_base=o.drop_base and o.seed is not None,
         )
 
 

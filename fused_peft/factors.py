@@ -4,6 +4,7 @@ x̂ = x ⊙ d_in
 S = h( drop(x̂) Aᵀ + a ) Gᵀ
 y = d_out ⊙ ( C + s · S Bᵀ ) + bias          C = x̂ Wᵀ, or a tensor c that is already there
 y = d_out ⊙ ( C + s · S Bᵀ + bias )          where scale_bias is set
+y = (x̂ − drop(x̂))Wᵀ + d_out ⊙ ( drop(x̂)Wᵀ + s · S Bᵀ ) + bias          where drop_base is set and dropout is on
 
 merged weight = d_out ⊙ (W + s · B G A) ⊙ d_in       whenever h and a are absent
 """
@@ -36,7 +37,8 @@ class Factors:
     Shapes, with K = in_features, N = out_features and r = rank: A (r, K), a (r,), G (r,) or (r, r), B (N, r),
     d_in (K,), d_out (N,), bias (N,). ``bias`` replaces the layer's own bias when it is given. ``s`` is the scaling,
     ``h`` one of identity, relu, gelu, silu, tanh, ``p`` the dropout probability on the input of A, and ``scale_bias``
-    says that d_out multiplies the bias too.
+    says that d_out multiplies the bias too. ``drop_base``: dropout acts on C as well, and what it takes away passes
+    unscaled (DoRA as Hugging Face PEFT computes it).
     Floating dtypes may differ from the weight's; the computation runs in the input's dtype.
     """
 
@@ -51,6 +53,7 @@ class Factors:
     h: str = "identity"
     p: float = 0.0
     scale_bias: bool = False
+    drop_base: bool = False
 
     @property
     def rank(self) -> int:
@@ -69,8 +72,8 @@ class Factors:
         if not isinstance(other, Factors):
             return NotImplemented
         for f in (self, other):
-            if not f.mergeable:
-                raise NotMergeableError("Factors with h or a are not linear in x and cannot be added")
+            if not f.mergeable or f.drop_base:
+                raise NotMergeableError("Factors with h, a or drop_base are not linear in x and cannot be added")
         shared = {}
         for name in ("d_in", "d_out", "bias"):
             left, right = getattr(self, name), getattr(other, name)
@@ -130,20 +133,30 @@ class Factors:
         ``keep`` is the boolean dropout mask, shaped like x; it is used when ``p`` > 0.
         """
         xh = x if self.d_in is None else x * self.d_in
-        out = xh @ weight.T if c is None else c
+        dropped = xh if keep is None or not self.p else xh * keep / (1 - self.p)
+        past = None
+        if c is not None:
+            out = c
+        elif weight is None:
+            out = x.new_zeros(())
+        elif self.drop_base and dropped is not xh:
+            out, past = dropped @ weight.T, (xh - dropped) @ weight.T
+        else:
+            out = xh @ weight.T
         if self.A is not None:
-            dropped = xh if keep is None or not self.p else xh * keep / (1 - self.p)
             S = dropped @ self.A.T
             S = ACTIVATIONS[self.h](S if self.a is None else S + self.a)
             if self.G is not None:
                 S = S * self.G if self.G.dim() == 1 else S @ self.G.T
             out = out + self.s * (S @ self.B.T)
         bias = bias if self.bias is None else self.bias
-        if self.d_out is None:
-            return out if bias is None else out + bias
-        if self.scale_bias and bias is not None:
-            return (out + bias) * self.d_out
-        return out * self.d_out if bias is None else out * self.d_out + bias
+        if bias is not None and (self.d_out is None or self.scale_bias):
+            out, bias = out + bias, None
+        if self.d_out is not None:
+            out = out * self.d_out
+        for extra in (bias, past):
+            out = out if extra is None else out + extra
+        return out
 
     def to(self, dtype: torch.dtype) -> Factors:
         """A copy with every tensor cast to ``dtype``."""

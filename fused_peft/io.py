@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -52,6 +52,9 @@ def _slots(layers: dict[str, PeftLinear], state: convert.AdapterState, find: Cal
             if param in layer.method.disk and len(shape) == 1:
                 shape = tuple(layer.method.disk_shape(shape, layer.config))
             slots[f"{_PREFIX}{name}.{layer.method.disk_key(param)}"] = (tensor, shape)
+        for buffer in layer.method.disk_buffers:
+            tensor = getattr(layer, buffer)
+            slots[f"{_PREFIX}{name}.{layer.method.disk_key(buffer)}"] = (tensor, tuple(tensor.shape))
     for name in state.biases:
         tensor, owner = find(name), name.rpartition(".")[0]
         key = f"{owner}.base_layer.bias" if owner in layers else name
@@ -61,6 +64,24 @@ def _slots(layers: dict[str, PeftLinear], state: convert.AdapterState, find: Cal
             tensor = find(f"{name}.{key}")
             slots[f"{_PREFIX}{name}.{key}"] = (tensor, tuple(tensor.shape))
     return slots
+
+
+def _take_shared(stored: dict[str, Tensor], layers: dict[str, PeftLinear]) -> list[tuple[Tensor, Tensor]]:
+    """Remove the tensors stored once for all layers; [(a layer's buffer, its corner of the stored tensor)]."""
+    pairs = []
+    for layer in layers.values():
+        for name in layer.method.disk_shared:
+            whole, own = stored.get(f"base_model.{name}"), getattr(layer, name)
+            if whole is not None:
+                if any(w < o for w, o in zip(whole.shape, own.shape, strict=True)):
+                    raise AdapterFormatError(
+                        f"base_model.{name} has shape {tuple(whole.shape)}, less than a layer needs"
+                    )
+                pairs.append((own, whole[: own.shape[0], : own.shape[1]]))
+    names = {f"base_model.{n}" for layer in layers.values() for n in layer.method.disk_shared}
+    for key in names & stored.keys():
+        del stored[key]
+    return pairs
 
 
 def _finder(model: nn.Module) -> Callable[[str], Tensor]:
@@ -87,13 +108,14 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
         raise FileExistsError(f"path={str(path)!r} is an existing file; give a folder")
     slots = _slots(dict(convert.layers(model)), state, _finder(model))
     tensors = {key: t.detach().reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
-    config = {k: v for k, v in asdict(state.config).items() if v is not None}
-    plain = type(state.config)()
+    config = {k: v for k, v in state.config.stored().items() if v is not None}
+    defaults = {f.name: f.default for f in fields(state.config)}
     foreign = {k: config.pop(k) for k in state.config.beyond_peft & config.keys()}
-    foreign = {k: v for k, v in foreign.items() if v != getattr(plain, k)}
+    foreign = {k: v for k, v in foreign.items() if v != defaults[k]}
     if foreign:
         warnings.warn(
-            f"Hugging Face PEFT ignores {foreign} of {plain.peft_type}; it will load another adapter", stacklevel=2
+            f"Hugging Face PEFT ignores {foreign} of {state.config.peft_type}; it will load another adapter",
+            stacklevel=2,
         )
         config |= foreign
     config = {"peft_type": state.config.peft_type, **config, "inference_mode": True}
@@ -122,7 +144,9 @@ def load_config(path: str | os.PathLike) -> PeftConfig:
         peft_type = stored.pop("peft_type")
     except (ValueError, KeyError, AttributeError) as e:
         raise AdapterFormatError(f"{file} is not an adapter config: {e}") from e
-    known = {m.config.peft_type: m.config for m in METHODS.values()}
+    known = {}
+    for m in METHODS.values():  # of the configs that share a peft_type, the one the others derive from
+        known[m.config.peft_type] = min(known.get(m.config.peft_type, m.config), m.config, key=lambda c: len(c.__mro__))
     if peft_type not in known:
         raise AdapterFormatError(f"{file}: peft_type={peft_type!r} is unknown; known: {', '.join(sorted(known))}")
     names = {f.name for f in fields(known[peft_type])}
@@ -188,15 +212,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool =
     stored = _read(path)
     if hasattr(model, convert._STATE):
         state, layers = convert.state_of(model), dict(convert.layers(model))
-        if type(state.config) is not type(config):
+        if state.config.method_name != config.method_name:
             raise AdapterFormatError(
-                f"{path / CONFIG_NAME} is for {config.peft_type}, but the model carries {state.config.peft_type}; "
+                f"{path / CONFIG_NAME} is for {config.method_name}, but the model carries {state.config.method_name}; "
                 "merge_and_unload first"
             )
         merged = [name for name, layer in layers.items() if layer.merged]
         if merged:
             raise RuntimeError(f"{merged[0]} is merged; call unmerge before load_adapter")
-        slots = _slots(layers, state, _finder(model))
+        slots, shared = _slots(layers, state, _finder(model)), _take_shared(stored, layers)
         _check(stored, slots, path)
         _warn_settings(state.config, config)
     else:
@@ -205,12 +229,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool =
         except (ValueError, TypeError) as e:
             raise AdapterFormatError(f"{path} does not fit model={type(model).__name__}: {e}") from e
         # the same names point at the same shapes before and after, so the check needs no change to the model
+        shared = _take_shared(stored, planned.layers)
         _check(stored, _slots(planned.layers, planned.state, _finder(model)), path)
         convert.carry_out(model, planned)
         slots = _slots(planned.layers, planned.state, _finder(model))
     with torch.no_grad():
         for key, (tensor, _) in slots.items():
             tensor.copy_(stored[key].reshape(tensor.shape))
+        for tensor, value in shared:
+            tensor.copy_(value)
     return model
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .factors import Factors
-from .methods import PeftConfig, method_of
+from .factors import Factors, NotMergeableError
+from .methods import Init, Method, PeftConfig, method_of
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -45,6 +45,16 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     return None
 
 
+class _With:
+    """A layer with some of its tensors replaced, for forming a weight from tensors that autograd follows."""
+
+    def __init__(self, layer: PeftLinear, tensors: dict[str, Tensor]):
+        self.__dict__.update(tensors, _layer=layer)
+
+    def __getattr__(self, name: str):
+        return getattr(self._layer, name)
+
+
 class PeftLinear(nn.Linear):
     """Drop-in linear layer: x (..., in_features) -> y (..., out_features), base weight frozen, adapter trainable.
 
@@ -77,6 +87,7 @@ class PeftLinear(nn.Linear):
         self.fan_in_fan_out = False
         self._base_class = nn.Linear
         self._attach(config, adapter_dtype)
+        self.take_from_base()
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> PeftLinear:
@@ -86,6 +97,13 @@ class PeftLinear(nn.Linear):
         attributes. A Conv1D's weight stays (in, out), under the same key. Raises TypeError or ValueError, with nothing
         changed, when the module or the config does not fit.
         """
+        layer = cls.around(linear, config, adapter_dtype)
+        layer.take_from_base()
+        return layer
+
+    @classmethod
+    def around(cls, linear: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> PeftLinear:
+        """As from_linear, but a method that trains on a residual has not taken its part out of the weight yet."""
         reason = why_not_adaptable(linear)
         if reason:
             raise TypeError(f"linear={type(linear).__name__}(...) cannot be adapted: {reason}")
@@ -104,16 +122,42 @@ class PeftLinear(nn.Linear):
         config = config.for_module("")
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
-        with torch.no_grad():
-            params = method.init(self._matrix(weight.detach()).to(adapter_dtype), self.bias, config)
+        start = self._start(method, config, adapter_dtype)
         self.method, self.config = method, config
         self.merged, self.enabled = False, True
         weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        for name, value in params.items():
+        for name, value in start.params.items():
             self.register_parameter(name, nn.Parameter(value.to(adapter_dtype)))
-        self.adapter_names = tuple(params)
+        for name, value in start.buffers.items():
+            self.register_buffer(name, value)
+        self.adapter_names, self.buffer_names = tuple(start.params), tuple(start.buffers)
+        self.awaits_weight = method.from_weight and weight.is_meta
+
+    @property
+    def matrix(self) -> Tensor:
+        """The frozen weight as (out_features, in_features), whatever its layout."""
+        return self._matrix(self.weight)
+
+    @torch.no_grad()
+    def take_from_base(self) -> None:
+        """Put the residual in place of the weight, for methods that train on one (PiSSA): W − s·B₀A₀."""
+        if self.method.taken is not None:
+            self.weight.data = self._base_plus(-1.0)
+
+    def _base_plus(self, sign: float) -> Tensor:
+        """The weight with the method's part added (sign 1) or taken out (-1), in the weight's dtype and layout."""
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        part = self.method.taken(self).to(wide).low_rank()
+        return self._matrix(torch.add(self.matrix.to(wide), part, alpha=sign).to(self.weight.dtype)).contiguous()
+
+    @torch.no_grad()
+    def _start(self, method: Method, config: PeftConfig, dtype: torch.dtype) -> Init:
+        """What the method starts this layer from; a new layer and a reset one share it."""
+        weight = self._matrix(self.weight.detach())
+        start = method.init(weight, self.bias, config, lambda *shape: weight.new_empty(shape, dtype=dtype))
+        return start if isinstance(start, Init) else Init(start)
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """The weight as (out, in); its own inverse."""
@@ -127,11 +171,14 @@ class PeftLinear(nn.Linear):
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
-        """Initialise the adapter anew, in place: the parameter objects stay the same."""
-        first = getattr(self, self.adapter_names[0])
-        weight = self._matrix(self.weight).to(first.dtype)
-        for name, value in self.method.init(weight, self.bias, self.config).items():
+        """Initialise the adapter anew from the base weight, in place: the parameter objects stay the same."""
+        if self.method.taken is not None and not self.awaits_weight:
+            self.weight.data = self._base_plus(1.0)
+        start = self._start(self.method, self.config, getattr(self, self.adapter_names[0]).dtype)
+        for name, value in (start.params | start.buffers).items():
             getattr(self, name).copy_(value)
+        self.take_from_base()
+        self.awaits_weight = self.method.from_weight and self.weight.is_meta
 
     def factors(self) -> Factors:
         """The adapter as ``Factors``, differentiable in the adapter's parameters."""
@@ -146,10 +193,41 @@ class PeftLinear(nn.Linear):
         if self.fan_in_fan_out:
             weight = weight.t()
         if self.enabled and not self.merged:
-            return ops.linear(x, weight, self.method.factors(self), bias, None, self.training)
-        if self.merged and not self.enabled:
+            method = self.method
+            if self.awaits_weight and not x.is_meta:
+                raise RuntimeError(
+                    f"{method.name} starts from the weight, and this layer was made on the meta device; call "
+                    "reset_adapter_parameters() once its weight is loaded"
+                )
+            if method.output is not None:
+                z = ops.plain_linear(x, weight, bias)
+                return ops.linear(z, None, method.output(self), None, z, self.training)
+            if self.forms_weight(x.numel() // max(1, x.shape[-1]) if method.cost else 0):
+                return ops.formed_linear(x, self.formed_weight, self.adapter_tensors(), bias)
+            if method.replaces_weight:
+                weight = None
+            return ops.linear(x, weight, method.factors(self), bias, None, self.training)
+        if self.enabled or self.method.taken is None:
+            if self.merged and not self.enabled:
+                weight, bias = self._matrix(self._base_weight), self._base_bias
+            return ops.plain_linear(x, weight, bias)
+        if self.merged:
             weight, bias = self._matrix(self._base_weight), self._base_bias
-        return ops.plain_linear(x, weight, bias)
+        return ops.linear(x, weight, self.method.taken(self), bias)
+
+    def forms_weight(self, rows: int) -> bool:
+        """Whether a call on that many rows forms its weight, by FLOPs where the method has both forms."""
+        if self.method.weight is None or self.method.factors is None:
+            return self.method.weight is not None
+        factored, formed = self.method.cost(self, rows)
+        return formed < factored
+
+    def adapter_tensors(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.adapter_names)
+
+    def formed_weight(self, *tensors: Tensor) -> Tensor:
+        """The method's weight (out, in) from these adapter tensors, in the order of ``adapter_names``."""
+        return self.method.weight(_With(self, dict(zip(self.adapter_names, tensors, strict=True))))
 
     @torch.no_grad()
     def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
@@ -157,13 +235,19 @@ class PeftLinear(nn.Linear):
 
         Raises NotMergeableError when the method has no equivalent weight.
         """
-        weight = self.weight
+        weight, bias, method = self.weight, self.bias, self.method
         wide = torch.promote_types(weight.dtype, torch.float32)
-        f = self.factors()
-        f = f.to(wide)
-        merged = f.merged(self._matrix(weight).to(wide)).to(weight.dtype)
-        bias = f.merged_bias(self.bias)
-        return self._matrix(merged).contiguous(), None if bias is None else bias.to(weight.dtype, copy=True)
+        if method.output is not None:
+            raise NotMergeableError(
+                f"{method.name} has a non-linearity behind the layer, so no weight equals it; keep the layer unmerged"
+            )
+        if method.weight is not None:
+            merged = self.formed_weight(*(t.to(wide) for t in self.adapter_tensors()))
+        else:
+            f = self.factors().to(wide)
+            merged, bias = f.merged(self.matrix.to(wide)), f.merged_bias(bias)
+        merged = self._matrix(merged.to(weight.dtype)).contiguous()
+        return merged, None if bias is None else bias.to(weight.dtype, copy=True)
 
     def merge(self, safe_merge: bool = False) -> None:
         """Fold the adapter into ``weight`` and ``bias`` and keep the base beside them, so that unmerge is exact.
@@ -210,17 +294,22 @@ class PeftLinear(nn.Linear):
             self.unmerge()
         if self.merged:
             self._forget_base()
+        elif self.method.taken is not None:
+            self.weight.data = self._base_plus(1.0)
         plain = self._base_class.__new__(self._base_class)
         plain.__dict__.update(self.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
             plain.__dict__[registry] = dict(self.__dict__[registry])
         own = ["method", "config", "merged", "enabled", "fan_in_fan_out", "_base_class", "adapter_names"]
+        own += ["buffer_names", "awaits_weight"]
         if self.fan_in_fan_out:
             own += ["in_features", "out_features"]
         for name in own:
             del plain.__dict__[name]
         for name in self.adapter_names:
             del plain._parameters[name]
+        for name in self.buffer_names:
+            del plain._buffers[name]
         return plain
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

@@ -8,7 +8,7 @@ calls take the same pair through a bare autograd.Function, which costs a third o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -61,6 +61,7 @@ def linear(
         p,
         f.h,
         f.scale_bias,
+        f.drop_base,
     )
     try:
         if _transforming():
@@ -91,6 +92,52 @@ def plain_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     except RuntimeError:
         _check(x, w)
         raise
+
+
+def formed_linear(x: Tensor, form: Callable[..., Tensor], tensors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """y = x W'ᵀ + bias with W' = form(*tensors) (N, K) made anew in forward and in backward: only x is kept.
+
+    x (..., K), bias (N,) or None; gradients in x, the tensors and bias, once differentiable.
+    """
+    if torch._C._is_any_autocast_enabled():
+        (x,) = _autocast(x)
+    if is_compiling() or _transforming() or not torch.is_grad_enabled():
+        w = form(*tensors).to(x.dtype)
+        return plain_linear(x, w, bias if bias is None else bias.to(x.dtype))
+    try:
+        return _Formed.apply(form, x, bias, *tensors)
+    except RuntimeError:
+        with torch.no_grad():
+            _check(x, form(*tensors).to(x.dtype))
+        raise
+
+
+class _Formed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, form, x, bias, *tensors):
+        ctx.form, ctx.bias_dtype = form, None if bias is None else bias.dtype
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None, *tensors)
+        ctx.set_materialize_grads(False)
+        return F.linear(x, form(*tensors).to(x.dtype), bias if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        want_x, want_bias, *wanted = ctx.needs_input_grad[1:]
+        if dy is None:
+            return (None,) * (3 + len(wanted))
+        x, *tensors = ctx.saved_tensors
+        leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, wanted, strict=True)]
+        with torch.enable_grad():
+            w = ctx.form(*leaves).to(dy.dtype)
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = torch.mm(rows, w.detach()).view(*dy.shape[:-1], w.shape[1]) if want_x else None
+        dbias = torch.sum(rows, 0, dtype=ctx.bias_dtype) if want_bias else None
+        grads = iter(())
+        if any(wanted):
+            dw = torch.mm(rows.t(), x.reshape(-1, x.shape[-1]))
+            grads = iter(torch.autograd.grad(w, [t for t, need in zip(leaves, wanted, strict=True) if need], dw))
+        return (None, dx, dbias, *(next(grads) if need else None for need in wanted))
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -127,15 +174,17 @@ def _reads(need: tuple[bool, ...], h: str) -> tuple[bool, bool]:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias):
+    def forward(ctx, backend, x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base):
         need = ctx.needs_input_grad[1 : TENSORS + 1]
-        y, T, z = backend.forward((x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias), need[5])
+        y, T, z = backend.forward(
+            (x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base), need[5]
+        )
         read_x, read_T = _reads(need, h)
         ctx.save_for_backward(
             x if read_x else None, w, None, bias.new_empty(0) if need[3] else None,
             d_in, d_out, A, a, G, B, seed, T if read_T else None, z,
         )  # fmt: skip
-        ctx.rest = (backend, need, (s, p, h, scale_bias))
+        ctx.rest = (backend, need, (s, p, h, scale_bias, drop_base))
         ctx.set_materialize_grads(False)
         return y
 
@@ -146,7 +195,7 @@ class _Linear(torch.autograd.Function):
             return (None,) * (len(Operands._fields) + 1)
         backend, need, scalars = ctx.rest
         *tensors, T, z = ctx.saved_tensors
-        return (None, *backend.backward(dy, (*tensors, *scalars), T, z, need), None, None, None, None)
+        return (None, *backend.backward(dy, (*tensors, *scalars), T, z, need), None, None, None, None, None)
 
 
 # Function.apply less its functorch handling, which ``linear`` has already ruled out: 2 µs a call
@@ -170,9 +219,10 @@ def _linear_op(
     p: float,
     h: str,
     scale_bias: bool,
+    drop_base: bool,
     keep_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias)
+    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base)
     y, T, z = backend_for(o).forward(o, keep_z)
     if z is not None and z.data_ptr() in (y.data_ptr(), 0 if c is None else c.data_ptr()):
         z = z.clone()
@@ -180,9 +230,9 @@ def _linear_op(
 
 
 @_linear_op.register_fake
-def _(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, keep_z):
+def _(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, keep_z):
     M = x.numel() // x.shape[-1]
-    N = c.shape[-1] if w is None else w.shape[0]
+    N = c.shape[-1] if c is not None else (B if w is None else w).shape[0]
     T = x.new_empty(0) if A is None else x.new_empty(M, A.shape[0])
     return x.new_empty(*x.shape[:-1], N), T, x.new_empty(M, N) if keep_z else x.new_empty(0)
 
@@ -207,17 +257,18 @@ def _linear_backward_op(
     p: float,
     h: str,
     scale_bias: bool,
+    drop_base: bool,
     need: Sequence[bool],
 ) -> list[Tensor]:
-    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias)
+    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base)
     # x and c need not be kept; dy stands in for what a Problem reads of them
-    backend = backend_for(o._replace(x=dy if x is None else x, c=dy if w is None else None))
+    backend = backend_for(o._replace(x=dy if x is None else x, c=dy))
     grads = backend.backward(dy, o, T, z, tuple(need))
     return [g.contiguous() for g in grads if g is not None]
 
 
 @_linear_backward_op.register_fake
-def _(dy, x, w, c, bias, d_in, d_out, A, a, G, B, seed, T, z, s, p, h, scale_bias, need):
+def _(dy, x, w, c, bias, d_in, d_out, A, a, G, B, seed, T, z, s, p, h, scale_bias, drop_base, need):
     dx_like = dy.new_empty(*dy.shape[:-1], (w if A is None else A).shape[1])
     dbias_like = None if bias is None else bias.new_empty(dy.shape[-1])
     like = (dx_like, w, dy, dbias_like, d_in, d_out, A, a, G, B, seed)
@@ -225,7 +276,7 @@ def _(dy, x, w, c, bias, d_in, d_out, A, a, G, B, seed, T, z, s, p, h, scale_bia
 
 
 def _setup_context(ctx, inputs, output):
-    x, w, _, bias, *tensors, s, p, h, scale_bias, keep_z = inputs
+    x, w, _, bias, *tensors, s, p, h, scale_bias, drop_base, keep_z = inputs
     _, T, z = output
     need = tuple(ctx.needs_input_grad[:TENSORS])
     read_x, read_T = _reads(need, h)
@@ -233,7 +284,7 @@ def _setup_context(ctx, inputs, output):
         x if read_x else None, w, None, bias.new_empty(0) if need[3] else None,
         *tensors, T if read_T else None, z if keep_z else None,
     )  # fmt: skip
-    ctx.rest = (need, (s, p, h, scale_bias))
+    ctx.rest = (need, (s, p, h, scale_bias, drop_base))
     ctx.set_materialize_grads(False)
 
 
@@ -254,3 +305,30 @@ def _backward(ctx, dy, dT, dz):
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def squared_residual(P: Tensor, own_diagonal: bool) -> Tensor:
+    """‖R‖² of R = P Pᵀ − target for each matrix of a stack P (L, r, n) -> (L,), differentiable once: ∂/∂P = 4 R P.
+
+    The target is I, or the product's own diagonal. Backward is one batched product with the R that forward made.
+    """
+    return _SquaredResidual.apply(P, own_diagonal)
+
+
+class _SquaredResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, P, own_diagonal):
+        R = torch.bmm(P, P.transpose(1, 2))
+        diagonal = torch.diagonal(R, dim1=1, dim2=2)
+        if own_diagonal:
+            diagonal.zero_()
+        else:
+            diagonal.sub_(1)
+        ctx.save_for_backward(P, R)
+        return R.square().sum((1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        P, R = ctx.saved_tensors
+        return torch.bmm(R * (4 * grad)[:, None, None], P), None

@@ -14,11 +14,17 @@ TOLERANCE = 1e-9
 
 def build(case: Case, shape: Shape, bias: bool = True, dtype=torch.float64, randomise: bool = True) -> PeftLinear:
     torch.manual_seed(0)
-    layer = PeftLinear(shape.K, shape.N, bias=bias, config=case.make(shape.r), dtype=dtype)
+    linear = torch.nn.Linear(shape.K, shape.N, bias=bias, dtype=dtype)
+    original = linear.weight.detach().clone()
+    layer = PeftLinear.from_linear(linear, case.make(shape.r))
+    layer.original = original  # before a method that trains on a residual took its part
     if randomise:
         with torch.no_grad():
             for name in layer.adapter_names:
                 getattr(layer, name).add_(torch.randn(getattr(layer, name).shape, dtype=dtype))
+            for name in ("dash_U", "dash_Vh"):
+                if hasattr(layer, name):  # as if the warm-up were over
+                    getattr(layer, name).normal_()
     return layer
 
 
@@ -44,13 +50,13 @@ def paper_results(case: Case, layer: PeftLinear, x, dy, seed: int = 7) -> dict:
     """The same from tests/paper.py and PyTorch's autograd."""
     leaf = x.detach().requires_grad_()
     p = {n: getattr(layer, n).detach().clone().requires_grad_() for n in layer.adapter_names}
-    constants = case.formula_constants(layer.config)
-    drop = getattr(layer.config, "lora_dropout", 0.0)
+    constants = case.constants(layer, layer.config)
+    drop = next((getattr(layer.config, n) for n in ("lora_dropout", "vera_dropout") if hasattr(layer.config, n)), 0.0)
     if drop and layer.training:
         torch.manual_seed(seed)
         constants["drop"] = keep_mask(new_seed(x.device), x.shape, drop).to(x.dtype) / (1 - drop)
     bias = None if layer.bias is None else layer.bias.detach()
-    y = FORMULAS[case.method](leaf, layer.weight.detach(), bias, p, constants)
+    y = FORMULAS[case.method](leaf, layer.original, bias, p, constants)
     return gradients(y, {"x": leaf, **p}, dy)
 
 

@@ -16,10 +16,12 @@ def test_info_names_versions_and_backends(capsys):
 
 
 def test_verify_prints_every_method_and_fails_when_a_figure_does(capsys, monkeypatch):
-    monkeypatch.setattr(verify, "configs", lambda real=verify.configs: {k: v for k, v in real().items() if "lora" in k})
+    monkeypatch.setattr(
+        verify, "configs", lambda real=verify.configs: {k: v for k, v in real().items() if k in ("lora", "ssb")}
+    )
     assert cli.main(["verify", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert out.count("dlora_B") == 2 * 3
+    assert out.count("dlora_B") == out.count("dd_out") == 3
     assert "all within their limits" in out
     monkeypatch.setattr(verify, "LIMITS", dict.fromkeys(verify.LIMITS, 1e-12))
     assert cli.main(["verify", "--device", "cpu"]) == 1

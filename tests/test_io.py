@@ -178,7 +178,7 @@ def test_an_adapted_model_is_unchanged_too(saved, name):
 
 def test_an_adapter_of_another_method_is_refused(saved):
     net = fp.get_peft_model(Net(), fp.SSBConfig(target_modules=["q"]))
-    with pytest.raises(fp.AdapterFormatError, match="is for LORA, but the model carries SSB"):
+    with pytest.raises(fp.AdapterFormatError, match="is for lora, but the model carries ssb"):
         fp.load_adapter(net, saved)
 
 

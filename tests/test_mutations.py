@@ -4,9 +4,10 @@ import pytest
 from cases import CASES, SMALL
 from oracle import build, disagreements, inputs
 
-from fused_peft import dispatch
+from fused_peft import dispatch, ops
 from fused_peft.backends.eager import Eager
 from fused_peft.dispatch import Operands
+from fused_peft.methods import METHODS
 
 FIELDS = Operands._fields
 
@@ -79,31 +80,37 @@ def no_dropout(o):
     return o._replace(seed=None)
 
 
+# the cases that a backend computes: those of methods with no weight formed in each call
+THROUGH_BACKEND = [c.name for c in CASES if METHODS[c.method].weight is None]
+
 # mutant -> the cases that must catch it
 MUTANTS = {
-    "double dA": (scale_gradient("A"), ["lora", "lora_dropout"]),
-    "double dB": (scale_gradient("B"), ["lora", "lora_dropout", "rslora"]),
+    "double dA": (scale_gradient("A"), ["lora", "lora+dropout"]),
+    "double dB": (scale_gradient("B"), ["lora", "lora+dropout", "rslora"]),
     "dB off by a millionth": (scale_gradient("B", 1 + 1e-6), ["lora"]),
     "double dx": (scale_gradient("x"), ["lora", "ia3", "ssl", "ssb", "bitfit"]),
-    "double dd_in": (scale_gradient("d_in"), ["ssl", "ssb", "ia3_feedforward"]),
+    "double dd_in": (scale_gradient("d_in"), ["ssl", "ssb", "ia3+feedforward"]),
     "double dd_out": (scale_gradient("d_out"), ["ssb", "ia3"]),
-    "double dbias": (scale_gradient("bias"), ["bitfit", "lora_bias"]),
-    "adapter dropped from dx": (NoAdapterInDx, ["lora", "lora_dropout", "rslora"]),
+    "double dbias": (scale_gradient("bias"), ["bitfit", "lora+bias"]),
+    "adapter dropped from dx": (NoAdapterInDx, ["lora", "lora+dropout", "rslora"]),
     "d_out dropped from dz": (NoTransposedScale, ["ssb", "ia3"]),
-    "row not written": (SwappedRows, [c.name for c in CASES]),
-    "scale wrong": (change_operands(lambda o: o._replace(s=2 * o.s)), ["lora", "rslora", "lora_bias"]),
+    "row not written": (SwappedRows, THROUGH_BACKEND),
+    "scale wrong": (change_operands(lambda o: o._replace(s=2 * o.s)), ["lora", "rslora", "lora+bias"]),
     "scale dropped": (change_operands(lambda o: o._replace(s=1.0)), ["lora", "rslora"]),
     "scale wrong in backward": (change_operands(lambda o: o._replace(s=2 * o.s), forward=False), ["lora"]),
-    "dropout ignored": (change_operands(no_dropout), ["lora_dropout"]),
-    "dropout ignored in backward": (change_operands(no_dropout, forward=False), ["lora_dropout"]),
-    "another mask in backward": (change_operands(other_seed, forward=False), ["lora_dropout"]),
+    "dropout ignored": (change_operands(no_dropout), ["lora+dropout"]),
+    "dropout ignored in backward": (change_operands(no_dropout, forward=False), ["lora+dropout"]),
+    "another mask in backward": (change_operands(other_seed, forward=False), ["lora+dropout"]),
     "dropout not rescaled": (
         change_operands(lambda o: o if o.seed is None else o._replace(s=o.s * (1 - o.p))),
-        ["lora_dropout"],
+        ["lora+dropout"],
     ),
     "d_in ignored": (change_operands(lambda o: o._replace(d_in=None), backward=False), ["ssl", "ssb"]),
     "d_out ignored": (change_operands(lambda o: o._replace(d_out=None), backward=False), ["ssb", "ia3"]),
-    "bias ignored": (change_operands(lambda o: o._replace(bias=None), backward=False), [c.name for c in CASES]),
+    "bias ignored": (
+        change_operands(lambda o: o._replace(bias=None), backward=False),
+        [n for n in THROUGH_BACKEND if n not in ("houlsby", "pfeiffer+gelu")],
+    ),
 }
 
 
@@ -119,6 +126,24 @@ def test_mutant_is_caught(name):
     dispatch.register(mutant(), ("cpu",))
     for case in cases:
         assert _verdict(case), f"{case.name} does not notice: {name}"
+
+
+FORMED = [c for c in CASES if METHODS[c.method].form == "weight"]
+
+
+@pytest.mark.parametrize("position", [1, 3], ids=["double dx", "double the first parameter's gradient"])
+def test_mutant_of_the_formed_weight_is_caught(position, monkeypatch):
+    right = ops._Formed.backward
+
+    def wrong(ctx, dy):
+        grads = list(right(ctx, dy))
+        grads[position] = grads[position] * 2
+        return tuple(grads)
+
+    monkeypatch.setattr(ops._Formed, "backward", staticmethod(wrong))
+    assert FORMED
+    for case in FORMED:
+        assert _verdict(case), case.name
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)

@@ -41,6 +41,12 @@ COMBINATIONS = [
         (("A", "B", "d_out", "bias"), None, "identity", 0.0, "c"),
         *((s, None, "gelu", 0.0, "c") for s in (("A", "B", "a"), ("A", "B", "a", "bias"), ("A", "B", "d_out"))),
         (("A", "B", "d_in", "d_out", "bias"), (R,), "identity", 0.2, "c"),
+        (("A", "B"), (R,), "identity", 0.2, "zero"),
+        (("A", "B", "d_out", "bias"), None, "gelu", 0.0, "zero"),
+        *(
+            (s, None, "identity", 0.3, "drop_base")
+            for s in (("A", "B"), ("A", "B", "d_out"), ("A", "B", "d_in", "d_out"))
+        ),
     ]
 ]
 
@@ -49,17 +55,17 @@ COMBINATIONS = [
 @pytest.mark.parametrize("scale_bias", [False, True])
 @pytest.mark.parametrize("route", ["eager", "op"])
 def test_every_combination_against_the_expression(present, G, h, p, c, scale_bias, route, poison, monkeypatch):
-    f, tensors = make(present, G, h=h, p=p, s=1.7, scale_bias=scale_bias)
+    f, tensors = make(present, G, h=h, p=p, s=1.7, scale_bias=scale_bias, drop_base=c == "drop_base")
     x, w, bias, dy = rand(2, M, K), rand(N, K), rand(N), torch.randn(2, M, N, dtype=torch.float64)
-    extra = {"c": rand(2, M, N)} if c else {"w": w}
+    extra = {"c": {"c": rand(2, M, N)}, "zero": {}}.get(c, {"w": w})
     leaves = [x, *extra.values(), *tensors.values(), *([] if "bias" in present else [bias])]
     if route == "op":
         monkeypatch.setattr(ops, "is_compiling", lambda: True)
     torch.manual_seed(5)
-    y = ops.linear(x, None if c else w, f, bias, extra.get("c"))
+    y = ops.linear(x, extra.get("w"), f, bias, extra.get("c"))
     torch.manual_seed(5)
     keep = keep_mask(new_seed(x.device), x.shape, p) if p else None
-    want = f.expression(x, w, bias, extra.get("c"), keep)
+    want = f.expression(x, extra.get("w"), bias, extra.get("c"), keep)
     for got, reference in zip(results(y, leaves, dy), results(want, leaves, dy), strict=True):
         torch.testing.assert_close(got, reference, rtol=1e-10, atol=1e-10)
 
@@ -297,7 +303,7 @@ def test_opcheck(present, G, h, with_c):
     w, c = (None, rand(2, M, N, dtype=torch.float32)) if with_c else (rand(N, K, dtype=torch.float32), None)
     names = ("bias", "d_in", "d_out", "A", "a", "G", "B")
     seed = new_seed(x.device)
-    args = (x, w, c, *(t.get(n) for n in names), seed, 1.5, 0.3, h, True, t.get("d_out") is not None)
+    args = (x, w, c, *(t.get(n) for n in names), seed, 1.5, 0.3, h, True, False, t.get("d_out") is not None)
     torch.library.opcheck(torch.ops.fused_peft.linear.default, args)
 
 

@@ -335,12 +335,12 @@ def snapshot(model):
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "lora_magnitude_vector"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"target_parameters": ["weight"]}, "target_parameters"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
         ({"some_setting_of_tomorrow": 3}, "some_setting_of_tomorrow"),
         ({"peft_type": "NO_SUCH_METHOD"}, "NO_SUCH_METHOD"),
         ({"peft_type": None}, "peft_type"),

@@ -9,13 +9,22 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
 from ..factors import Factors
 
 METHODS: dict[str, Method] = {}
+# makes an uninitialised tensor of a shape, in the adapter's dtype on the weight's device
+New = Callable[..., Tensor]
+
+
+class Init(NamedTuple):
+    """What a layer starts from: trainable tensors, and frozen tensors kept in its state."""
+
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor] = {}
 
 
 def option(default: Any = None, **kwargs):
@@ -98,6 +107,19 @@ class PeftConfig:
         """The config with a model's own values filled in."""
         return replace(self, **found)
 
+    @property
+    def method_name(self) -> str:
+        """The method that this config's values select."""
+        return next(m.name for m in METHODS.values() if m.config is type(self))
+
+    def stored(self) -> dict[str, Any]:
+        """The fields as they go into adapter_config.json."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def for_targets(self, shapes: list[tuple[int, int]]) -> PeftConfig:
+        """The config once the (out, in) of every adapted layer is known."""
+        return self
+
     def for_module(self, name: str) -> PeftConfig:
         """The config of one layer, with every per-name pattern resolved."""
         return self
@@ -105,12 +127,12 @@ class PeftConfig:
     def describe(self) -> str:
         """The hyper-parameters shown in a layer's repr."""
         common = {f.name for f in fields(PeftConfig)} | {"fan_in_fan_out"}
-        defaults = type(self)()
-        shown = [f.name for f in fields(self) if f.name not in common]
+        shown = [f for f in fields(self) if f.name not in common]
+        always = ("r", "lora_alpha", "kind")
         return ", ".join(
-            f"{n}={getattr(self, n)!r}"
-            for n in shown
-            if n in ("r", "lora_alpha") or getattr(self, n) != getattr(defaults, n)
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in shown
+            if f.name in always or (getattr(self, f.name) != f.default and getattr(self, f.name) != {})
         )
 
 
@@ -118,9 +140,23 @@ class PeftConfig:
 class Method:
     """One row of the method table.
 
-    init(W, bias, config) -> {name: tensor}: every trainable tensor of a layer, made once; W is (out, in), bias (out,)
-        or None; tensors come in any dtype, on W's device. Raises ValueError when the shapes cannot carry the config.
-    factors(layer) -> Factors: reads the layer's parameters by attribute and ``layer.config``, ``layer.bias``.
+    example(r) -> config: a valid config of about rank r, for tables and checks.
+    init(W, bias, config, new) -> {name: tensor} or Init: every trainable tensor of a layer, made once; W is (out, in)
+        in its own dtype, bias (out,) or None, ``new(*shape)`` an uninitialised tensor in the adapter's dtype on W's
+        device. Raises ValueError when the shapes cannot carry the config.
+    A method computes in one of three forms, each reading the layer's parameters, buffers, config, weight and bias:
+    factors(layer) -> Factors: the expression around the frozen weight.
+    weight(layer) -> Tensor (out, in): a weight formed in each forward, for methods without a useful factored form.
+    output(layer) -> Factors: the expression on the layer's own output z, y = z + s·h(zAᵀ + a)Bᵀ + bias.
+    With both factors and weight, each call takes the form of fewer FLOPs.
+    taken(layer) -> Factors: where the method trains on a residual, what was taken out of the base weight: W − taken is
+        put in its place when the layer is adopted, and W + taken is the base again when the adapter is off.
+    on_step([(name, layer)], step): called by ``fused_peft.on_step`` after each optimizer step.
+    cost(layer, rows) -> (FLOPs with factors, FLOPs with weight), where both are declared.
+    from_weight: init reads W's values, so a layer made on the meta device must be reset once its weight is there.
+    replaces_weight: the factors stand in place of xWᵀ instead of beside it.
+    disk_buffers: buffers that belong into a checkpoint, since they cannot be made again exactly.
+    disk_shared: buffers that PEFT stores once for the whole model, whole; each layer reads its corner of them.
     disk: parameter name -> key suffix in a checkpoint, where Hugging Face PEFT has the method.
     disk_shape(shape, config): the shape a one-dimensional parameter has on disk, where PEFT's differs.
     """
@@ -128,15 +164,34 @@ class Method:
     name: str
     group: str
     config: type[PeftConfig]
-    init: Callable[[Tensor, Tensor | None, PeftConfig], dict[str, Tensor]]
-    factors: Callable[[Any], Factors]
+    example: Callable[[int], PeftConfig]
+    init: Callable[[Tensor, Tensor | None, PeftConfig, New], dict[str, Tensor] | Init]
+    factors: Callable[[Any], Factors] | None = None
+    weight: Callable[[Any], Tensor] | None = None
+    output: Callable[[Any], Factors] | None = None
+    taken: Callable[[Any], Factors] | None = None
+    on_step: Callable[[list[tuple[str, Any]], int], None] | None = None
+    cost: Callable[[Any, int], tuple[float, float]] | None = None
+    from_weight: bool = False
+    replaces_weight: bool = False
+    disk_buffers: tuple[str, ...] = ()
+    disk_shared: tuple[str, ...] = ()
     disk: dict[str, str] = field(default_factory=dict)
     disk_shape: Callable[[tuple[int, ...], PeftConfig], tuple[int, ...]] = lambda shape, config: shape
     # True when the biases of layers without a weight matrix (LayerNorm) belong to the method
     trains_other_biases: bool = False
 
     def __post_init__(self):
+        if (self.output is None) == (self.factors is None and self.weight is None):
+            raise TypeError(f"method {self.name!r} must declare factors, weight or both, or else output")
+        if (self.cost is None) != (self.factors is None or self.weight is None):
+            raise TypeError(f"method {self.name!r} must declare a cost where it has two forms, and only there")
         METHODS[self.name] = self
+
+    @property
+    def form(self) -> str:
+        declared = [name for name in ("factors", "weight", "output") if getattr(self, name)]
+        return " or ".join(declared)
 
     def __reduce__(self):
         return method, (self.name,)
@@ -155,9 +210,8 @@ def method(name: str) -> Method:
 
 def method_of(config: PeftConfig) -> Method:
     """The method a config belongs to; TypeError when it is not one of this library's configs."""
-    for m in METHODS.values():
-        if type(config) is m.config:
-            return m
+    if isinstance(config, PeftConfig) and any(type(config) is m.config for m in METHODS.values()):
+        return METHODS[config.method_name]
     raise TypeError(
         f"config is a {type(config).__module__}.{type(config).__qualname__}, but must be one of fused_peft's: "
         + ", ".join(sorted(m.config.__name__ for m in METHODS.values()))

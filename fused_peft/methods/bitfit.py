@@ -24,7 +24,10 @@ BITFIT = Method(
     name="bitfit",
     group="reconstruct",
     config=BitFitConfig,
-    init=lambda W, bias, config: {"bitfit_bias": W.new_zeros(W.shape[0]) if bias is None else bias.detach().clone()},
+    example=lambda r: BitFitConfig(),
+    init=lambda W, bias, config, new: {
+        "bitfit_bias": new(W.shape[0]).zero_() if bias is None else bias.detach().clone()
+    },
     factors=lambda layer: Factors(bias=layer.bitfit_bias),
     trains_other_biases=True,
 )

@@ -68,3 +68,42 @@ IA3_FEEDFORWARD = _table(
     """
 )
 IA3_FEEDFORWARD["mt5"] = []
+
+ADALORA_TARGETS = _table(
+    """
+    q k v o wi wo : t5
+    q k v o wi_0 wi_1 wo : mt5
+    q_proj k_proj v_proj out_proj fc1 fc2 : bart opt
+    c_attn : gpt2 gpt_bigcode
+    query_key_value : bloom gpt_neox
+    q_proj v_proj : gptj gpt_neo llama llama4 gemma gemma2 gemma3_text qwen2 qwen3
+    query value : bert
+    query key value dense : roberta
+    query_proj key_proj value_proj dense : deberta-v2
+    in_proj : deberta
+    q_proj k_proj v_proj o_proj : nemotron_h
+    """
+)
+ADALORA_TARGETS["gemma4"] = LORA_TARGETS["gemma4"]
+
+# The last linear layer of a sublayer, after which a bottleneck adapter sits: of both sublayers, and of the feed-forward
+# one alone. (PEFT has no such method.) "output.dense" ends "attention.output.dense" too, hence the expressions.
+_BERTS = ("bert", "roberta", "xlm-roberta", "electra", "layoutlm", "deberta", "deberta-v2")
+BOTH_OUTPUTS = dict.fromkeys(_BERTS, r".*\.layer\.\d+\.(attention\.)?output\.dense") | _table(
+    """
+    o_proj down_proj : llama llama4 mistral gemma gemma2 gemma3_text qwen2 qwen3
+    attn.c_proj mlp.c_proj : gpt2 gpt_bigcode
+    out_proj fc2 : bart opt
+    out_proj fc_out : gptj
+    SelfAttention.o wo : t5 mt5
+    """
+)
+FFN_OUTPUTS = dict.fromkeys(_BERTS, r".*\.layer\.\d+\.output\.dense") | _table(
+    """
+    down_proj : llama llama4 mistral gemma gemma2 gemma3_text qwen2 qwen3
+    mlp.c_proj : gpt2 gpt_bigcode
+    fc2 : bart opt
+    fc_out : gptj
+    wo : t5 mt5
+    """
+)

@@ -63,8 +63,8 @@ class IA3Config(PeftConfig):
         return replace(self, target_modules=None, feedforward_modules=".*" if found else None)
 
 
-def init(W, bias, config):
-    l = W.new_ones(W.shape[1] if config.feedforward_modules else W.shape[0])
+def init(W, bias, config, new):
+    l = new(W.shape[1] if config.feedforward_modules else W.shape[0]).fill_(1)
     return {"ia3_l": l if config.init_ia3_weights else l.normal_()}
 
 
@@ -78,6 +78,7 @@ IA3 = Method(
     name="ia3",
     group="reconstruct",
     config=IA3Config,
+    example=lambda r: IA3Config(),
     init=init,
     factors=factors,
     disk={"ia3_l": "ia3_l"},

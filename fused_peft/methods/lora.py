@@ -1,101 +1,141 @@
-"""LoRA: W' = W + s·B A, s = alpha / r, or alpha / √r with use_rslora.
+"""LoRA: W' = W + s·B A, s = alpha / r, or alpha / √r with use_rslora; and the starts that take from W what A, B add.
 
-Hu et al., arXiv 2106.09685; rsLoRA, arXiv 2312.03732; extension group of arXiv 2407.05417.
+Hu et al., arXiv 2106.09685; rsLoRA, arXiv 2312.03732; PiSSA (top r singular triplets), arXiv 2404.02948; MiLoRA (bottom
+r), arXiv 2406.09044; OLoRA (QR), arXiv 2406.01775. Extension and reconstruction groups of arXiv 2407.05417. For the
+last three W' = (W − s·B₀A₀) + s·B A: the layer keeps the residual as its weight, and A₀, B₀ to see the base again.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+import re
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from ..factors import Factors
-from .base import Method, PeftConfig, matching_pattern, option, positive, positive_int, probability
-from .defaults import LORA_TARGETS
+from .base import Init, Method
+from .low_rank import LowRankConfig, kaiming_a_zero_b, rank_fits
+from .svd import decomposed
+
+_FROM_W = ("pissa", "milora", "olora")
 
 
 @dataclass(kw_only=True)
-class LoraConfig(PeftConfig):
-    """r: rank. lora_alpha: s = lora_alpha / r. lora_dropout: probability on the input of A. lora_bias: a trained bias
-    on B. rank_pattern, alpha_pattern: {name or regular expression: value} for layers that differ. init_lora_weights:
-    True (A kaiming_uniform(√5), B 0), "gaussian" (A N(0, 1/r²), B 0) or False (both random, not the identity: for
-    tests).
+class LoraConfig(LowRankConfig):
+    """lora_bias: a trained bias on B. use_dora: weight-decomposed (DoRA). init_lora_weights: True (A
+    kaiming_uniform(√5), B 0), "gaussian" (A N(0, 1/r²), B 0), "pissa", "pissa_niter_<n>" (randomised SVD), "milora",
+    "olora", or False (both random, not the identity: for tests).
     """
 
     peft_type: ClassVar[str] = "LORA"
-    target_defaults: ClassVar[dict[str, Any]] = {"target_modules": LORA_TARGETS}
 
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
     lora_bias: bool = False
+    use_dora: bool = False
     init_lora_weights: bool | str = True
-    rank_pattern: dict[str, int] = option({})
-    alpha_pattern: dict[str, float] = option({})
-    fan_in_fan_out: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        positive_int("r", self.r)
-        positive("lora_alpha", self.lora_alpha)
-        probability("lora_dropout", self.lora_dropout)
-        for name, check in (("rank_pattern", positive_int), ("alpha_pattern", positive)):
-            for pattern, value in getattr(self, name).items():
-                self._compiles(name, pattern)
-                check(f"{name}[{pattern!r}]", value)
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ValueError(f"init_lora_weights={self.init_lora_weights!r} must be True, False or 'gaussian'")
+        how = self.init_lora_weights
+        if how not in (True, False, "gaussian", *_FROM_W) and not re.fullmatch(r"pissa_niter_\d+", str(how)):
+            raise ValueError(
+                f"init_lora_weights={how!r} must be True, False, 'gaussian', 'pissa', 'pissa_niter_<n>', 'milora' or "
+                "'olora'"
+            )
+        if self.use_dora and (self.lora_bias or self.nonlinearity != "identity" or how in _FROM_W):
+            raise ValueError("use_dora=True excludes lora_bias, nonlinearity and initialisations that change the base")
 
     @property
-    def scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    def for_module(self, name: str) -> LoraConfig:
-        return replace(
-            self,
-            r=matching_pattern(self.rank_pattern, name, self.r),
-            lora_alpha=matching_pattern(self.alpha_pattern, name, self.lora_alpha),
-            rank_pattern={},
-            alpha_pattern={},
-        )
+    def method_name(self) -> str:
+        how = str(self.init_lora_weights).partition("_")[0]
+        return "dora" if self.use_dora else how if how in _FROM_W else "lora"
 
 
-def init(W, bias, config):
-    out_features, in_features = W.shape
-    if config.r > min(W.shape):
-        raise ValueError(
-            f"r={config.r} must not exceed min(in_features, out_features)={min(W.shape)} of a layer with "
-            f"in_features={in_features}, out_features={out_features}; lower r, or set it in rank_pattern"
-        )
-    A, B = W.new_empty(config.r, in_features), W.new_zeros(out_features, config.r)
+@dataclass(kw_only=True)
+class PissaConfig(LoraConfig):
+    """LoRA started from the r largest singular triplets of W."""
+
+    init_lora_weights: bool | str = "pissa"
+
+
+@dataclass(kw_only=True)
+class MiloraConfig(LoraConfig):
+    """LoRA started from the r smallest singular triplets of W."""
+
+    init_lora_weights: bool | str = "milora"
+
+
+@dataclass(kw_only=True)
+class OloraConfig(LoraConfig):
+    """LoRA started from the first r columns of W = QR."""
+
+    init_lora_weights: bool | str = "olora"
+
+
+def init(W, bias, config, new):
+    params = kaiming_a_zero_b(W, config.r, new)
     if config.init_lora_weights == "gaussian":
-        nn.init.normal_(A, std=1 / config.r)
-    else:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        params["lora_A"].normal_(std=1 / config.r)
     if config.init_lora_weights is False:
-        nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-    params = {"lora_A": A, "lora_B": B}
+        nn.init.kaiming_uniform_(params["lora_B"], a=5**0.5)
     if config.lora_bias:
-        params["lora_B_bias"] = W.new_zeros(out_features)
+        params["lora_B_bias"] = new(W.shape[0]).zero_()
     return params
+
+
+def init_from_weight(W, bias, config, new):
+    rank_fits(config.r, W)
+    how, r, s = config.init_lora_weights, config.r, config.scaling
+    if how == "olora":
+        Q, R = torch.linalg.qr(W.to(torch.promote_types(W.dtype, torch.float32))) if not W.is_meta else (None, None)
+        A, B = (R[:r], Q[:, :r]) if not W.is_meta else (new(r, W.shape[1]), new(W.shape[0], r))
+    else:
+        niter = int(how.rpartition("_")[2]) if how.startswith("pissa_niter") else None
+        U, S, Vh = decomposed(W, new, rank=r if niter is not None else None, niter=niter)
+        part = slice(-r, None) if how == "milora" else slice(r)
+        root = (S[part] / s).sqrt()
+        A, B = root[:, None] * Vh[part], U[:, part] * root
+    params = {"lora_A": A.contiguous(), "lora_B": B.contiguous()}
+    if config.lora_bias:
+        params["lora_B_bias"] = new(W.shape[0]).zero_()
+    taken = {f"taken_{n}": params[f"lora_{n}"].to(W.dtype, copy=True) for n in "AB"}
+    return Init(params, taken)
 
 
 def factors(layer):
     config, s, bias = layer.config, layer.config.scaling, None
     if config.lora_bias:
         bias = s * layer.lora_B_bias if layer.bias is None else torch.add(layer.bias, layer.lora_B_bias, alpha=s)
-    return Factors(A=layer.lora_A, B=layer.lora_B, bias=bias, s=s, p=config.lora_dropout)
+    return Factors(A=layer.lora_A, B=layer.lora_B, bias=bias, s=s, h=config.nonlinearity, p=config.lora_dropout)
 
+
+def taken(layer):
+    return Factors(A=layer.taken_A, B=layer.taken_B, s=layer.config.scaling)
+
+
+DISK = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"}
 
 LORA = Method(
     name="lora",
     group="extend",
     config=LoraConfig,
+    example=lambda r: LoraConfig(r=r, lora_alpha=2 * r),
     init=init,
     factors=factors,
-    disk={"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"},
+    disk=DISK,
+)
+PISSA, MILORA, OLORA = (
+    Method(
+        name=name,
+        group="extend",
+        config=config,
+        example=lambda r, config=config: config(r=r, lora_alpha=2 * r),
+        init=init_from_weight,
+        factors=factors,
+        taken=taken,
+        from_weight=True,
+        disk=DISK,
+    )
+    for name, config in (("pissa", PissaConfig), ("milora", MiloraConfig), ("olora", OloraConfig))
 )

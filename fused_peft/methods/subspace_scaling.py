@@ -33,7 +33,8 @@ SSL = Method(
     name="ssl",
     group="reconstruct",
     config=SSLConfig,
-    init=lambda W, bias, config: {"d_in": W.new_ones(W.shape[1])},
+    example=lambda r: SSLConfig(),
+    init=lambda W, bias, config, new: {"d_in": new(W.shape[1]).fill_(1)},
     factors=lambda layer: Factors(d_in=layer.d_in),
 )
 
@@ -41,6 +42,7 @@ SSB = Method(
     name="ssb",
     group="reconstruct",
     config=SSBConfig,
-    init=lambda W, bias, config: {"d_in": W.new_ones(W.shape[1]), "d_out": W.new_ones(W.shape[0])},
+    example=lambda r: SSBConfig(),
+    init=lambda W, bias, config, new: {"d_in": new(W.shape[1]).fill_(1), "d_out": new(W.shape[0]).fill_(1)},
     factors=lambda layer: Factors(d_in=layer.d_in, d_out=layer.d_out),
 )

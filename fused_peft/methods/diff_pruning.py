@@ -1,0 +1,83 @@
+"""Diff pruning with a fixed mask: W' = W + mask ⊙ values, mask and values stored sparse.
+
+Guo et al., arXiv 2012.07463, with the mask chosen once; reconstruction group of arXiv 2407.05417.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Init, Method, PeftConfig
+from .defaults import LORA_TARGETS
+
+
+@dataclass(kw_only=True)
+class DiffPruningConfig(PeftConfig):
+    """density: the share of entries that train, those of largest magnitude in W. mask: {module name: boolean tensor
+    (out, in)} instead, or one tensor for a single layer; in a stored config, {module name: number of entries}.
+    """
+
+    peft_type: ClassVar[str] = "DIFF_PRUNING"
+    target_defaults: ClassVar[dict[str, Any]] = {"target_modules": LORA_TARGETS}
+
+    density: float = 0.005
+    mask: dict[str, Tensor | int] | Tensor | int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
+            raise ValueError(f"density={self.density!r} must lie in (0, 1]")
+
+    def for_module(self, name: str) -> DiffPruningConfig:
+        if not isinstance(self.mask, dict):
+            return self
+        if name not in self.mask:
+            raise ValueError(f"mask has no entry for {name!r}, only for {', '.join(sorted(self.mask))}")
+        return replace(self, mask=self.mask[name])
+
+    def stored(self) -> dict:
+        fields = super().stored()
+        if isinstance(self.mask, dict):
+            fields["mask"] = {n: int(m.sum()) if isinstance(m, Tensor) else m for n, m in self.mask.items()}
+        return fields
+
+    def describe(self) -> str:
+        return f"density={self.density!r}" if self.mask is None else "mask given"
+
+
+def init(W, bias, config, new):
+    mask, count = config.mask, max(1, round(config.density * W.numel()))
+    if isinstance(mask, Tensor):
+        if mask.shape != W.shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}, but must be boolean and of the weight's "
+                f"shape (out, in) = {tuple(W.shape)}"
+            )
+        index = mask.to(W.device).flatten().nonzero().flatten()
+    elif W.is_meta:
+        index = torch.empty(mask or count, dtype=torch.int64, device="meta")
+    else:
+        index = W.abs().flatten().topk(mask or count).indices.sort().values
+    return Init({"values": new(len(index)).zero_()}, {"index": index})
+
+
+def weight(layer):
+    W, values = layer.matrix, layer.values
+    W = W.to(torch.promote_types(W.dtype, values.dtype))
+    return W.reshape(-1).index_add(0, layer.index, values.to(W.dtype)).view(W.shape)
+
+
+DIFF_PRUNING = Method(
+    name="diff_pruning",
+    group="reconstruct",
+    config=DiffPruningConfig,
+    example=lambda r: DiffPruningConfig(),
+    init=init,
+    weight=weight,
+    from_weight=True,
+    disk_buffers=("index",),
+)

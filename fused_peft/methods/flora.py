@@ -1,0 +1,61 @@
+"""FLoRA and MoSLoRA: W' = W + s·B M A with M (r, r); they differ in what starts at zero.
+
+FLoRA, arXiv 2405.14739: M 0. MoSLoRA, arXiv 2406.11909: B 0. Extension group of arXiv 2407.05417.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..factors import Factors
+from .base import Method
+from .low_rank import LowRankConfig, normal_a_b
+
+
+@dataclass(kw_only=True)
+class FloraConfig(LowRankConfig):
+    """As LoRA's, with a trained mixer lora_M (r, r)."""
+
+    peft_type: ClassVar[str] = "FLORA"
+
+
+@dataclass(kw_only=True)
+class MosLoraConfig(LowRankConfig):
+    """As LoRA's, with a trained mixer lora_M (r, r)."""
+
+    peft_type: ClassVar[str] = "MOSLORA"
+
+
+def _init(zero):
+    def init(W, bias, config, new):
+        params = {**normal_a_b(W, config.r, new), "lora_M": new(config.r, config.r).normal_(std=0.02)}
+        params[zero].zero_()
+        return params
+
+    return init
+
+
+def factors(layer):
+    config = layer.config
+    return Factors(
+        A=layer.lora_A,
+        B=layer.lora_B,
+        G=layer.lora_M,
+        s=config.scaling,
+        h=config.nonlinearity,
+        p=config.lora_dropout,
+    )
+
+
+FLORA, MOSLORA = (
+    Method(
+        name=name,
+        group="extend",
+        config=config,
+        example=lambda r, config=config: config(r=r, lora_alpha=2 * r),
+        init=_init(zero),
+        factors=factors,
+    )
+    for name, config, zero in (("flora", FloraConfig, "lora_M"), ("moslora", MosLoraConfig, "lora_B"))
+)

@@ -1,0 +1,37 @@
+"""KaSA's diagonal: W' = W + s·B diag(E) A with E started at N(0, 1) and B at 0.
+
+Wang et al., arXiv 2412.06071, without its truncation of W's smallest singular values, so it starts as the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..factors import Factors
+from .base import Method
+from .low_rank import LowRankConfig, kaiming_a_zero_b
+
+
+@dataclass(kw_only=True)
+class KasaConfig(LowRankConfig):
+    """As LoRA's."""
+
+    peft_type: ClassVar[str] = "KASA"
+
+
+KASA = Method(
+    name="kasa",
+    group="extend",
+    config=KasaConfig,
+    example=lambda r: KasaConfig(r=r, lora_alpha=2 * r),
+    init=lambda W, bias, config, new: {**kaiming_a_zero_b(W, config.r, new), "lora_diag": new(config.r).normal_()},
+    factors=lambda layer: Factors(
+        A=layer.lora_A,
+        B=layer.lora_B,
+        G=layer.lora_diag,
+        s=layer.config.scaling,
+        h=layer.config.nonlinearity,
+        p=layer.config.lora_dropout,
+    ),
+)

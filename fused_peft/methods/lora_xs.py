@@ -1,0 +1,47 @@
+"""LoRA-XS: W' = W + s·B R A with A = Vᵀ_r and B = U_r Σ_r frozen, only R (r, r) trains, started at 0.
+
+Bałazy et al., arXiv 2405.17604.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..factors import Factors
+from .base import Init, Method
+from .low_rank import LowRankConfig, rank_fits
+from .svd import decomposed
+
+
+@dataclass(kw_only=True)
+class LoraXsConfig(LowRankConfig):
+    """As LoRA's."""
+
+    peft_type: ClassVar[str] = "LORA_XS"
+
+
+def init(W, bias, config, new):
+    r = config.r
+    rank_fits(r, W)
+    U, S, Vh = decomposed(W, new)
+    return Init({"lora_R": new(r, r).zero_()}, {"frozen_A": Vh[:r].contiguous(), "frozen_B": U[:, :r] * S[:r]})
+
+
+LORA_XS = Method(
+    name="lora_xs",
+    group="combine",
+    config=LoraXsConfig,
+    example=lambda r: LoraXsConfig(r=r, lora_alpha=2 * r),
+    init=init,
+    factors=lambda layer: Factors(
+        A=layer.frozen_A,
+        B=layer.frozen_B,
+        G=layer.lora_R,
+        s=layer.config.scaling,
+        h=layer.config.nonlinearity,
+        p=layer.config.lora_dropout,
+    ),
+    from_weight=True,
+    disk_buffers=("frozen_A", "frozen_B"),
+)

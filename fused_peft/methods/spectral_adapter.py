@@ -1,0 +1,56 @@
+"""Spectral adapter: W' = (U + [A 0]) Σ (V + [Bᵀ 0])ᵀ = W + s·(AΣᵣB + UᵣΣᵣB + AΣᵣVᵣᵀ), on the r largest triplets.
+
+Zhang and Pilanci, arXiv 2405.13952; combination group of arXiv 2407.05417. lora_A is (out, r) and lora_B (r, in)
+here, as in the paper. Computed as (A + Uᵣ)ΣᵣB + AΣᵣVᵣᵀ: one product of rank 2r.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from ..factors import Factors
+from .base import Init, Method
+from .low_rank import LowRankConfig, rank_fits
+from .svd import decomposed
+
+
+@dataclass(kw_only=True)
+class SpectralAdapterConfig(LowRankConfig):
+    """lora_alpha=None means s = 1."""
+
+    peft_type: ClassVar[str] = "SPECTRAL_ADAPTER"
+
+    lora_alpha: float | None = None
+
+
+def init(W, bias, config, new):
+    r = config.r
+    rank_fits(r, W)
+    U, S, Vh = decomposed(W, new)
+    params = {"lora_A": new(W.shape[0], r).zero_(), "lora_B": new(r, W.shape[1]).zero_()}
+    return Init(params, {"top_U": U[:, :r].contiguous(), "top_S": S[:r].contiguous(), "top_Vh": Vh[:r].contiguous()})
+
+
+def factors(layer):
+    A, B, S = layer.lora_A, layer.lora_B, layer.top_S
+    return Factors(
+        A=torch.cat([B, layer.top_Vh]),
+        B=torch.cat([(A + layer.top_U) * S, A * S], dim=1),
+        s=layer.config.scaling,
+        p=layer.config.lora_dropout,
+    )
+
+
+SPECTRAL_ADAPTER = Method(
+    name="spectral_adapter",
+    group="combine",
+    config=SpectralAdapterConfig,
+    example=lambda r: SpectralAdapterConfig(r=r),
+    init=init,
+    factors=factors,
+    from_weight=True,
+    disk_buffers=("top_U", "top_S", "top_Vh"),
+)

@@ -1,0 +1,103 @@
+"""Singular values trained in W = U Σ Vᵀ. SAM-PARSER: U diag(sigma) Vᵀ. SVDiff: U diag(relu(Σ + delta)) Vᵀ.
+
+SAM-PARSER, arXiv 2308.14604; SVDiff, arXiv 2303.11305; reconstruction group of arXiv 2407.05417. k = min(in, out); U
+(out, k), S (k,), Vh (k, in) are kept beside W. Factored, a call costs 4Mk(in + out) FLOPs forward and backward; with
+the weight formed, 6M·in·out + 4k·in·out. Each call takes the cheaper.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from ..factors import Factors
+from .base import Init, Method, PeftConfig
+from .defaults import LORA_TARGETS
+
+
+@dataclass(kw_only=True)
+class SamParserConfig(PeftConfig):
+    """No hyper-parameters: all singular values train."""
+
+    peft_type: ClassVar[str] = "SAM_PARSER"
+    target_defaults: ClassVar[dict[str, Any]] = {"target_modules": LORA_TARGETS}
+
+
+@dataclass(kw_only=True)
+class SVDiffConfig(PeftConfig):
+    """No hyper-parameters: a shift of all singular values trains."""
+
+    peft_type: ClassVar[str] = "SVDIFF"
+    target_defaults: ClassVar[dict[str, Any]] = {"target_modules": LORA_TARGETS}
+
+
+def decomposed(W, new, rank=None, niter=None):
+    """U (out, k), S (k,), Vh (k, in) of W in at least fp32, S descending; the rank largest by randomised SVD with
+    niter.
+
+    On the meta device uninitialised tensors of those shapes. ValueError when W is not finite.
+    """
+    k = rank or min(W.shape)
+    if W.is_meta:
+        return new(W.shape[0], k), new(k), new(k, W.shape[1])
+    W = W.to(torch.promote_types(W.dtype, torch.float32))
+    if not torch.isfinite(W).all():
+        raise ValueError("the weight has NaN or infinite entries, so it has no singular value decomposition; repair it")
+    if niter is not None:
+        U, S, V = torch.svd_lowrank(W, rank, niter=niter)
+        return U, S, V.T
+    return torch.linalg.svd(W, full_matrices=False)
+
+
+def _init(param):
+    def init(W, bias, config, new):
+        U, S, Vh = decomposed(W, new)
+        start = S.clone() if param == "sigma" else new(len(S)).zero_()
+        return Init({param: start}, {"svd_U": U.to(W.dtype), "svd_S": S, "svd_Vh": Vh.to(W.dtype).contiguous()})
+
+    return init
+
+
+def _values(layer):
+    """The singular values in use, and their change."""
+    S = layer.svd_S
+    new = layer.sigma if hasattr(layer, "sigma") else torch.relu(S + layer.delta)
+    return new, new - S
+
+
+def factors(layer):
+    return Factors(A=layer.svd_Vh, B=layer.svd_U, G=_values(layer)[0])
+
+
+def weight(layer):
+    change = _values(layer)[1]
+    wide = torch.promote_types(layer.matrix.dtype, change.dtype)
+    return layer.matrix.to(wide) + (layer.svd_U.to(wide) * change) @ layer.svd_Vh.to(wide)
+
+
+def cost(layer, M):
+    """(factored, formed) FLOPs of a forward and backward on M rows; in half precision factored is out of the question,
+    since three roundings in a row exceed the accuracy that all methods hold."""
+    N, K = layer.out_features, layer.in_features
+    k = min(N, K)
+    factored = 4 * M * k * (N + K) if layer.weight.dtype.itemsize > 2 else float("inf")
+    return factored, 6 * M * N * K + 4 * k * N * K
+
+
+SAM_PARSER, SVDIFF = (
+    Method(
+        name=name,
+        group="reconstruct",
+        config=config,
+        example=lambda r, config=config: config(),
+        init=_init(param),
+        factors=factors,
+        weight=weight,
+        cost=cost,
+        from_weight=True,
+        replaces_weight=True,
+    )
+    for name, config, param in (("sam_parser", SamParserConfig, "sigma"), ("svdiff", SVDiffConfig, "delta"))
+)

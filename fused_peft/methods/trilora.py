@@ -1,0 +1,39 @@
+"""TriLoRA: W' = W + s·B diag(E) A, s = 1 unless lora_alpha is given.
+
+arXiv 2405.11252; extension group of arXiv 2407.05417.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from ..factors import Factors
+from .base import Method
+from .low_rank import LowRankConfig, kaiming_a_b
+
+
+@dataclass(kw_only=True)
+class TriLoraConfig(LowRankConfig):
+    """lora_alpha=None means s = 1."""
+
+    peft_type: ClassVar[str] = "TRILORA"
+
+    lora_alpha: float | None = None
+
+
+TRILORA = Method(
+    name="trilora",
+    group="extend",
+    config=TriLoraConfig,
+    example=lambda r: TriLoraConfig(r=r),
+    init=lambda W, bias, config, new: {**kaiming_a_b(W, config.r, new), "lora_E": new(config.r).zero_()},
+    factors=lambda layer: Factors(
+        A=layer.lora_A,
+        B=layer.lora_B,
+        G=layer.lora_E,
+        s=layer.config.scaling,
+        h=layer.config.nonlinearity,
+        p=layer.config.lora_dropout,
+    ),
+)

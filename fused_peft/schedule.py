@@ -1,0 +1,46 @@
+"""What happens between steps: rank allocation and direction choice, and the parameter groups of LoRA+."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch import nn
+
+from .convert import layers
+
+
+def on_step(model: nn.Module, step: int) -> None:
+    """Let the methods that have a schedule act (AdaLoRA's rank allocator, LoRA-Dash's choice of directions).
+
+    Call it once a training step, after ``optimizer.step()`` and before ``optimizer.zero_grad()``, with step counted
+    from 0; other methods cost nothing. Their state lives in buffers, so it is part of ``state_dict``. Raises
+    RuntimeError when a method needs gradients that are gone, ValueError for a negative step.
+    """
+    if step < 0:
+        raise ValueError(f"step={step} must not be negative; count training steps from 0")
+    by_method = defaultdict(list)
+    for name, layer in layers(model):
+        if layer.method.on_step is not None:
+            by_method[layer.method.name].append((name, layer))
+    for found in by_method.values():
+        found[0][1].method.on_step(found, step)
+
+
+def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_decay: float = 0.0) -> list[dict]:
+    """Optimizer parameter groups of LoRA+ (arXiv 2402.12354): lr for every trainable tensor, ratio · lr for the B
+    factors.
+
+    ``torch.optim.AdamW(fp.lora_plus_groups(model, 1e-4))``. Raises ValueError when the model has no B factor to treat
+    so.
+    """
+    slow, fast = [], []
+    factors_b = {id(layer.lora_B) for _, layer in layers(model) if hasattr(layer, "lora_B")}
+    for p in model.parameters():
+        if p.requires_grad:
+            (fast if id(p) in factors_b else slow).append(p)
+    if not fast:
+        raise ValueError(
+            f"model={type(model).__name__} has no trainable lora_B, which LoRA+ gives its own learning rate"
+        )
+    groups = [{"params": slow, "lr": lr, "weight_decay": weight_decay}] if slow else []
+    return [*groups, {"params": fast, "lr": lr * ratio, "weight_decay": weight_decay}]
