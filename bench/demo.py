@@ -170,11 +170,41 @@ def peft_lora(model: Classifier) -> nn.Module:
     return peer
 
 
+def bottleneck(targets: str) -> Callable[[Classifier], nn.Module]:
+    config = fp.BottleneckConfig(r=4 * RANK, nonlinearity="gelu", target_modules=targets, modules_to_save=[HEAD])
+    return lambda model: fp.get_peft_model(model, config)
+
+
+RANKED = {"r": RANK, "lora_alpha": ALPHA}
 METHODS = {  # name: (what adapts a fresh model in place, the adapter's learning rate)
     "linear_probe": (linear_probe, 0.0),
     "ssb": (ours(fp.SSBConfig), 1e-2),
-    "lora": (ours(fp.LoraConfig, r=RANK, lora_alpha=ALPHA), 2e-3),
+    "lora": (ours(fp.LoraConfig, **RANKED), 2e-3),
     "peft_lora": (peft_lora, 2e-3),
+    "adalora": (ours(fp.AdaLoraConfig, init_r=12, target_r=RANK, tinit=20, tfinal=40, total_step=136), 5e-3),
+    "bitfit": (ours(fp.BitFitConfig), 1e-2),
+    "delora": (ours(fp.DeloraConfig, r=RANK), 2e-3),
+    "diff_pruning": (ours(fp.DiffPruningConfig, density=0.02), 1e-3),
+    "dora": (ours(fp.DoraConfig, **RANKED), 2e-3),
+    "flora": (ours(fp.FloraConfig, **RANKED), 5e-3),
+    "houlsby": (bottleneck(r".*\.layer\.\d+\.(attention\.)?output\.dense"), 2e-3),
+    "ia3": (ours(fp.IA3Config, feedforward_modules=[]), 1e-2),
+    "kasa": (ours(fp.KasaConfig, **RANKED), 2e-3),
+    "liera": (ours(fp.LieraConfig, **RANKED), 1e-2),
+    "lora_dash": (ours(fp.LoraDashConfig, warmup=40, **RANKED), 2e-3),
+    "lora_xs": (ours(fp.LoraXsConfig, r=4 * RANK, lora_alpha=4 * RANK), 5e-3),
+    "milora": (ours(fp.MiloraConfig, **RANKED), 2e-3),
+    "moslora": (ours(fp.MosLoraConfig, **RANKED), 5e-3),
+    "olora": (ours(fp.OloraConfig, r=RANK, lora_alpha=RANK), 5e-4),
+    "parallel_adapter": (ours(fp.ParallelAdapterConfig, **RANKED), 2e-3),
+    "pfeiffer": (bottleneck(r".*\.layer\.\d+\.output\.dense"), 2e-3),
+    "pissa": (ours(fp.PissaConfig, r=RANK, lora_alpha=RANK), 1e-3),
+    "sam_parser": (ours(fp.SamParserConfig), 1e-2),
+    "spectral_adapter": (ours(fp.SpectralAdapterConfig, r=RANK), 1e-3),
+    "ssl": (ours(fp.SSLConfig), 1e-2),
+    "svdiff": (ours(fp.SVDiffConfig), 1e-2),
+    "trilora": (ours(fp.TriLoraConfig, r=RANK), 5e-3),
+    "vera": (ours(fp.VeraConfig, r=8 * RANK), 1e-2),
 }
 
 
@@ -203,6 +233,7 @@ class Run:
         loss = self.loss(batch)
         loss.backward()
         self.optimizer.step()
+        fp.on_step(self.model, len(self.losses))
         self.optimizer.zero_grad()
         self.seconds.append(time.perf_counter() - started)
         self.losses.append(loss.item())

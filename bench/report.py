@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from fused_peft.__main__ import method_table
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
 
@@ -52,7 +54,18 @@ def demo() -> str:
     return markdown(list(found[0]), [list(r.values()) for r in found])
 
 
-TABLES: dict[str, Callable[[], str]] = {"cpu-layers": cpu_layers, "overhead": overhead, "demo": demo}
+def methods() -> str:
+    table = method_table()
+    body = [[f"`{r['method']}`", f"`{r['config']}`", r["form"], r["mergeable"], r["trainable"]] for r in table]
+    return markdown(["method", "config", "form", "mergeable", "trainable, 768 x 768, r = 8"], body)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "cpu-layers": cpu_layers,
+    "overhead": overhead,
+    "demo": demo,
+    "methods": methods,
+}
 
 
 def render(readme: str) -> str:

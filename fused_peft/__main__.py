@@ -1,4 +1,4 @@
-"""python -m fused_peft info | verify"""
+"""python -m fused_peft info | verify | methods"""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import sys
 import torch
 
 from . import __version__, dispatch, verify
+from .linear import PeftLinear
+from .methods import METHODS
 
 
 def _version(package: str) -> str:
@@ -55,13 +57,50 @@ def run_verify(device: str) -> int:
     return 1 if failed else 0
 
 
+def method_table(in_features: int = 768, out_features: int = 768, r: int = 8) -> list[dict[str, str]]:
+    """One row a method: name, group, config, form, whether it merges, trainable parameters of one in x out layer."""
+    rows = []
+    for name, method in METHODS.items():
+        config = method.example(r)
+        layer = PeftLinear(in_features, out_features, config=config, device="meta")
+        mergeable = method.weight is not None or (method.factors is not None and layer.factors().mergeable)
+        rows.append(
+            {
+                "method": name,
+                "group": method.group,
+                "config": type(config).__name__,
+                "form": method.form,
+                "mergeable": "yes" if mergeable else "no",
+                "trainable": f"{sum(t.numel() for t in layer.adapter_tensors()):,}",
+            }
+        )
+    order = ("reconstruct", "extend", "combine")
+    return sorted(rows, key=lambda row: (order.index(row["group"]), row["method"]))
+
+
+def methods(in_features: int, out_features: int, r: int) -> int:
+    """Print the table of methods."""
+    rows = method_table(in_features, out_features, r)
+    print(f"trainable parameters of one layer, in={in_features}, out={out_features}, r={r}")
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    for row in [{key: key for key in rows[0]}, *rows]:
+        print("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip())
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_peft", description="Fused adapter layers for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, backends and why each is or is not available")
     check = commands.add_parser("verify", help="accuracy of every method against fp64 on this machine")
     check.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    table = commands.add_parser("methods", help="every method: config, form, mergeable, trainable parameters")
+    table.add_argument("--in", dest="in_features", type=int, default=768)
+    table.add_argument("--out", dest="out_features", type=int, default=768)
+    table.add_argument("--r", type=int, default=8)
     args = parser.parse_args(argv)
+    if args.command == "methods":
+        return methods(args.in_features, args.out_features, args.r)
     return info() if args.command == "info" else run_verify(args.device)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from fused_peft import __main__ as cli
 from fused_peft import __version__, verify
+from fused_peft.methods import METHODS
 
 
 def test_info_names_versions_and_backends(capsys):
@@ -26,6 +27,18 @@ def test_verify_prints_every_method_and_fails_when_a_figure_does(capsys, monkeyp
     monkeypatch.setattr(verify, "LIMITS", dict.fromkeys(verify.LIMITS, 1e-12))
     assert cli.main(["verify", "--device", "cpu"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_methods_lists_every_method_with_its_count(capsys):
+    assert cli.main(["methods", "--in", "100", "--out", "50", "--r", "4"]) == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in out.splitlines()[2:]}
+    assert set(rows) == set(METHODS)
+    assert rows["lora"][-1] == str(4 * 150)
+    assert rows["ssb"][-1] == "150"
+    assert rows["dora"][-1] == "650"
+    assert rows["parallel_adapter"][-2] == "no"
+    assert rows["svdiff"][-5:-1] == ["factors", "or", "weight", "yes"]
 
 
 def test_usage_errors(capsys):
