@@ -1,8 +1,8 @@
 """The methods as arXiv 2407.05417 writes them, one formula each, in torch's layout; imports nothing of fused_peft.
 
 Every function maps (x, W, b, p, c) to y: x (M, K), W (N, K) the original weight, b (N,) or None, p the layer's
-trainable tensors by name, c its constants: s, the non-linearity ``h``, the dropout multiplier ``drop`` shaped like x, and
-whatever else the formula names. Plain differentiable torch, meant for fp64.
+trainable tensors by name, c its constants: s, the non-linearity ``h``, the dropout multiplier ``drop`` shaped like x,
+and whatever else the formula names. Plain differentiable torch, meant for fp64.
 """
 
 from __future__ import annotations
