@@ -57,6 +57,7 @@ from .methods import (  # noqa: E402
     bottleneck,
 )
 from .mpc import mpc_penalty, orthogonality_penalty  # noqa: E402
+from .prompt import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig  # noqa: E402
 from .schedule import lora_plus_groups, on_step  # noqa: E402
 
 
@@ -91,6 +92,9 @@ __all__ = [
     "ParallelAdapterConfig",
     "PeftLinear",
     "PissaConfig",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptTuningConfig",
     "SSBConfig",
     "SSLConfig",
     "SVDiffConfig",

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from . import dispatch
+from . import dispatch, prompt
+from .factors import NotMergeableError
 from .linear import PeftLinear
 from .methods import PeftConfig, method_of
 from .targets import find_targets, is_target, modules_to_save, resolve
@@ -35,6 +36,7 @@ class _Plan:
     state: AdapterState
     layers: dict[str, PeftLinear]
     copies: dict[str, nn.Module]
+    plain_prompt: bool = False  # a soft prompt without the encoder that trained it
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
@@ -54,7 +56,9 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     """Build every new module without changing the model. Raises what get_peft_model raises."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} must be a torch.nn.Module")
-    method_of(config)
+    soft = isinstance(config, prompt.SoftPromptConfig)
+    if not soft:
+        method_of(config)
     if hasattr(model, _STATE) or any(True for _ in layers(model)):
         raise ValueError("the model already has adapters; call merge_and_unload first, or load_adapter to replace them")
     if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
@@ -62,6 +66,12 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     config = replace(config)  # re-validates, and never edits the caller's object
     resolved = resolve(model, config)
     saved = modules_to_save(model, resolved)
+    if soft:
+        resolved = replace(resolved, **prompt.resolve(model, resolved))
+        prompt.hooked(model, resolved)
+        originals = {name: model.get_submodule(name) for name in saved}
+        copies = {name: copy.deepcopy(module) for name, module in originals.items()}
+        return _Plan(AdapterState(resolved, saved=originals), {}, copies)
     new, targets = {}, find_targets(model, resolved)
     resolved = resolved.for_targets([_shape(module) for module in targets.values()])
     with _frozen_as_before(model):
@@ -156,6 +166,9 @@ def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     for name, module in planned.copies.items():
         # under this name only: a tied or shared original stays frozen wherever else it is used
         _set(model, name, module.requires_grad_(not planned.state.config.inference_mode))
+    if isinstance(planned.state.config, prompt.SoftPromptConfig):
+        soft = prompt.attach(model, planned.state.config, plain=planned.plain_prompt)
+        soft.requires_grad_(not planned.state.config.inference_mode)
     for name in planned.state.biases:
         model.get_parameter(name).requires_grad_(not planned.state.config.inference_mode)
     setattr(model, _STATE, planned.state)
@@ -208,6 +221,8 @@ def unmerge(model: nn.Module) -> None:
 
 def _found(model: nn.Module) -> list[tuple[str, PeftLinear]]:
     found = list(layers(model))
+    if hasattr(model, "soft_prompt"):
+        raise NotMergeableError("a soft prompt has no weight: there is nothing to merge, unload or explain per layer")
     if not found:
         raise ValueError(f"model={type(model).__name__} has no adapted layer; call get_peft_model first")
     return found
@@ -230,7 +245,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model computes what the base model did: adapters off, merged or not; heads of
     modules_to_save and biases trained in place back at their base values."""
     state = getattr(model, _STATE, None) or AdapterState(config=None)
-    found = _found(model)
+    soft = getattr(model, "soft_prompt", None)
+    found = [("soft_prompt", soft)] if soft is not None else _found(model)
     before = [layer.enabled for _, layer in found]
     trained = {name: model.get_submodule(name) for name in state.saved}
     parameters = {name: _bias_in_use(model, name) for name in state.biases}

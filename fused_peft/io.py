@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import convert
+from . import convert, prompt
 from .linear import PeftLinear
 from .methods import METHODS, PeftConfig
 
@@ -44,6 +44,8 @@ def _slots(layers: dict[str, PeftLinear], state: convert.AdapterState, find: Cal
 
     ``find`` looks a parameter up by its name in the adapted model.
     """
+    soft = isinstance(state.config, prompt.SoftPromptConfig)
+    prefix = "base_model." if soft else _PREFIX
     slots = {}
     for name, layer in layers.items():
         for param in layer.adapter_names:
@@ -62,7 +64,7 @@ def _slots(layers: dict[str, PeftLinear], state: convert.AdapterState, find: Cal
     for name, original in state.saved.items():
         for key in original.state_dict():
             tensor = find(f"{name}.{key}")
-            slots[f"{_PREFIX}{name}.{key}"] = (tensor, tuple(tensor.shape))
+            slots[f"{prefix}{name}.{key}"] = (tensor, tuple(tensor.shape))
     return slots
 
 
@@ -82,6 +84,15 @@ def _take_shared(stored: dict[str, Tensor], layers: dict[str, PeftLinear]) -> li
     for key in names & stored.keys():
         del stored[key]
     return pairs
+
+
+def _prompt_slot(config: PeftConfig, weight: Tensor | None = None) -> dict:
+    """{key: (tensor, shape)} of a soft prompt; the tensor is on the meta device while there is none yet."""
+    if not isinstance(config, prompt.SoftPromptConfig):
+        return {}
+    width = config.token_dim * (2 * config.num_layers if isinstance(config, prompt.PrefixTuningConfig) else 1)
+    shape = (config.num_virtual_tokens, width)
+    return {"prompt_embeddings": (torch.empty(shape, device="meta") if weight is None else weight, shape)}
 
 
 def _finder(model: nn.Module) -> Callable[[str], Tensor]:
@@ -107,6 +118,9 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"path={str(path)!r} is an existing file; give a folder")
     slots = _slots(dict(convert.layers(model)), state, _finder(model))
+    if hasattr(model, "soft_prompt"):
+        P = model.soft_prompt.prompt()
+        slots["prompt_embeddings"] = (P, tuple(P.shape))
     tensors = {key: t.detach().reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
     config = {k: v for k, v in state.config.stored().items() if v is not None}
     defaults = {f.name: f.default for f in fields(state.config)}
@@ -144,7 +158,7 @@ def load_config(path: str | os.PathLike) -> PeftConfig:
         peft_type = stored.pop("peft_type")
     except (ValueError, KeyError, AttributeError) as e:
         raise AdapterFormatError(f"{file} is not an adapter config: {e}") from e
-    known = {}
+    known = dict(prompt.CONFIGS)
     for m in METHODS.values():  # of the configs that share a peft_type, the one the others derive from
         known[m.config.peft_type] = min(known.get(m.config.peft_type, m.config), m.config, key=lambda c: len(c.__mro__))
     if peft_type not in known:
@@ -221,6 +235,10 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool =
         if merged:
             raise RuntimeError(f"{merged[0]} is merged; call unmerge before load_adapter")
         slots, shared = _slots(layers, state, _finder(model)), _take_shared(stored, layers)
+        if hasattr(model, "soft_prompt"):
+            if model.soft_prompt.encoder is not None:
+                raise AdapterFormatError(f"{path} holds the prompt without its encoder; load it into a plain model")
+            slots |= _prompt_slot(state.config, model.soft_prompt.embedding.weight)
         _check(stored, slots, path)
         _warn_settings(state.config, config)
     else:
@@ -229,10 +247,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool =
         except (ValueError, TypeError) as e:
             raise AdapterFormatError(f"{path} does not fit model={type(model).__name__}: {e}") from e
         # the same names point at the same shapes before and after, so the check needs no change to the model
+        planned.plain_prompt = True
         shared = _take_shared(stored, planned.layers)
-        _check(stored, _slots(planned.layers, planned.state, _finder(model)), path)
+        _check(stored, _slots(planned.layers, planned.state, _finder(model)) | _prompt_slot(planned.state.config), path)
         convert.carry_out(model, planned)
         slots = _slots(planned.layers, planned.state, _finder(model))
+        if hasattr(model, "soft_prompt"):
+            slots |= _prompt_slot(planned.state.config, model.soft_prompt.embedding.weight)
     with torch.no_grad():
         for key, (tensor, _) in slots.items():
             tensor.copy_(stored[key].reshape(tensor.shape))

@@ -1,0 +1,158 @@
+"""Soft prompts against Hugging Face PEFT: outputs, gradients, checkpoints both ways; and their refusals."""
+
+import copy
+
+import pytest
+import torch
+from test_model import same, snapshot
+from torch.testing import assert_close
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+import fused_peft as fp  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+MODELS = {
+    "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **NO_DROPOUT)),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=40, n_embd=16, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0,
+            bos_token_id=0, eos_token_id=0,
+        )
+    ),
+}  # fmt: skip
+TASK = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}
+CONFIGS = {
+    "prompt": ("PromptTuningConfig", {}),
+    "p_tuning": ("PromptEncoderConfig", {"encoder_hidden_size": 12}),
+    "p_tuning_lstm": (
+        "PromptEncoderConfig",
+        {"encoder_hidden_size": 12, "encoder_reparameterization_type": "LSTM"},
+    ),
+    "prefix": ("PrefixTuningConfig", {}),
+    "prefix_projected": ("PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 12}),
+}
+every_model = pytest.mark.parametrize("name", MODELS)
+every_config = pytest.mark.parametrize("kind", CONFIGS)
+
+
+def batch(name):
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(1, 40, (3, 6), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    labels = torch.tensor([0, 1, 1]) if name == "bert" else ids
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def pair(name, kind):
+    """(ours, PEFT's) with the same base and the same prompt."""
+    torch.manual_seed(0)
+    base = MODELS[name]()
+    config, extra = CONFIGS[kind]
+    options = {"task_type": TASK[name], "num_virtual_tokens": 4, **extra}
+    theirs = peft.get_peft_model(copy.deepcopy(base), getattr(peft, config)(**options))
+    ours = fp.get_peft_model(base, getattr(fp, config)(**options))
+    values = theirs.prompt_encoder["default"].parameters()
+    for mine, value in zip(ours.soft_prompt.parameters(), values, strict=True):
+        mine.data.copy_(value)
+    return ours, theirs
+
+
+@every_model
+@every_config
+def test_outputs_and_gradients_are_pefts(name, kind):
+    ours, theirs = pair(name, kind)
+    mine, peer = ours(**batch(name)), theirs(**batch(name))
+    assert_close(mine.loss, peer.loss, rtol=1e-5, atol=1e-6)
+    assert_close(mine.logits, peer.logits, rtol=1e-5, atol=1e-6)
+    mine.loss.backward(), peer.loss.backward()
+    weights = ours.soft_prompt.embedding.weight, theirs.prompt_encoder["default"].embedding.weight
+    assert weights[0].grad.abs().sum() > 0
+    assert_close(weights[0].grad, weights[1].grad, rtol=1e-4, atol=1e-7)
+    trainable = {n for n, p in ours.named_parameters() if p.requires_grad}
+    assert all(n.startswith(("soft_prompt", "classifier")) for n in trainable)
+
+
+@every_model
+@every_config
+def test_checkpoints_load_both_ways(name, kind, tmp_path):
+    ours, theirs = (m.eval() for m in pair(name, kind))
+    torch.manual_seed(0)
+    base = MODELS[name]().eval()
+    inputs = batch(name)
+    want = ours(**inputs).logits
+    fp.save_pretrained(ours, tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert_close(loaded(**inputs).logits, want, rtol=1e-5, atol=1e-6)
+    again = fp.load_adapter(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert_close(again(**inputs).logits, want, rtol=1e-5, atol=1e-6)
+    back = fp.load_adapter(base, tmp_path / "theirs").eval()
+    assert_close(back(**inputs).logits, theirs(**inputs).logits, rtol=1e-5, atol=1e-6)
+
+
+@every_model
+@every_config
+def test_disable_deepcopy_and_freezing(name, kind):
+    torch.manual_seed(0)
+    base = MODELS[name]().eval()
+    want = base(**batch(name)).logits
+    ours = pair(name, kind)[0].eval()
+    changed = ours(**batch(name)).logits
+    with fp.disable_adapter(ours):
+        assert torch.equal(ours(**batch(name)).logits, want)
+    assert changed.shape != want.shape or not torch.equal(changed, want)
+    assert torch.equal(copy.deepcopy(ours)(**batch(name)).logits, changed)
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_generation_carries_the_prompt(kind):
+    ours, theirs = (m.eval() for m in pair("llama", kind))
+    ids = batch("llama")["input_ids"][:1]
+    kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    mine, peer = ours.generate(input_ids=ids, **kwargs), theirs.generate(input_ids=ids, **kwargs)
+    assert torch.equal(mine, peer)
+
+
+def test_there_is_nothing_to_merge():
+    ours, _ = pair("bert", "prompt")
+    for call in (fp.merge, fp.unmerge, fp.merge_and_unload, fp.explain):
+        with pytest.raises(fp.NotMergeableError, match="no weight"):
+            call(ours)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "message"),
+    [
+        (lambda: torch.nn.Sequential(torch.nn.Linear(4, 4)), fp.PromptTuningConfig(), "num_layers=None"),
+        (
+            lambda: transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=20, d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4)
+            ),
+            fp.PrefixTuningConfig(),
+            "encoder-decoder",
+        ),
+    ],
+)
+def test_models_without_the_needed_inputs_are_refused_and_unchanged(make, config, message):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        fp.get_peft_model(model, config)
+    assert same(before, snapshot(model))
+
+
+def test_config_errors():
+    with pytest.raises(ValueError, match="num_virtual_tokens=0"):
+        fp.PromptTuningConfig(num_virtual_tokens=0)
+    with pytest.raises(ValueError, match="adapts no module"):
+        fp.PrefixTuningConfig(target_modules=["q"])
+    with pytest.raises(ValueError, match="prompt_tuning_init='TEXT'"):
+        fp.PromptTuningConfig(prompt_tuning_init="TEXT")
+    with pytest.raises(ValueError, match="'MLP' or 'LSTM'"):
+        fp.PromptEncoderConfig(encoder_reparameterization_type="CNN")
