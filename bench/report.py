@@ -54,6 +54,11 @@ def demo() -> str:
     return markdown(list(found[0]), [list(r.values()) for r in found])
 
 
+def saved_bytes() -> str:
+    found = rows("cpu/saved_bytes.csv")
+    return markdown(["kept for backward beyond x", "ours", "HF PEFT"], [list(r.values()) for r in found])
+
+
 def methods() -> str:
     table = method_table()
     body = [[f"`{r['method']}`", f"`{r['config']}`", r["form"], r["mergeable"], r["trainable"]] for r in table]
@@ -65,6 +70,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": overhead,
     "demo": demo,
     "methods": methods,
+    "saved-bytes": saved_bytes,
 }
 
 

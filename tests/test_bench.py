@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fused_peft.methods import METHODS
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
@@ -44,6 +46,21 @@ def test_interleaved_timing_runs_every_step_every_round():
     times = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
     assert calls == ["a", "b"] * 4
     assert [len(t) for t in times.values()] == [3, 3]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_no_method_keeps_more_for_backward_than_hf_peft():
+    pytest.importorskip("peft")
+    import memory
+
+    found = memory.rows()
+    assert {r["method"] for r in found} >= set(METHODS)
+    compared = [r for r in found if r["HF PEFT"]]
+    assert len(compared) == len(memory.peft_configs())
+    for row in compared:
+        assert float(row["ours"]) <= float(row["HF PEFT"]), row
+    committed = csv.DictReader((BENCH / "results/cpu/saved_bytes.csv").open())
+    assert [r["ours"] for r in committed] == [r["ours"] for r in found]
 
 
 def test_overhead_is_measured(tmp_path):

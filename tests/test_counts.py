@@ -1,4 +1,4 @@
-"""The paper's numbers of trainable parameters (arXiv 2407.05417, supplementary tables II to IV), on a meta-device model."""
+"""The numbers of trainable parameters of arXiv 2407.05417 (supplementary tables II to IV), on a meta-device model."""
 
 import json
 from pathlib import Path

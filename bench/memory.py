@@ -1,0 +1,96 @@
+"""Bytes that one layer keeps for backward beyond its input, as multiples of that input: ours and HF PEFT's.
+
+    python bench/memory.py [--out bench/results/cpu/saved_bytes.csv]
+
+1024 x 1024, 512 tokens, r = 16, bf16 base with fp32 adapters (both libraries' default); exact, nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import fused_peft as fp
+from fused_peft.methods import METHODS
+
+WIDTH, TOKENS, R = 1024, 512, 16
+
+
+def peft_configs() -> dict:
+    """PEFT's config of the methods that it has."""
+    import peft
+
+    lora = {"r": R, "lora_alpha": 2 * R}
+    return {
+        "lora": peft.LoraConfig(**lora),
+        "lora+dropout": peft.LoraConfig(**lora, lora_dropout=0.1),
+        "dora": peft.LoraConfig(**lora, use_dora=True),
+        "dora+dropout": peft.LoraConfig(**lora, use_dora=True, lora_dropout=0.1),
+        "pissa": peft.LoraConfig(**lora, init_lora_weights="pissa"),
+        "olora": peft.LoraConfig(**lora, init_lora_weights="olora"),
+        "adalora": peft.AdaLoraConfig(init_r=R, target_r=R, lora_alpha=2 * R, total_step=100),
+        "ia3": peft.IA3Config(feedforward_modules=[]),
+        "ia3 (input)": peft.IA3Config(feedforward_modules=["0"]),
+        "vera": peft.VeraConfig(r=R),
+        "delora": peft.DeloraConfig(r=R),
+        "liera": peft.HiraConfig(r=R),
+    }
+
+
+def our_configs() -> dict:
+    found = {name: method.example(R) for name, method in METHODS.items()}
+    found["lora+dropout"] = fp.LoraConfig(r=R, lora_dropout=0.1)
+    found["dora+dropout"] = fp.DoraConfig(r=R, lora_dropout=0.1)
+    found["ia3 (input)"] = fp.IA3Config(feedforward_modules=".*")
+    return dict(sorted(found.items()))
+
+
+def saved(layer: nn.Module) -> float:
+    """Bytes kept by one forward beyond x and the layer's own tensors, in multiples of x's bytes."""
+    x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
+    own = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}
+    kept = []  # holds the tensors, so that no address is used twice
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    return sum(n for address, n in sizes.items() if address not in own) / x.nbytes
+
+
+def rows() -> list[dict[str, str]]:
+    import peft
+
+    theirs, out = peft_configs(), []
+    for name, config in our_configs().items():
+        torch.manual_seed(0)
+        linear = nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)
+        ours = saved(fp.PeftLinear.from_linear(linear, config))
+        row = {"method": name, "ours": f"{ours:.3f}", "HF PEFT": ""}
+        if name in theirs:
+            theirs[name].target_modules = {"0"}
+            model = peft.get_peft_model(nn.Sequential(nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)), theirs[name])
+            row["HF PEFT"] = f"{saved(model.base_model.model[0].train()):.3f}"
+        out.append(row)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    found = rows()
+    for row in found:
+        print("{method:<18} {ours:>8} {HF PEFT:>8}".format(**row))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("w", newline="") as f:
+            writer = csv.DictWriter(f, found[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(found)
+
+
+if __name__ == "__main__":
+    main()

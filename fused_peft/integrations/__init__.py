@@ -1,0 +1,1 @@
+"""Bridges to training frameworks; each imports its framework, so nothing here is imported by the core."""
