@@ -31,6 +31,9 @@ _NEUTRAL = {"auto_mapping", "peft_version", "megatron_core", "qalora_group_size"
 # with bias="all" PEFT stores the biases of modules_to_save a second and third time, under its wrapper's names
 _DUPLICATE = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
 
+# what PEFT writes for a method although it changes nothing once the values are loaded: AdaLoRA's rank is init_r
+_NEUTRAL_FOR = {"ADALORA": {"r", "init_lora_weights"}, "DELORA": {"init_weights"}}
+
 # PEFT's initialisations that leave the base weight alone: of no consequence once the values are loaded
 _INIT_ONLY = {"orthogonal", "eva"}
 
@@ -95,6 +98,17 @@ def _prompt_slot(config: PeftConfig, weight: Tensor | None = None) -> dict:
     return {"prompt_embeddings": (torch.empty(shape, device="meta") if weight is None else weight, shape)}
 
 
+def _shared(layers: dict[str, PeftLinear]) -> dict[str, Tensor]:
+    """{key on disk: tensor stored once for all layers}: the layer that reads the largest corner reads all of it."""
+    found = {}
+    for layer in layers.values():
+        for name in layer.method.disk_shared:
+            key, own = f"base_model.{name}", getattr(layer, name)
+            if key not in found or own.numel() > found[key].numel():
+                found[key] = own
+    return {key: t.detach().contiguous().cpu() for key, t in found.items()}
+
+
 def _finder(model: nn.Module) -> Callable[[str], Tensor]:
     tensors = None
 
@@ -122,6 +136,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
         P = model.soft_prompt.prompt()
         slots["prompt_embeddings"] = (P, tuple(P.shape))
     tensors = {key: t.detach().reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
+    if getattr(state.config, "save_projection", False):
+        tensors |= _shared(dict(convert.layers(model)))
     config = {k: v for k, v in state.config.stored().items() if v is not None}
     defaults = {f.name: f.default for f in fields(state.config)}
     foreign = {k: config.pop(k) for k in state.config.beyond_peft & config.keys()}
@@ -164,9 +180,8 @@ def load_config(path: str | os.PathLike) -> PeftConfig:
     if peft_type not in known:
         raise AdapterFormatError(f"{file}: peft_type={peft_type!r} is unknown; known: {', '.join(sorted(known))}")
     names = {f.name for f in fields(known[peft_type])}
-    unknown = {
-        k: v for k, v in stored.items() if k not in names and k not in _NEUTRAL and v not in (None, False, {}, [])
-    }
+    neutral = _NEUTRAL | _NEUTRAL_FOR.get(peft_type, set())
+    unknown = {k: v for k, v in stored.items() if k not in names | neutral and v not in (None, False, {}, [])}
     if unknown:
         raise AdapterFormatError(f"{file}: {unknown} is not supported for {peft_type}; load this adapter with PEFT")
     if stored.get("init_lora_weights") in _INIT_ONLY:

@@ -20,7 +20,7 @@ from .defaults import LORA_TARGETS
 
 @dataclass(kw_only=True)
 class VeraConfig(PeftConfig):
-    """d_initial: start of d. projection_prng_key: seed of A and B. save_projection: kept for PEFT's sake; A and B are
+    """d_initial: start of d. projection_prng_key: seed of A and B. save_projection: store A and B; else they are
     made again from the key. projection_shape: (largest out, largest in) of the adapted layers, found by get_peft_model.
     """
 
@@ -48,7 +48,7 @@ class VeraConfig(PeftConfig):
         return replace(self, projection_shape=tuple(map(max, zip(*shapes, strict=True))))
 
     def stored(self) -> dict:
-        return {**super().stored(), "projection_shape": None, "save_projection": False}
+        return {**super().stored(), "projection_shape": None}
 
 
 @lru_cache(maxsize=4)
@@ -69,7 +69,7 @@ def init(W, bias, config, new):
         A, B = new(r, K), new(N, r)
     else:
         A, B = projection(r, *(config.projection_shape or (N, K)), config.projection_prng_key)
-        A, B = A[:, :K].to(d), B[:N].to(d)
+        A, B = A[:, :K].to(d, copy=True), B[:N].to(d, copy=True)  # loading writes into them, and the cache is shared
     return Init({"vera_lambda_d": d, "vera_lambda_b": b}, {"vera_A": A, "vera_B": B})
 
 
