@@ -326,6 +326,8 @@ class PeftLinear(nn.Linear):
             errors.append(f"{prefix[:-1]} is merged; call unmerge before load_state_dict")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        whole = all(prefix + name in state_dict for name in ("weight", *self.adapter_names, *self.buffer_names))
+        self.awaits_weight = self.awaits_weight and (self.weight.is_meta or not whole)
 
     def extra_repr(self) -> str:
         about = f"method={self.method.name}"

@@ -16,19 +16,21 @@ from .ops import squared_residual
 
 
 def _stacks(model: nn.Module, kind: str) -> list[tuple[Tensor, bool]]:
-    """[(P stacked over equal shapes, own diagonal)]: A's and Bᵀ's of one shape and target share a stack."""
+    """[(P stacked over equal shapes, own diagonal)]: A's of one shape share a stack, and so do B's."""
     groups = defaultdict(list)
     for name, layer in layers(model):
         A, B = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
-        if A is None or B is None or not (A.requires_grad or B.requires_grad):
+        in_layout = A is not None and B is not None and A.shape[1] == layer.in_features
+        if not in_layout or not (A.requires_grad or B.requires_grad):
             raise ValueError(
-                f"kind={kind!r}: MPC needs factors A and B, but {layer.method.name} (on {name}) trains none"
+                f"kind={kind!r}: MPC needs trained A (r, in) and B (out, r), but {layer.method.name} (on {name}) has none"
             )
-        for P, own in ((A, False), (B.t(), kind == "d")):
-            groups[P.shape, P.dtype, P.device, own].append(P)
+        for P, is_b in ((A, False), (B, True)):
+            groups[P.shape, P.dtype, P.device, is_b].append(P)
     if not groups:
         raise ValueError(f"model={type(model).__name__} has no adapted layer; call get_peft_model first")
-    return [(torch.stack(found), own) for (*_, own), found in groups.items()]
+    stacks = [(torch.stack(found), is_b) for (*_, is_b), found in groups.items()]
+    return [(P.mT, kind == "d") if is_b else (P, False) for P, is_b in stacks]
 
 
 def mpc_penalty(model: nn.Module, kind: str = "o") -> Tensor:
@@ -51,5 +53,6 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     weight = next((layer.config.orth_reg_weight for _, layer in layers(model) if layer.method.name == "adalora"), None)
     if weight is None:
         raise ValueError(f"model={type(model).__name__} has no AdaLoRA layer; the penalty belongs to AdaLoraConfig")
-    norms = torch.cat([squared_residual(P, own).sqrt() for P, own in _stacks(model, "o")])
+    stacks = _stacks(model, "o")  # the clamp: at an exactly orthonormal factor the slope of sqrt is infinite
+    norms = torch.cat([squared_residual(P, own).clamp_min(torch.finfo(P.dtype).tiny).sqrt() for P, own in stacks])
     return weight * norms.mean()

@@ -331,4 +331,5 @@ class _SquaredResidual(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         P, R = ctx.saved_tensors
-        return torch.bmm(R * (4 * grad)[:, None, None], P), None
+        R = R * (4 * grad)[:, None, None]  # symmetric; the gradient in P's own layout, so a Bᵀ's needs no copy
+        return (torch.bmm(P.mT, R).mT if P.stride(1) == 1 else torch.bmm(R, P)), None

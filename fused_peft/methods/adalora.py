@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..factors import Factors
+from ..factors import ACTIVATIONS, Factors
 from .base import Init, Method, PeftConfig, positive, positive_int, probability
 from .defaults import ADALORA_TARGETS
 from .low_rank import normal_a_b
@@ -25,7 +25,7 @@ class AdaLoraConfig(PeftConfig):
     """init_r, target_r: rank at the start, and on average in the end. tinit, tfinal: steps before the budget falls, and
     after it has fallen. deltaT: steps between allocations. beta1, beta2: smoothing of sensitivity and uncertainty.
     total_step: steps of the whole training. orth_reg_weight: weight of the orthogonality penalty, which
-    ``fused_peft.penalty(model)`` returns. rank_pattern: the allocation of a stored adapter.
+    ``fused_peft.orthogonality_penalty(model)`` returns. rank_pattern: the allocation of a stored adapter.
     """
 
     peft_type: ClassVar[str] = "ADALORA"
@@ -60,6 +60,8 @@ class AdaLoraConfig(PeftConfig):
                 f"tinit={self.tinit} must lie below total_step - tfinal = {self.total_step - self.tfinal}, or the "
                 "budget has no step in which to fall; lower tinit or tfinal, or raise total_step"
             )
+        if self.nonlinearity not in ACTIVATIONS:
+            raise ValueError(f"nonlinearity={self.nonlinearity!r} must be one of {', '.join(ACTIVATIONS)}")
         for name in ("beta1", "beta2"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must lie in (0, 1)")
@@ -118,8 +120,6 @@ def _observe(layer):
     config = layer.config
     for name in _PARTS:
         p = getattr(layer, name)
-        if p.grad is None:
-            raise RuntimeError(f"on_step needs the gradients of {name}: call it after backward and before zero_grad")
         now = (p * p.grad).abs()
         mean, spread = getattr(layer, f"sensitivity_{name}"), getattr(layer, f"uncertainty_{name}")
         mean.mul_(config.beta1).add_(now, alpha=1 - config.beta1)
@@ -138,6 +138,12 @@ def on_step(layers, step):
     config = layers[0][1].config
     end = config.total_step - config.tfinal
     if step < end:
+        for path, layer in layers:  # all of them first: a refused step must not have been counted
+            for name in _PARTS:
+                if getattr(layer, name).grad is None:
+                    raise RuntimeError(
+                        f"on_step needs the gradients, and {path}.{name} has none: call it after backward and before zero_grad"
+                    )
         for _, layer in layers:
             _observe(layer)
     if step <= end:

@@ -17,7 +17,7 @@ from torch import nn
 from ..factors import Factors
 from .base import Init, Method
 from .low_rank import LowRankConfig, kaiming_a_zero_b, rank_fits
-from .svd import decomposed
+from .svd import decomposed, finite
 
 _FROM_W = ("pissa", "milora", "olora")
 
@@ -88,8 +88,8 @@ def init_from_weight(W, bias, config, new):
     rank_fits(config.r, W)
     how, r, s = config.init_lora_weights, config.r, config.scaling
     if how == "olora":
-        Q, R = torch.linalg.qr(W.to(torch.promote_types(W.dtype, torch.float32))) if not W.is_meta else (None, None)
-        A, B = (R[:r], Q[:, :r]) if not W.is_meta else (new(r, W.shape[1]), new(W.shape[0], r))
+        Q, R = (new(W.shape[0], r), new(r, W.shape[1])) if W.is_meta else torch.linalg.qr(finite(W))
+        A, B = R[:r], Q[:, :r]
     else:
         niter = int(how.rpartition("_")[2]) if how.startswith("pissa_niter") else None
         U, S, Vh = decomposed(W, new, rank=r if niter is not None else None, niter=niter)

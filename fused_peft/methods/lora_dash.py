@@ -54,10 +54,13 @@ def factors(layer):
 @torch.no_grad()
 def on_step(layers, step):
     """At the warm-up step, write each layer's directions into its buffers."""
-    for _, layer in layers:
+    for name, layer in layers:
         if step != layer.config.warmup:
             continue
-        U, S, Vh = decomposed(layer.matrix, layer.matrix.new_empty)
+        try:
+            U, S, Vh = decomposed(layer.matrix, layer.matrix.new_empty)
+        except ValueError as e:
+            raise ValueError(f"{name}: {e}") from e
         A, B = (t.to(U.dtype) for t in (layer.lora_A, layer.lora_B))
         used = ((U.T @ B) * (Vh @ A.T)).sum(1).abs() * layer.config.scaling / S.clamp_min(torch.finfo(S.dtype).tiny)
         chosen = used.topk(layer.config.directions).indices

@@ -33,6 +33,13 @@ class SVDiffConfig(PeftConfig):
     target_defaults: ClassVar[dict[str, Any]] = {"target_modules": LORA_TARGETS}
 
 
+def finite(W):
+    """W in at least fp32; ValueError when an entry is NaN or infinite, since a factorisation would spread it."""
+    if not torch.isfinite(W).all():
+        raise ValueError("the weight has NaN or infinite entries, so it has no factorisation; repair it first")
+    return W.to(torch.promote_types(W.dtype, torch.float32))
+
+
 def decomposed(W, new, rank=None, niter=None):
     """U (out, k), S (k,), Vh (k, in) of W in at least fp32, S descending; the rank largest by randomised SVD with
     niter.
@@ -42,9 +49,7 @@ def decomposed(W, new, rank=None, niter=None):
     k = rank or min(W.shape)
     if W.is_meta:
         return new(W.shape[0], k), new(k), new(k, W.shape[1])
-    W = W.to(torch.promote_types(W.dtype, torch.float32))
-    if not torch.isfinite(W).all():
-        raise ValueError("the weight has NaN or infinite entries, so it has no singular value decomposition; repair it")
+    W = finite(W)
     if niter is not None:
         U, S, V = torch.svd_lowrank(W, rank, niter=niter)
         return U, S, V.T
