@@ -23,7 +23,7 @@ def _stacks(model: nn.Module, kind: str) -> list[tuple[Tensor, bool]]:
         in_layout = A is not None and B is not None and A.shape[1] == layer.in_features
         if not in_layout or not (A.requires_grad or B.requires_grad):
             raise ValueError(
-                f"kind={kind!r}: MPC needs trained A (r, in) and B (out, r), but {layer.method.name} (on {name}) has none"
+                f"kind={kind!r}: MPC needs factors A and B, but {layer.method.name} (on {name}) trains none"
             )
         for P, is_b in ((A, False), (B, True)):
             groups[P.shape, P.dtype, P.device, is_b].append(P)

@@ -142,7 +142,8 @@ def on_step(layers, step):
             for name in _PARTS:
                 if getattr(layer, name).grad is None:
                     raise RuntimeError(
-                        f"on_step needs the gradients, and {path}.{name} has none: call it after backward and before zero_grad"
+                        f"on_step needs the gradients, and {path}.{name} has none: call it after backward and before "
+                        "zero_grad"
                     )
         for _, layer in layers:
             _observe(layer)
