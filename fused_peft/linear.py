@@ -207,13 +207,11 @@ class PeftLinear(nn.Linear):
             if method.replaces_weight:
                 weight = None
             return ops.linear(x, weight, method.factors(self), bias, None, self.training)
-        if self.enabled or self.method.taken is None:
-            if self.merged and not self.enabled:
-                weight, bias = self._matrix(self._base_weight), self._base_bias
-            return ops.plain_linear(x, weight, bias)
-        if self.merged:
+        if self.merged and not self.enabled:
             weight, bias = self._matrix(self._base_weight), self._base_bias
-        return ops.linear(x, weight, self.method.taken(self), bias)
+        if self.method.taken is not None and not self.enabled:
+            return ops.linear(x, weight, self.method.taken(self), bias)
+        return ops.plain_linear(x, weight, bias)
 
     def forms_weight(self, rows: int) -> bool:
         """Whether a call on that many rows forms its weight, by FLOPs where the method has both forms."""
