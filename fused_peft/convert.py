@@ -27,6 +27,7 @@ class AdapterState:
     config: PeftConfig
     saved: dict[str, nn.Module] = field(default_factory=dict)  # modules_to_save: name -> frozen original
     biases: dict[str, Tensor] = field(default_factory=dict)  # trained in place: parameter name -> base value
+    disabled: int = 0  # how many disable_adapter contexts are open
 
 
 @dataclass
@@ -39,14 +40,32 @@ class _Plan:
     plain_prompt: bool = False  # a soft prompt without the encoder that trained it
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
 def layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
     """(name, layer) of every adapted layer."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, PeftLinear))
+    return ((name, m) for name, m in unwrap(model).named_modules() if isinstance(m, PeftLinear))
+
+
+def refuse_while_disabled(model: nn.Module, what: str) -> None:
+    """RuntimeError inside disable_adapter, where base values stand in for the trained ones."""
+    state = getattr(unwrap(model), _STATE, None)
+    if state is not None and state.disabled:
+        raise RuntimeError(f"{what} inside disable_adapter would act on the base values; leave the context first")
 
 
 def state_of(model: nn.Module) -> AdapterState:
     """The model's adapter state; ValueError when get_peft_model has not run on it."""
-    state = getattr(model, _STATE, None)
+    state = getattr(unwrap(model), _STATE, None)
     if state is None:
         raise ValueError(f"model={type(model).__name__} has no adapter; call get_peft_model or load_adapter first")
     return state
@@ -64,6 +83,8 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
         raise ValueError("the model already carries Hugging Face PEFT layers; call its merge_and_unload first")
     config = replace(config)  # re-validates, and never edits the caller's object
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     resolved = resolve(model, config)
     saved = modules_to_save(model, resolved)
     if soft:
@@ -158,8 +179,8 @@ def get_peft_model(
 
 def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     model.requires_grad_(False)
-    for name, layer in planned.layers.items():
-        _replace(model, model.get_submodule(name), layer)
+    _replace(model, {id(model.get_submodule(name)): layer for name, layer in planned.layers.items()})
+    for layer in planned.layers.values():
         layer.take_from_base()
         for parameter in layer.adapter_names:
             getattr(layer, parameter).requires_grad_(not planned.state.config.inference_mode)
@@ -180,12 +201,12 @@ def _set(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` is registered."""
+def _replace(model: nn.Module, new: dict[int, nn.Module]) -> None:
+    """Put new[id(old)] wherever old is registered."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
+            if id(child) in new:
+                parent._modules[name] = new[id(child)]
 
 
 def merge(model: nn.Module, safe_merge: bool = False) -> None:
@@ -195,23 +216,36 @@ def merge(model: nn.Module, safe_merge: bool = False) -> None:
     safe_merge when a merged weight is not finite.
     """
     found = _found(model)
+    refuse_while_disabled(model, "merge")
+    owners: dict[int, str] = {}
     for name, layer in found:
         if layer.merged:
             raise RuntimeError(f"{name} is already merged; call unmerge before merging again")
+        other = owners.setdefault(id(layer.weight), name)
+        if other != name:
+            raise RuntimeError(f"{name} and {other} share one weight, which cannot hold both merges; untie them first")
+    _merge(found, safe_merge)
+
+
+def _merge(found: list[tuple[str, PeftLinear]], safe_merge: bool) -> None:
+    """Merge these layers, all or none."""
     done = []
     try:
         for name, layer in found:
             layer.merge(safe_merge)
             done.append(layer)
-    except ValueError as e:
+    except BaseException as e:
         for layer in done:
             layer.unmerge()
-        raise type(e)(f"{name}: {e}") from e
+        if isinstance(e, ValueError):
+            raise type(e)(f"{name}: {e}") from e
+        raise
 
 
 def unmerge(model: nn.Module) -> None:
     """Restore every base weight bit for bit. Raises RuntimeError when a layer is not merged."""
     found = _found(model)
+    refuse_while_disabled(model, "unmerge")
     for name, layer in found:
         if not layer.merged:
             raise RuntimeError(f"{name} is not merged; there is nothing to unmerge")
@@ -220,6 +254,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def _found(model: nn.Module) -> list[tuple[str, PeftLinear]]:
+    model = unwrap(model)
     found = list(layers(model))
     if hasattr(model, "soft_prompt"):
         raise NotMergeableError("a soft prompt has no weight: there is nothing to merge, unload or explain per layer")
@@ -230,11 +265,14 @@ def _found(model: nn.Module) -> list[tuple[str, PeftLinear]]:
 
 def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     """Merge, then turn every layer back into its original class; returns the plain model. Raises as ``merge`` does."""
+    model = unwrap(model)
     found = _found(model)
-    if not all(layer.merged for _, layer in found):
+    refuse_while_disabled(model, "merge_and_unload")
+    if not any(layer.merged for _, layer in found):
         merge(model, safe_merge)
-    for _, layer in found:
-        _replace(model, layer, layer.unload())
+    else:
+        _merge([(name, layer) for name, layer in found if not layer.merged], safe_merge)
+    _replace(model, {id(layer): layer.unload() for _, layer in found})
     if hasattr(model, _STATE):
         delattr(model, _STATE)
     return model
@@ -244,6 +282,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model computes what the base model did: adapters off, merged or not; heads of
     modules_to_save and biases trained in place back at their base values."""
+    model = unwrap(model)
     state = getattr(model, _STATE, None) or AdapterState(config=None)
     soft = getattr(model, "soft_prompt", None)
     found = [("soft_prompt", soft)] if soft is not None else _found(model)
@@ -251,18 +290,20 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     trained = {name: model.get_submodule(name) for name in state.saved}
     parameters = {name: _bias_in_use(model, name) for name in state.biases}
     values = {name: p.data for name, p in parameters.items()}
+    state.disabled += 1
     try:
         for _, layer in found:
             layer.enabled = False
         for name, module in trained.items():
             like = next(module.parameters(), None)
             original = state.saved[name]
-            _set(model, name, original if like is None else original.to(like.device, like.dtype))
+            _set(model, name, original if like is None else original.to(like.device))
             original.train(module.training)
         for name, p in parameters.items():
             p.data = state.biases[name].to(p.device, p.dtype)
         yield model
     finally:
+        state.disabled -= 1
         for (_, layer), enabled in zip(found, before, strict=True):
             layer.enabled = enabled
         for name, module in trained.items():
@@ -280,6 +321,7 @@ def _bias_in_use(model: nn.Module, name: str) -> Tensor:
 def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """Print and return (trainable, all) parameter counts, in PEFT's words, with the originals of modules_to_save."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model = unwrap(model)
     kept = getattr(model, _STATE).saved.values() if hasattr(model, _STATE) else ()
     total = sum(p.numel() for p in {*model.parameters(), *(p for m in kept for p in m.parameters())})
     percent = 100 * trainable / max(total, 1)

@@ -31,12 +31,10 @@ def threshold(p: float) -> int:
 
 def _bits(seed: Tensor, n: int) -> Tensor:
     """n signed 16-bit values, uniform."""
-    h = torch.arange((n + 1) // 2, dtype=torch.int32, device=seed.device).bitwise_xor_(seed[0])
-    high = torch.empty_like(h)
+    h = torch.arange((n + 1) // 2, dtype=torch.int32, device=seed.device) ^ seed[0]  # batched when the seed is (vmap)
 
     def xor_shift(k):
-        torch.bitwise_right_shift(h, k, out=high)
-        h.bitwise_xor_(high.bitwise_and_((1 << (32 - k)) - 1))
+        h.bitwise_xor_((h >> k).bitwise_and_((1 << (32 - k)) - 1))
 
     for i, (shift, multiplier) in enumerate(ROUNDS):
         xor_shift(shift)

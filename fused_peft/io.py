@@ -26,7 +26,7 @@ from .methods import METHODS, PeftConfig
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # what PEFT writes beside the hyper-parameters, and settings that mean nothing unless another is on
-_NEUTRAL = {"auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
+_NEUTRAL = {"auto_mapping", "eva_config", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
 
 # with bias="all" PEFT stores the biases of modules_to_save a second and third time, under its wrapper's names
 _DUPLICATE = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
@@ -127,7 +127,9 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
     Stock PEFT loads it for the methods it has. Raises ValueError when the model has no adapter and
     FileExistsError when ``path`` is a file. Each file is written aside and renamed, so a crash leaves the old one.
     """
+    model = convert.unwrap(model)
     state = convert.state_of(model)
+    convert.refuse_while_disabled(model, "save_pretrained")
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"path={str(path)!r} is an existing file; give a folder")
@@ -154,7 +156,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
     save_file({k: t.clone() for k, t in tensors.items()}, aside, metadata={"format": "pt"})
     os.replace(aside, path / WEIGHTS_NAME)
     aside = path / f".{CONFIG_NAME}.{os.getpid()}"
-    aside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    aside.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")  # patterns keep their order
     os.replace(aside, path / CONFIG_NAME)
 
 
@@ -235,7 +237,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool =
     raises FileNotFoundError, AdapterFormatError (names the file and what is wrong in it) or get_peft_model's errors
     with the model as it was.
     """
-    path = Path(path)
+    model, path = convert.unwrap(model), Path(path)
+    convert.refuse_while_disabled(model, "load_adapter")
     config = load_config(path)
     config.inference_mode = not is_trainable
     stored = _read(path)
@@ -272,6 +275,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool =
     with torch.no_grad():
         for key, (tensor, _) in slots.items():
             tensor.copy_(stored[key].reshape(tensor.shape))
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(is_trainable)
         for tensor, value in shared:
             tensor.copy_(value)
     return model

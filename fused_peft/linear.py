@@ -36,6 +36,10 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         return "nn.MultiheadAttention reads its weight and never calls it, so an adapter would do nothing; exclude it"
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
         return f"{kind} has a forward of its own, which the fused layer would bypass; exclude it"
+    if "forward" in module.__dict__:
+        return (
+            "its forward is replaced on the instance (device_map hooks do that); adapt the model before dispatching it"
+        )
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "its shape is not known yet; run one batch through the model first"
     if not module.weight.dtype.is_floating_point:
@@ -260,24 +264,27 @@ class PeftLinear(nn.Linear):
             for name, t in (("weight", weight), ("bias", bias)):
                 if t is not None and not torch.isfinite(t).all():
                     raise ValueError(f"the merged {name} has NaN or infinite entries; the adapter is broken")
-        self.register_buffer("_base_weight", self.weight.data, persistent=False)
-        self.register_buffer("_base_bias", None if self.bias is None else self.bias.data, persistent=False)
-        self.weight.data = weight
-        if self.bias is not None:
-            self.bias.data = bias
-        elif bias is not None:
-            self.bias = nn.Parameter(bias, requires_grad=False)
+        with torch.inference_mode(False), torch.no_grad():
+            kept = None if self.bias is None else self.bias.detach().clone()
+            self.register_buffer("_base_weight", self.weight.detach().clone(), persistent=False)
+            self.register_buffer("_base_bias", kept, persistent=False)
+            self.weight.copy_(weight)  # in place: the Parameter stays, and autograd notices
+            if self.bias is not None:
+                self.bias.copy_(bias)
+            elif bias is not None:
+                self.bias = nn.Parameter(bias.clone(), requires_grad=False)
         self.merged = True
 
     def unmerge(self) -> None:
         """Restore the base weight and bias, bit for bit. Raises RuntimeError when not merged."""
         if not self.merged:
             raise RuntimeError("the layer is not merged; there is nothing to unmerge")
-        self.weight.data = self._base_weight
-        if self._base_bias is None:
-            self.bias = None
-        else:
-            self.bias.data = self._base_bias
+        with torch.inference_mode(False), torch.no_grad():
+            self.weight.copy_(self._base_weight)
+            if self._base_bias is None:
+                self.bias = None
+            else:
+                self.bias.copy_(self._base_bias)
         self._forget_base()
 
     def _forget_base(self) -> None:

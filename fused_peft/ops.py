@@ -9,6 +9,7 @@ calls take the same pair through a bare autograd.Function, which costs a third o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 
@@ -64,6 +65,8 @@ def linear(
         f.drop_base,
     )
     try:
+        if f.d_in is not None and x.shape[-1:] != f.d_in.shape:
+            _check(x, w)  # would broadcast
         if _transforming():
             return _expression(o, f)
         if is_compiling():
@@ -123,21 +126,32 @@ class _Formed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        want_x, want_bias, *wanted = ctx.needs_input_grad[1:]
+        need = ctx.needs_input_grad[1:]
         if dy is None:
-            return (None,) * (3 + len(wanted))
+            return (None,) * (1 + len(need))
         x, *tensors = ctx.saved_tensors
-        leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, wanted, strict=True)]
-        with torch.enable_grad():
-            w = ctx.form(*leaves).to(dy.dtype)
-        rows = dy.reshape(-1, dy.shape[-1])
-        dx = torch.mm(rows, w.detach()).view(*dy.shape[:-1], w.shape[1]) if want_x else None
-        dbias = torch.sum(rows, 0, dtype=ctx.bias_dtype) if want_bias else None
-        grads = iter(())
-        if any(wanted):
-            dw = torch.mm(rows.t(), x.reshape(-1, x.shape[-1]))
-            grads = iter(torch.autograd.grad(w, [t for t, need in zip(leaves, wanted, strict=True) if need], dw))
-        return (None, dx, dbias, *(next(grads) if need else None for need in wanted))
+        with _no_autocast(dy.device.type):
+            return None, *_formed_gradients(ctx.form, ctx.bias_dtype, dy, x, tensors, *need)
+
+
+def _formed_gradients(form, bias_dtype, dy, x, tensors, want_x, want_bias, *wanted):
+    """dx, dbias and the gradient of each tensor that the weight is formed from, None where not wanted."""
+    leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, wanted, strict=True)]
+    with torch.enable_grad():
+        w = form(*leaves).to(dy.dtype)
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = torch.mm(rows, w.detach()).view(*dy.shape[:-1], w.shape[1]) if want_x else None
+    dbias = torch.sum(rows, 0, dtype=bias_dtype) if want_bias else None
+    grads = iter(())
+    if any(wanted):
+        dw = torch.mm(rows.t(), x.reshape(-1, x.shape[-1]))
+        grads = iter(torch.autograd.grad(w, [t for t, need in zip(leaves, wanted, strict=True) if need], dw))
+    return dx, dbias, *(next(grads) if need else None for need in wanted)
+
+
+def _no_autocast(device: str):
+    """For a backward that runs inside an autocast context: dtypes were settled in forward."""
+    return torch.autocast(device, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -176,9 +190,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base):
         need = ctx.needs_input_grad[1 : TENSORS + 1]
-        y, T, z = backend.forward(
-            (x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base), need[5]
-        )
+        o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base)
+        y, T, z = backend.forward(o, need[5])
         read_x, read_T = _reads(need, h)
         ctx.save_for_backward(
             x if read_x else None, w, None, bias.new_empty(0) if need[3] else None,
@@ -195,7 +208,9 @@ class _Linear(torch.autograd.Function):
             return (None,) * (len(Operands._fields) + 1)
         backend, need, scalars = ctx.rest
         *tensors, T, z = ctx.saved_tensors
-        return (None, *backend.backward(dy, (*tensors, *scalars), T, z, need), None, None, None, None, None)
+        o = Operands(*tensors, *scalars)
+        with _no_autocast(dy.device.type):
+            return (None, *backend.backward(dy, o, T, z, need), None, None, None, None, None)
 
 
 # Function.apply less its functorch handling, which ``linear`` has already ruled out: 2 µs a call

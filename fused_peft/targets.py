@@ -105,6 +105,9 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
         raise ValueError(_no_match(config, modules))
     for name, module in found.items():
         reason = why_not_adaptable(module)
+        parent, _, last = name.rpartition(".")
+        if isinstance(modules[parent], nn.TransformerEncoderLayer) and last in ("linear1", "linear2"):
+            reason = "nn.TransformerEncoderLayer reads its weight directly in eval mode, past any adapter; exclude it"
         if reason:
             raise TypeError(f"target_modules={config.target_modules!r} matches {name!r}, but {reason}")
     return found

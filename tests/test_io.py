@@ -204,3 +204,18 @@ def test_config_round_trip(saved):
     assert (config.r, config.target_modules) == (2, ["q", "v"])
     with pytest.raises(FileNotFoundError, match="save_pretrained"):
         fp.load_config(saved / "elsewhere")
+
+
+def test_pattern_order_survives(tmp_path):
+    config = fp.LoraConfig(r=2, lora_alpha=2, target_modules=["q"], alpha_pattern={"1.q": 64, "q": 4})
+    fp.save_pretrained(fp.get_peft_model(Net(), config), tmp_path)
+    scalings = [b.q.config.scaling for b in fp.load_adapter(Net(), tmp_path).blocks]
+    assert scalings == [2.0, 32.0, 2.0]
+
+
+def test_is_trainable_holds_for_an_adapted_model_too(saved):
+    net = fp.get_peft_model(Net(), LORA)
+    fp.load_adapter(net, saved, is_trainable=False)
+    assert not any(p.requires_grad for p in net.parameters())
+    fp.load_adapter(net, saved)
+    assert net.blocks[0].q.lora_A.requires_grad

@@ -255,3 +255,35 @@ def test_config_errors_name_the_field_and_the_value(kwargs, message):
 def test_ia3_feedforward_modules_must_be_targets():
     with pytest.raises(ValueError, match=r"feedforward_modules=\['w2'\]"):
         fp.IA3Config(target_modules=["k"], feedforward_modules=["w2"])
+
+
+def test_merging_notices_autograd_and_inference_mode():
+    _, layer = layer_pair()
+    x = torch.randn(3, 12, requires_grad=True)
+    y = layer(x)
+    layer.merge()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    layer.unmerge()
+    with torch.inference_mode():
+        layer.merge()
+    layer(x).sum().backward()
+    layer.unmerge()
+
+
+def test_a_forward_replaced_on_the_instance_is_refused():
+    linear = nn.Linear(4, 4)
+    linear.forward = lambda x: x
+    with pytest.raises(TypeError, match="replaced on the instance"):
+        fp.PeftLinear.from_linear(linear, CONFIG)
+
+
+@pytest.mark.parametrize("lead", [(3,), (2, 3), ()])
+def test_output_may_be_changed_in_place(lead):
+    _, layer = layer_pair()
+    x = torch.randn(*lead, 12)
+    want = layer(x).relu()
+    y = layer(x)
+    y.relu_()
+    assert torch.equal(y, want)
+    y.sum().backward()

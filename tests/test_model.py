@@ -288,3 +288,83 @@ def test_disable_adapter_restores_after_an_error(net):
 def test_a_lone_linear_points_to_from_linear():
     with pytest.raises(ValueError, match="from_linear"):
         fp.get_peft_model(nn.Linear(4, 4), fp.LoraConfig(r=2, target_modules=["x"]))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_state_changes_inside_disable_adapter_are_refused(net, merged, tmp_path):
+    fp.get_peft_model(net, CONFIGS[1])
+    perturb(net)
+    fp.save_pretrained(net, tmp_path)
+    if merged:
+        fp.merge(net)
+    want = net(IDS)
+    with fp.disable_adapter(net), fp.disable_adapter(net):
+        for call in (fp.merge, fp.unmerge, fp.merge_and_unload):
+            with pytest.raises(RuntimeError, match="inside disable_adapter"):
+                call(net)
+        for call in (fp.save_pretrained, fp.load_adapter):
+            with pytest.raises(RuntimeError, match="inside disable_adapter"):
+                call(net, tmp_path)
+    assert torch.equal(net(IDS), want)
+
+
+def test_two_targets_on_one_weight_do_not_merge(net):
+    net.blocks[0].v.weight = net.blocks[0].q.weight
+    with pytest.warns(UserWarning, match="shared"):
+        fp.get_peft_model(net, CONFIGS[0])
+    before = net.blocks[0].q.weight.clone()
+    with pytest.raises(RuntimeError, match=r"blocks\.0\.v and blocks\.0\.q share one weight"):
+        fp.merge(net)
+    assert torch.equal(net.blocks[0].q.weight, before)
+
+
+def test_merge_rolls_back_on_any_error(net, monkeypatch):
+    fp.get_peft_model(net, CONFIGS[0])
+    before, calls, right = snapshot(net), [], fp.PeftLinear.merge
+
+    def fails_third(layer, safe_merge=False):
+        calls.append(layer)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        right(layer, safe_merge)
+
+    monkeypatch.setattr(fp.PeftLinear, "merge", fails_third)
+    with pytest.raises(torch.OutOfMemoryError):
+        fp.merge(net)
+    assert same(before, snapshot(net))
+    assert not any(m.merged for m in net.modules() if isinstance(m, fp.PeftLinear))
+
+
+def test_compiled_and_wrapped_models(net, tmp_path):
+    fp.get_peft_model(net, CONFIGS[1])
+    perturb(net)
+    want = net(IDS)
+    compiled = torch.compile(net, backend="eager")
+    fp.save_pretrained(compiled, tmp_path / "compiled")
+    fp.save_pretrained(nn.DataParallel(net), tmp_path / "parallel")
+    torch.manual_seed(0)
+    for folder in ("compiled", "parallel"):
+        fresh = Net().eval()
+        fresh.load_state_dict({k: v for k, v in net.state_dict().items() if k in fresh.state_dict()})
+        torch.testing.assert_close(fp.load_adapter(fresh, tmp_path / folder)(IDS), want)
+    fp.merge(compiled)
+    torch.testing.assert_close(net(IDS), want)
+
+
+def test_encoder_layers_with_a_fast_path_are_refused():
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    wrapped = nn.Sequential(model)
+    with pytest.raises(TypeError, match="past any adapter"):
+        fp.get_peft_model(wrapped, fp.LoraConfig(r=2, target_modules=["linear1"]))
+
+
+def test_adapting_many_layers_is_not_quadratic():
+    import time
+
+    times = []
+    for n in (200, 800):
+        model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(n)))
+        start = time.perf_counter()
+        fp.get_peft_model(model, fp.SSLConfig(target_modules=[str(i) for i in range(n)]))
+        times.append(time.perf_counter() - start)
+    assert times[1] < 10 * times[0]

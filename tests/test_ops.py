@@ -381,3 +381,35 @@ def test_one_call_reaches_the_backend_once():
     with torch.no_grad():
         layer(torch.randn(3, 8))
     assert calls == ["forward", "backward", "forward"]
+
+
+@pytest.mark.parametrize("config", [fp.SSBConfig(), fp.SSLConfig(), fp.IA3Config(feedforward_modules=".*")])
+def test_a_width_of_one_is_not_broadcast(config):
+    with pytest.raises(ValueError, match="in_features=8"):
+        fp.PeftLinear(8, 6, config=config)(torch.randn(3, 1))
+
+
+@pytest.mark.parametrize("config", [fp.LoraConfig(r=2), fp.LieraConfig(r=2)])
+def test_backward_inside_autocast(config):
+    layer = fp.PeftLinear(8, 6, config=config)
+    x = torch.randn(3, 8, requires_grad=True)
+    y = layer(x)
+    want = torch.autograd.grad(y.sum(), x, retain_graph=True)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], want)
+
+
+def test_only_the_bias_trains_behind_a_nonlinearity():
+    f, tensors = make(("A", "B", "bias"), h="relu")
+    for name in ("A", "B"):
+        tensors[name].requires_grad_(False)
+    ops.linear(torch.randn(M, K, dtype=torch.float64), rand(N, K).detach(), f).sum().backward()
+    assert tensors["bias"].grad.tolist() == [M] * N
+
+
+def test_vmap_with_dropout_draws_a_mask_a_sample():
+    f, _ = make(("A", "B"), p=0.5)
+    x, w = torch.ones(64, 1, K, dtype=torch.float64), rand(N, K).detach()
+    y = torch.func.vmap(lambda v: ops.linear(v, w, f), randomness="different")(x)
+    assert y.shape == (64, 1, N)
+    assert len(y[:, 0].unique(dim=0)) > 32

@@ -134,7 +134,7 @@ class Eager:
                 y = torch.addcmul(outer, z, d_out.to(dt))
             else:
                 y = z.mul_(d_out.to(dt)) if fresh and not keep_z else z * d_out.to(dt)
-        return y if lead is None else y.view(*lead, y.shape[1]), T, z if keep_z else None
+        return y if lead is None else _aten._unsafe_view(y, (*lead, y.shape[1])), T, z if keep_z else None
 
     def backward(
         self, dy: Tensor, o: Operands, T: Tensor | None, z: Tensor | None, need: tuple[bool, ...]
@@ -164,7 +164,7 @@ class Eager:
             mask, scale = None, 1.0
             if seed is not None and (want_A or want_w or into_x):
                 mask, scale = Mask(seed, (dy.shape[0], A.shape[1]), p), 1 / (1 - p)
-            U = T if h == "identity" else ACTIVATIONS[h](T)
+            U = T if T is None or h == "identity" else ACTIVATIONS[h](T)
             if want_B or want_G:
                 BG = _mm(U.t(), dz, s).t()  # s·dzᵀh(T), (N, r); (r, N) first: up to 7x faster on CPU
                 if BG.dtype != B.dtype:
