@@ -133,6 +133,7 @@ class Classifier(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         hidden = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = hidden[:, -mask.shape[1] :]  # less the positions of a soft prompt
         weight = mask.unsqueeze(-1).to(hidden.dtype)
         return self.classifier((hidden * weight).sum(1) / weight.sum(1))
 
@@ -175,6 +176,16 @@ def bottleneck(targets: str) -> Callable[[Classifier], nn.Module]:
     return lambda model: fp.get_peft_model(model, config)
 
 
+def soft_prompt(config: type, **options) -> Callable[[Classifier], nn.Module]:
+    """Vectors in front of the encoder's input; the head trains beside them."""
+
+    def build(model: Classifier) -> nn.Module:
+        fp.get_peft_model(model.encoder, config(num_virtual_tokens=10, **options))
+        return model
+
+    return build
+
+
 RANKED = {"r": RANK, "lora_alpha": ALPHA}
 METHODS = {  # name: (what adapts a fresh model in place, the adapter's learning rate)
     "linear_probe": (linear_probe, 0.0),
@@ -199,6 +210,9 @@ METHODS = {  # name: (what adapts a fresh model in place, the adapter's learning
     "parallel_adapter": (ours(fp.ParallelAdapterConfig, **RANKED), 2e-3),
     "pfeiffer": (bottleneck(r".*\.layer\.\d+\.output\.dense"), 2e-3),
     "pissa": (ours(fp.PissaConfig, r=RANK, lora_alpha=RANK), 1e-3),
+    "prefix_tuning": (soft_prompt(fp.PrefixTuningConfig), 3e-2),
+    "prompt_tuning": (soft_prompt(fp.PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB"), 3e-2),
+    "p_tuning": (soft_prompt(fp.PromptEncoderConfig), 2e-3),
     "sam_parser": (ours(fp.SamParserConfig), 1e-2),
     "spectral_adapter": (ours(fp.SpectralAdapterConfig, r=RANK), 1e-3),
     "ssl": (ours(fp.SSLConfig), 1e-2),

@@ -54,6 +54,11 @@ def demo() -> str:
     return markdown(list(found[0]), [list(r.values()) for r in found])
 
 
+def demo_all() -> str:
+    found = rows("demo_all/results.csv") + rows("demo_all/soft_prompts.csv")[1:]  # a run of its own, same probe
+    return markdown(list(found[0]), [list(r.values()) for r in found])
+
+
 def saved_bytes() -> str:
     found = rows("cpu/saved_bytes.csv")
     return markdown(["kept for backward beyond x", "ours", "HF PEFT"], [list(r.values()) for r in found])
@@ -69,6 +74,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-layers": cpu_layers,
     "overhead": overhead,
     "demo": demo,
+    "demo-all": demo_all,
     "methods": methods,
     "saved-bytes": saved_bytes,
 }
