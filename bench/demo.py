@@ -317,30 +317,37 @@ def report(runs: dict[str, Run], base: Classifier, out: Path) -> None:
     for name, rows in ("results", table), ("losses", losses):
         with (out / f"{name}.csv").open("w", newline="") as f:
             csv.writer(f).writerows(rows)
-    plot(runs, total, out / "demo.png")
+    points = {name: (100 * run.accuracy, 1000 * run.trainable / total) for name, run in runs.items()}
+    plot({name: run.losses for name, run in runs.items()}, points, out / "demo.png")
     print(f"results.csv, losses.csv, demo.png and the saved adapter are in {out}")
 
 
-def plot(runs: dict[str, Run], total: int, file: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for i, (name, run) in enumerate(runs.items()):
-        smooth = accumulate(run.losses, lambda mean, loss: 0.9 * mean + 0.1 * loss)
-        left.plot(list(smooth), "--" if name == "peft_lora" else "-", color=f"C{i}", label=name)  # the LoRAs coincide
+def plot(curves: dict[str, list[float]], points: dict[str, tuple[float, float]], file: Path) -> None:
+    """Left: smoothed losses. Right: accuracy (percent) against trainable parameters (per mille), a label a point."""
+    few = len(curves) <= 6
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5 if few else 7), layout="constrained")
+    colours = {name: f"C{i}" if few else plt.get_cmap("turbo")(i / len(curves)) for i, name in enumerate(curves)}
+    for name, losses in curves.items():
+        smooth = accumulate(losses, lambda mean, loss: 0.9 * mean + 0.1 * loss)
+        dashes = "--" if name == "peft_lora" else "-"  # it coincides with ours
+        left.plot(list(smooth), dashes, color=colours[name], label=name, linewidth=1.5 if few else 0.9)
     left.set(xlabel="step", ylabel="training loss, smoothed", ylim=(0, None))
-    left.legend()
-    points = sorted((100 * run.accuracy, 1000 * run.trainable / total, i) for i, run in enumerate(runs.values()))
-    gap, height = max(points[-1][0] - points[0][0], 1) / 15, -1.0
-    for accuracy, share, i in points:
-        height = max(height + gap, accuracy)  # labels keep clear of one another
-        peer = {"fillstyle": "none", "markersize": 11} if list(runs)[i] == "peft_lora" else {}
-        right.plot(share, accuracy, "o", color=f"C{i}", **peer)
-        right.text(share, height, f"    {list(runs)[i]}", va="center", color=f"C{i}")
+    if few:
+        left.legend()
+    ranked = sorted(points.items(), key=lambda item: (item[1][0], -item[1][1]))
+    low, high = ranked[0][1][0], max(ranked[-1][1][0], ranked[0][1][0] + 1)
+    for i, (name, (accuracy, share)) in enumerate(ranked):  # labels in a column of their own, in order
+        height = low + (high - low) * i / max(len(ranked) - 1, 1)
+        peer = {"fillstyle": "none", "markersize": 11} if name == "peft_lora" else {}
+        right.plot(share, accuracy, "o", color=colours[name], **peer)
+        right.plot((share, 100), (accuracy, height), color=colours[name], linewidth=0.4)
+        right.text(110, height, name, va="center", color=colours[name], fontsize=9)
     right.set_xscale("symlog", linthresh=0.1, linscale=0.3)
-    right.set(xlim=(-0.02, 100), ylim=(points[0][0] - gap, height + gap), ylabel="test accuracy, %")
-    right.set_xlabel("trainable parameters without the head, per mille")
+    right.set(xlim=(-0.02, 100), ylabel="test accuracy, %", xlabel="trainable parameters without the head, per mille")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     figure.savefig(file, dpi=150)
+    plt.close(figure)
 
 
 def arguments() -> argparse.Namespace:
