@@ -87,11 +87,11 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     resolved = resolve(model, config)
     saved = modules_to_save(model, resolved)
+    originals = {name: model.get_submodule(name) for name in saved}
+    copies = {name: copy.deepcopy(module) for name, module in originals.items()}
     if soft:
         resolved = replace(resolved, **prompt.resolve(model, resolved))
         prompt.hooked(model, resolved)
-        originals = {name: model.get_submodule(name) for name in saved}
-        copies = {name: copy.deepcopy(module) for name, module in originals.items()}
         return _Plan(AdapterState(resolved, saved=originals), {}, copies)
     new, targets = {}, find_targets(model, resolved)
     resolved = resolved.for_targets([_shape(module) for module in targets.values()])
@@ -103,7 +103,6 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
                 raise ValueError(f"{name}: {e}") from e
     if any(layer.fan_in_fan_out for layer in new.values()) and hasattr(resolved, "fan_in_fan_out"):
         resolved = replace(resolved, fan_in_fan_out=True)
-    originals = {name: model.get_submodule(name) for name in saved}
     _warn_tied(model, new)
     biases = {}
     for name, parameter in model.named_parameters():
@@ -111,11 +110,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
         if last == "bias" and not any(name.startswith(f"{s}.") for s in saved):
             if _bias_trains(resolved, owner, owner in new):
                 biases[name] = parameter.detach().clone()
-    return _Plan(
-        AdapterState(resolved, saved=originals, biases=biases),
-        new,
-        {name: copy.deepcopy(module) for name, module in originals.items()},
-    )
+    return _Plan(AdapterState(resolved, saved=originals, biases=biases), new, copies)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..factors import ACTIVATIONS, Factors
+from ..factors import ACTIVATIONS
 from .base import Init, Method, PeftConfig, positive, positive_int, probability
 from .defaults import ADALORA_TARGETS
-from .low_rank import normal_a_b
+from .low_rank import gated_factors, normal_a_b
 
 _PARTS = ("lora_A", "lora_E", "lora_B")
 
@@ -103,18 +103,6 @@ def init(W, bias, config, new):
     return Init(params, {**state, "kept": torch.ones_like(params["lora_E"], dtype=torch.bool)})
 
 
-def factors(layer):
-    config = layer.config
-    return Factors(
-        A=layer.lora_A,
-        B=layer.lora_B,
-        G=layer.lora_E,
-        s=config.scaling,
-        h=config.nonlinearity,
-        p=config.lora_dropout,
-    )
-
-
 def _observe(layer):
     """Smooth |p ∂p| and its distance from the mean, entry by entry."""
     config = layer.config
@@ -167,7 +155,7 @@ ADALORA = Method(
     config=AdaLoraConfig,
     example=lambda r: AdaLoraConfig(init_r=r, target_r=r, lora_alpha=2 * r, total_step=100),
     init=init,
-    factors=factors,
+    factors=lambda layer: gated_factors(layer, layer.lora_A, layer.lora_E, layer.lora_B),
     on_step=on_step,
     disk={name: name for name in _PARTS},
     disk_shape=lambda shape, config: (*shape, 1),

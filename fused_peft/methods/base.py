@@ -27,13 +27,6 @@ class Init(NamedTuple):
     buffers: dict[str, Tensor] = {}
 
 
-def option(default: Any = None, **kwargs):
-    """A config field; mutable defaults are copied per instance."""
-    if isinstance(default, (dict, list)):
-        return field(default_factory=type(default), **kwargs)
-    return field(default=default, **kwargs)
-
-
 @dataclass(kw_only=True)
 class PeftConfig:
     """Fields common to all methods, named and meant as in Hugging Face PEFT.
@@ -239,6 +232,3 @@ def matching_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
         if re.match(rf"(.*\.)?({pattern})$", name):
             return value
     return default
-
-
-__all__ = ["METHODS", "Method", "PeftConfig", "method", "method_of", "replace"]

@@ -6,13 +6,13 @@ Bini et al., arXiv 2503.18225, as Hugging Face PEFT computes it (norms below 1e-
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 
 from ..factors import Factors
-from .base import Init, Method, PeftConfig, matching_pattern, option, positive, positive_int, probability
+from .base import Init, Method, PeftConfig, matching_pattern, positive, positive_int, probability
 from .defaults import LORA_TARGETS
 from .low_rank import kaiming_a_zero_b
 
@@ -27,8 +27,8 @@ class DeloraConfig(PeftConfig):
     r: int = 8
     delora_lambda: float = 15.0
     module_dropout: float = 0.0
-    rank_pattern: dict[str, int] = option({})
-    lambda_pattern: dict[str, float] = option({})
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    lambda_pattern: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()

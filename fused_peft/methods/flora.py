@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..factors import Factors
 from .base import Method
-from .low_rank import LowRankConfig, normal_a_b
+from .low_rank import LowRankConfig, gated_factors, normal_a_b
 
 
 @dataclass(kw_only=True)
@@ -36,18 +35,6 @@ def _init(zero):
     return init
 
 
-def factors(layer):
-    config = layer.config
-    return Factors(
-        A=layer.lora_A,
-        B=layer.lora_B,
-        G=layer.lora_M,
-        s=config.scaling,
-        h=config.nonlinearity,
-        p=config.lora_dropout,
-    )
-
-
 FLORA, MOSLORA = (
     Method(
         name=name,
@@ -55,7 +42,7 @@ FLORA, MOSLORA = (
         config=config,
         example=lambda r, config=config: config(r=r, lora_alpha=2 * r),
         init=_init(zero),
-        factors=factors,
+        factors=lambda layer: gated_factors(layer, layer.lora_A, layer.lora_M, layer.lora_B),
     )
     for name, config, zero in (("flora", FloraConfig, "lora_M"), ("moslora", MosLoraConfig, "lora_B"))
 )

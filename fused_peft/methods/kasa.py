@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..factors import Factors
 from .base import Method
-from .low_rank import LowRankConfig, kaiming_a_zero_b
+from .low_rank import LowRankConfig, gated_factors, kaiming_a_zero_b
 
 
 @dataclass(kw_only=True)
@@ -26,12 +25,5 @@ KASA = Method(
     config=KasaConfig,
     example=lambda r: KasaConfig(r=r, lora_alpha=2 * r),
     init=lambda W, bias, config, new: {**kaiming_a_zero_b(W, config.r, new), "lora_diag": new(config.r).normal_()},
-    factors=lambda layer: Factors(
-        A=layer.lora_A,
-        B=layer.lora_B,
-        G=layer.lora_diag,
-        s=layer.config.scaling,
-        h=layer.config.nonlinearity,
-        p=layer.config.lora_dropout,
-    ),
+    factors=lambda layer: gated_factors(layer, layer.lora_A, layer.lora_diag, layer.lora_B),
 )

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..factors import Factors
 from .base import Init, Method
-from .low_rank import LowRankConfig, rank_fits
+from .low_rank import LowRankConfig, gated_factors, rank_fits
 from .svd import decomposed
 
 
@@ -34,14 +33,7 @@ LORA_XS = Method(
     config=LoraXsConfig,
     example=lambda r: LoraXsConfig(r=r, lora_alpha=2 * r),
     init=init,
-    factors=lambda layer: Factors(
-        A=layer.frozen_A,
-        B=layer.frozen_B,
-        G=layer.lora_R,
-        s=layer.config.scaling,
-        h=layer.config.nonlinearity,
-        p=layer.config.lora_dropout,
-    ),
+    factors=lambda layer: gated_factors(layer, layer.frozen_A, layer.lora_R, layer.frozen_B),
     from_weight=True,
     disk_buffers=("frozen_A", "frozen_B"),
 )

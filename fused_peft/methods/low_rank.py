@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import nn
 
-from ..factors import ACTIVATIONS
-from .base import PeftConfig, matching_pattern, option, positive, positive_int, probability
+from ..factors import ACTIVATIONS, Factors
+from .base import PeftConfig, matching_pattern, positive, positive_int, probability
 from .defaults import LORA_TARGETS
 
 
@@ -29,8 +29,8 @@ class LowRankConfig(PeftConfig):
     lora_dropout: float = 0.0
     use_rslora: bool = False
     nonlinearity: str = "identity"
-    rank_pattern: dict[str, int] = option({})
-    alpha_pattern: dict[str, float] = option({})
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
 
     def __post_init__(self):
@@ -90,3 +90,9 @@ def kaiming_a_b(W, r: int, new) -> dict:
     params = kaiming_a_zero_b(W, r, new)
     nn.init.kaiming_uniform_(params["lora_B"], a=math.sqrt(5))
     return params
+
+
+def gated_factors(layer, A, G, B) -> Factors:
+    """s·B G h(A ·) with the layer's own scaling, dropout and nonlinearity."""
+    config = layer.config
+    return Factors(A=A, B=B, G=G, s=config.scaling, h=config.nonlinearity, p=config.lora_dropout)

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..factors import Factors
 from .base import Method
-from .low_rank import LowRankConfig, kaiming_a_b
+from .low_rank import LowRankConfig, gated_factors, kaiming_a_b
 
 
 @dataclass(kw_only=True)
@@ -28,12 +27,5 @@ TRILORA = Method(
     config=TriLoraConfig,
     example=lambda r: TriLoraConfig(r=r),
     init=lambda W, bias, config, new: {**kaiming_a_b(W, config.r, new), "lora_E": new(config.r).zero_()},
-    factors=lambda layer: Factors(
-        A=layer.lora_A,
-        B=layer.lora_B,
-        G=layer.lora_E,
-        s=layer.config.scaling,
-        h=layer.config.nonlinearity,
-        p=layer.config.lora_dropout,
-    ),
+    factors=lambda layer: gated_factors(layer, layer.lora_A, layer.lora_E, layer.lora_B),
 )
