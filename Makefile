@@ -32,6 +32,7 @@ demo: $(VENV)/demo
 bench: $(VENV)/dev
 	$(BIN)/python bench/cpu.py --out bench/results/cpu/layers.csv
 	$(BIN)/python bench/overhead.py --out bench/results/cpu/overhead.csv
+	$(BIN)/python bench/mpc.py --out bench/results/cpu/mpc.csv
 	$(BIN)/python bench/memory.py --out bench/results/cpu/saved_bytes.csv
 	$(MAKE) report
 

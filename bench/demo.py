@@ -212,7 +212,7 @@ METHODS = {  # name: (what adapts a fresh model in place, the adapter's learning
     "pissa": (ours(fp.PissaConfig, r=RANK, lora_alpha=RANK), 1e-3),
     "prefix_tuning": (soft_prompt(fp.PrefixTuningConfig), 3e-2),
     "prompt_tuning": (soft_prompt(fp.PromptTuningConfig, prompt_tuning_init="SAMPLE_VOCAB"), 3e-2),
-    "p_tuning": (soft_prompt(fp.PromptEncoderConfig), 2e-3),
+    "p_tuning": (soft_prompt(fp.PromptEncoderConfig), 1e-2),
     "sam_parser": (ours(fp.SamParserConfig), 1e-2),
     "spectral_adapter": (ours(fp.SpectralAdapterConfig, r=RANK), 1e-3),
     "ssl": (ours(fp.SSLConfig), 1e-2),

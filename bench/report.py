@@ -64,6 +64,11 @@ def saved_bytes() -> str:
     return markdown(["kept for backward beyond x", "ours", "HF PEFT"], [list(r.values()) for r in found])
 
 
+def mpc() -> str:
+    found = rows("cpu/mpc.csv")
+    return markdown([*list(found[0])[:2], "% of the model"], [list(r.values())[:3] for r in found])
+
+
 def methods() -> str:
     table = method_table()
     body = [[f"`{r['method']}`", f"`{r['config']}`", r["form"], r["mergeable"], r["trainable"]] for r in table]
@@ -76,6 +81,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-all": demo_all,
     "methods": methods,
+    "mpc": mpc,
     "saved-bytes": saved_bytes,
 }
 

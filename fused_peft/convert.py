@@ -92,7 +92,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     if soft:
         resolved = replace(resolved, **prompt.resolve(model, resolved))
         prompt.hooked(model, resolved)
-        return _Plan(AdapterState(resolved, saved=originals), {}, copies)
+        return _Plan(AdapterState(resolved.in_use(), saved=originals), {}, copies)
     new, targets = {}, find_targets(model, resolved)
     resolved = resolved.for_targets([_shape(module) for module in targets.values()])
     with _frozen_as_before(model):
@@ -110,7 +110,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
         if last == "bias" and not any(name.startswith(f"{s}.") for s in saved):
             if _bias_trains(resolved, owner, owner in new):
                 biases[name] = parameter.detach().clone()
-    return _Plan(AdapterState(resolved, saved=originals, biases=biases), new, copies)
+    return _Plan(AdapterState(resolved.in_use(), saved=originals, biases=biases), new, copies)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

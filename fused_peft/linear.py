@@ -75,6 +75,7 @@ class PeftLinear(nn.Linear):
     """
 
     method = None  # until the adapter is attached
+    adapter_names = ()
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class PeftLinear(nn.Linear):
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
         start = self._start(method, config, adapter_dtype)
-        self.method, self.config = method, config
+        self.method, self.config = method, config.in_use()
         self.merged, self.enabled = False, True
         weight.requires_grad_(False)
         if self.bias is not None:
@@ -166,6 +167,16 @@ class PeftLinear(nn.Linear):
     def _matrix(self, weight: Tensor) -> Tensor:
         """The weight as (out, in); its own inverse."""
         return weight.t() if self.fan_in_fan_out else weight
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's; ValueError for an adapter tensor of another shape, which no optimizer built before knows."""
+        if name in self.adapter_names and (param is None or param.shape != getattr(self, name, param).shape):
+            raise ValueError(
+                f"{name}: shape {None if param is None else tuple(param.shape)} does not fit this layer's "
+                f"{self.method.name} ({tuple(getattr(self, name).shape)}); to change the rank, merge_and_unload, adapt "
+                "anew and build the optimizer after that"
+            )
+        super().register_parameter(name, param)
 
     def reset_parameters(self) -> None:
         """Initialise the base weight as nn.Linear does, and the adapter as its method does (for ``to_empty``)."""

@@ -79,3 +79,11 @@ def test_demo_in_small(tmp_path):
     assert [r["method"] for r in rows] == ["linear_probe", "ssb", "lora", "peft_lora"]
     assert (tmp_path / "demo/demo.png").stat().st_size > 10_000
     assert (tmp_path / "demo/lora/adapter_model.safetensors").is_file()
+
+
+def test_mpc_runs(tmp_path):
+    import mpc
+
+    found = mpc.measure(rounds=1, layers=1)
+    assert found.keys() == {"model", "MPC_o", "MPC_d"}
+    assert min(found.values()) > 0

@@ -366,3 +366,23 @@ def test_all_layers_are_replaced_in_one_walk_over_the_model(net, monkeypatch):
     fp.get_peft_model(net, CONFIGS[0])
     fp.merge_and_unload(net)
     assert walks == [6, 6]
+
+
+def test_a_rank_cannot_change_under_the_optimizer():
+    net, config = torch.nn.Sequential(torch.nn.Linear(8, 6)), fp.LoraConfig(r=2, target_modules=["0"])
+    fp.get_peft_model(net, config)
+    layer, before = net[0], {n: p.detach().clone() for n, p in net.named_parameters()}
+    config.r = 4  # the caller's own object: the layer keeps its copy
+    assert layer.config.r == 2
+    for held in (layer.config, fp.convert.state_of(net).config):
+        with pytest.raises(AttributeError, match=r"r=4: .*already built.*build the optimizer after"):
+            held.r = 4
+    for wrong in (torch.nn.Parameter(torch.zeros(4, 8)), None):
+        with pytest.raises(ValueError, match=r"lora_A: shape .* does not fit .*\(2, 8\).*build the optimizer after"):
+            layer.lora_A = wrong
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+    layer.lora_A = torch.nn.Parameter(torch.zeros(2, 8))  # the same shape is the caller's business
+    again = copy.deepcopy(net)
+    with pytest.raises(AttributeError):
+        again[0].config.r = 4
+    assert fp.merge_and_unload(net)[0].weight.shape == (6, 8)

@@ -5,6 +5,7 @@ A method file imports ``factors`` and this file, declares one ``Method`` and not
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable
@@ -95,6 +96,20 @@ class PeftConfig:
         if not all(isinstance(n, str) and n for n in names):
             raise TypeError(f"{name}={value!r} must hold non-empty strings")
         return names
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get("_in_use"):
+            raise AttributeError(
+                f"{name}={value!r}: this config belongs to layers that are already built, and an optimizer may hold "
+                "their parameters; merge_and_unload, adapt anew with another config and build the optimizer after that"
+            )
+        super().__setattr__(name, value)
+
+    def in_use(self) -> PeftConfig:
+        """A copy that cannot be changed any more, for a built layer to keep."""
+        kept = copy.copy(self)
+        kept.__dict__["_in_use"] = True
+        return kept
 
     def resolved(self, **found) -> PeftConfig:
         """The config with a model's own values filled in."""
