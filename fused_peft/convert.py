@@ -381,6 +381,6 @@ def _problem(layer: PeftLinear, tokens: int, dtype: torch.dtype) -> dispatch.Pro
     seed = x if f.p and layer.training else None
     o = dispatch.Operands(
         x, w, x if behind else None, bias, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed,
-        f.s, f.p, f.h, f.scale_bias, f.drop_base,
+        f.s, f.p, f.h, f.scale_bias, f.drop_base, f.hadamard,
     )  # fmt: skip
     return replace(dispatch.Problem.of(o), **dispatch.place(layer.weight.device))

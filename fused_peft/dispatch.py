@@ -35,6 +35,7 @@ class Operands(NamedTuple):
     h: str = "identity"
     scale_bias: bool = False
     drop_base: bool = False
+    hadamard: bool = False
 
 
 TENSORS = 11  # the leading fields of Operands that are tensors
@@ -66,6 +67,7 @@ class Problem:
     p: float = 0.0
     scale_bias: bool = False
     drop_base: bool = False
+    hadamard: bool = False
 
     @classmethod
     def of(cls, o: Operands) -> Problem:
@@ -85,6 +87,7 @@ class Problem:
             p=o.p if o.seed is not None else 0.0,
             scale_bias=o.scale_bias,
             drop_base=o.drop_base and o.seed is not None,
+            hadamard=o.hadamard,
         )
 
 
@@ -96,6 +99,9 @@ class Backend(Protocol):
     def reasons(self, problem: Problem) -> list[str]:
         """Why this backend cannot, or should not, compute the problem; empty when it can."""
 
+    def slower(self, problem: Problem) -> str | None:
+        """Why eager is the better choice for a problem that this backend can compute; None when it is not."""
+
     def available(self) -> list[str]:
         """Why this backend cannot run on this machine at all; empty when it can."""
 
@@ -106,6 +112,9 @@ class Backend(Protocol):
         self, dy: Tensor, o: Operands, T: Tensor | None, z: Tensor | None, need: tuple[bool, ...]
     ) -> list[Tensor | None]:
         """Gradients aligned with Operands' tensors, None where not needed."""
+
+    def row_norm(self, W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+        """‖W + s·B A‖ per row (N,), in squared's dtype, from squared = ‖W‖² per row."""
 
 
 @dataclass(frozen=True)
@@ -181,11 +190,15 @@ def set_strict(strict: bool) -> None:
 
 @lru_cache(maxsize=4096)
 def choose(problem: Problem) -> Choice:
-    """The first backend without a reason against it. In strict mode any refusal raises StrictError."""
+    """The first backend that can compute the problem, less those that eager is measured to beat. In strict mode any
+    refusal raises StrictError, and measurements are ignored."""
     names = [_forced] if _forced else _priority.get(problem.device, [])
     refusals = []
     for name in [*names, "eager"]:
-        reasons = tuple(_backends[name].available() or _backends[name].reasons(problem))
+        backend = _backends[name]
+        reasons = tuple(backend.available() or backend.reasons(problem))
+        if not reasons and not _strict and name != _forced and (slower := backend.slower(problem)):
+            reasons = (slower,)
         if not reasons:
             break
         refusals.append((name, reasons))

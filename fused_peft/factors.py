@@ -5,6 +5,7 @@ S = h( drop(x̂) Aᵀ + a ) Gᵀ
 y = d_out ⊙ ( C + s · S Bᵀ ) + bias          C = x̂ Wᵀ, or a tensor c that is already there
 y = d_out ⊙ ( C + s · S Bᵀ + bias )          where scale_bias is set
 y = (x̂ − drop(x̂))Wᵀ + d_out ⊙ ( drop(x̂)Wᵀ + s · S Bᵀ ) + bias          where drop_base is set and dropout is on
+y = d_out ⊙ ( x̂ (W ⊙ (1 + s · B A))ᵀ ) + bias                           where hadamard is set
 
 merged weight = d_out ⊙ (W + s · B G A) ⊙ d_in       whenever h and a are absent
 """
@@ -38,7 +39,8 @@ class Factors:
     d_in (K,), d_out (N,), bias (N,). ``bias`` replaces the layer's own bias when it is given. ``s`` is the scaling,
     ``h`` one of identity, relu, gelu, silu, tanh, ``p`` the dropout probability on the input of A, and ``scale_bias``
     says that d_out multiplies the bias too. ``drop_base``: dropout acts on C as well, and what it takes away passes
-    unscaled (DoRA as Hugging Face PEFT computes it).
+    unscaled (DoRA as Hugging Face PEFT computes it). ``hadamard``: B A multiplies the weight, entry by entry, instead of
+    adding to it (LieRA); dropout, h, a and G then have no meaning and must be absent.
     Floating dtypes may differ from the weight's; the computation runs in the input's dtype.
     """
 
@@ -54,6 +56,7 @@ class Factors:
     p: float = 0.0
     scale_bias: bool = False
     drop_base: bool = False
+    hadamard: bool = False
 
     @property
     def rank(self) -> int:
@@ -72,8 +75,8 @@ class Factors:
         if not isinstance(other, Factors):
             return NotImplemented
         for f in (self, other):
-            if not f.mergeable or f.drop_base:
-                raise NotMergeableError("Factors with h, a or drop_base are not linear in x and cannot be added")
+            if not f.mergeable or f.drop_base or f.hadamard:
+                raise NotMergeableError("Factors with h, a, drop_base or hadamard do not add up to one update")
         shared = {}
         for name in ("d_in", "d_out", "bias"):
             left, right = getattr(self, name), getattr(other, name)
@@ -113,7 +116,7 @@ class Factors:
                 "this adapter; keep the layer unmerged"
             )
         delta = self.low_rank()
-        out = weight if delta is None else weight + delta
+        out = weight if delta is None else torch.addcmul(weight, weight, delta) if self.hadamard else weight + delta
         if self.d_in is not None:
             out = out * self.d_in
         if self.d_out is not None:
@@ -132,6 +135,9 @@ class Factors:
 
         ``keep`` is the boolean dropout mask, shaped like x; it is used when ``p`` > 0.
         """
+        if self.hadamard:
+            weight = torch.addcmul(weight, weight, self.low_rank())
+            return replace(self, A=None, hadamard=False).expression(x, weight, bias, c)
         xh = x if self.d_in is None else x * self.d_in
         dropped = xh if keep is None or not self.p else xh * keep / (1 - self.p)
         past = None

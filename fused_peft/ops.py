@@ -24,6 +24,7 @@ from .dispatch import TENSORS, Operands, backend_for
 from .dropout import keep_mask, new_seed
 from .factors import Factors
 
+SCALARS = len(Operands._fields) - TENSORS
 assert backends  # imported for its registrations
 _transforming = torch._C._are_functorch_transforms_active
 
@@ -63,6 +64,7 @@ def linear(
         f.h,
         f.scale_bias,
         f.drop_base,
+        f.hadamard,
     )
     try:
         if f.d_in is not None and x.shape[-1:] != f.d_in.shape:
@@ -86,6 +88,25 @@ def _expression(o: Operands, f: Factors) -> Tensor:
     keep = keep_mask(o.seed, o.x.shape, o.p) if o.p else None
     bias = None if o.bias is None else o.bias.to(o.x.dtype)
     return replace(f.to(o.x.dtype), bias=None).expression(o.x, o.w, bias, o.c, keep)
+
+
+def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """‖W + s·B A‖ per row (N,), not differentiated; W (N, K), squared (N,) = ‖W‖² per row, A (r, K), B (N, r).
+
+    Computed from squared, W Aᵀ and A Aᵀ in squared's dtype (fp32 or wider): nothing of W's shape is made (arXiv
+    2402.09353, whose norm is not differentiated).
+    """
+    A, B = A.detach(), B.detach()
+    if is_compiling() and not _transforming():
+        return torch.ops.fused_peft.row_norm(W, squared, A, B, s)
+    if _transforming():
+        return backends.eager.row_norm(W, squared, A, B, s)
+    with torch.no_grad():
+        return _row_norm_op_body(W, squared, A, B, s)
+
+
+def _row_norm_op_body(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    return backend_for(Operands(x=W, A=A, B=B, s=s)).row_norm(W, squared, A, B, s)
 
 
 def plain_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -178,9 +199,11 @@ def _check(x: Tensor, w: Tensor | None) -> None:
 
 
 @lru_cache
-def _reads(need: tuple[bool, ...], h: str) -> tuple[bool, bool]:
+def _reads(need: tuple[bool, ...], h: str, hadamard: bool) -> tuple[bool, bool]:
     """Whether backward reads x, and T, to compute the wanted gradients."""
     want = Operands(*need)
+    if hadamard:
+        return want.A or want.B or want.w or want.d_in, False
     x = want.A or want.d_in or want.w
     T = want.B or want.G or (h != "identity" and (want.x or want.d_in or want.A or want.a))
     return x, T
@@ -188,16 +211,16 @@ def _reads(need: tuple[bool, ...], h: str) -> tuple[bool, bool]:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base):
+    def forward(ctx, backend, x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard):
         need = ctx.needs_input_grad[1 : TENSORS + 1]
-        o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base)
+        o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard)
         y, T, z = backend.forward(o, need[5])
-        read_x, read_T = _reads(need, h)
+        read_x, read_T = _reads(need, h, hadamard)
         ctx.save_for_backward(
             x if read_x else None, w, None, bias.new_empty(0) if need[3] else None,
             d_in, d_out, A, a, G, B, seed, T if read_T else None, z,
         )  # fmt: skip
-        ctx.rest = (backend, need, (s, p, h, scale_bias, drop_base))
+        ctx.rest = (backend, need, (s, p, h, scale_bias, drop_base, hadamard))
         ctx.set_materialize_grads(False)
         return y
 
@@ -205,12 +228,12 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         if dy is None:
-            return (None,) * (len(Operands._fields) + 1)
+            return (None,) * (TENSORS + SCALARS + 1)
         backend, need, scalars = ctx.rest
         *tensors, T, z = ctx.saved_tensors
         o = Operands(*tensors, *scalars)
         with _no_autocast(dy.device.type):
-            return (None, *backend.backward(dy, o, T, z, need), None, None, None, None, None)
+            return (None, *backend.backward(dy, o, T, z, need), *(None,) * SCALARS)
 
 
 # Function.apply less its functorch handling, which ``linear`` has already ruled out: 2 µs a call
@@ -235,9 +258,10 @@ def _linear_op(
     h: str,
     scale_bias: bool,
     drop_base: bool,
+    hadamard: bool,
     keep_z: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base)
+    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard)
     y, T, z = backend_for(o).forward(o, keep_z)
     if z is not None and z.data_ptr() in (y.data_ptr(), 0 if c is None else c.data_ptr()):
         z = z.clone()
@@ -245,10 +269,10 @@ def _linear_op(
 
 
 @_linear_op.register_fake
-def _(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, keep_z):
+def _(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard, keep_z):
     M = x.numel() // x.shape[-1]
     N = c.shape[-1] if c is not None else (B if w is None else w).shape[0]
-    T = x.new_empty(0) if A is None else x.new_empty(M, A.shape[0])
+    T = x.new_empty(0) if A is None or hadamard else x.new_empty(M, A.shape[0])
     return x.new_empty(*x.shape[:-1], N), T, x.new_empty(M, N) if keep_z else x.new_empty(0)
 
 
@@ -273,17 +297,19 @@ def _linear_backward_op(
     h: str,
     scale_bias: bool,
     drop_base: bool,
+    hadamard: bool,
     need: Sequence[bool],
 ) -> list[Tensor]:
-    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base)
+    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard)
     # x and c need not be kept; dy stands in for what a Problem reads of them
     backend = backend_for(o._replace(x=dy if x is None else x, c=dy))
     grads = backend.backward(dy, o, T, z, tuple(need))
-    return [g.contiguous() for g in grads if g is not None]
+    # a functional op's results share no memory, and a backend may return parts of one buffer
+    return [g.contiguous() if g.untyped_storage().nbytes() == g.nbytes else g.clone() for g in grads if g is not None]
 
 
 @_linear_backward_op.register_fake
-def _(dy, x, w, c, bias, d_in, d_out, A, a, G, B, seed, T, z, s, p, h, scale_bias, drop_base, need):
+def _(dy, x, w, c, bias, d_in, d_out, A, a, G, B, seed, T, z, s, p, h, scale_bias, drop_base, hadamard, need):
     dx_like = dy.new_empty(*dy.shape[:-1], (w if A is None else A).shape[1])
     dbias_like = None if bias is None else bias.new_empty(dy.shape[-1])
     like = (dx_like, w, dy, dbias_like, d_in, d_out, A, a, G, B, seed)
@@ -291,20 +317,20 @@ def _(dy, x, w, c, bias, d_in, d_out, A, a, G, B, seed, T, z, s, p, h, scale_bia
 
 
 def _setup_context(ctx, inputs, output):
-    x, w, _, bias, *tensors, s, p, h, scale_bias, drop_base, keep_z = inputs
+    x, w, _, bias, *tensors, s, p, h, scale_bias, drop_base, hadamard, keep_z = inputs
     _, T, z = output
     need = tuple(ctx.needs_input_grad[:TENSORS])
-    read_x, read_T = _reads(need, h)
+    read_x, read_T = _reads(need, h, hadamard)
     ctx.save_for_backward(
         x if read_x else None, w, None, bias.new_empty(0) if need[3] else None,
         *tensors, T if read_T else None, z if keep_z else None,
     )  # fmt: skip
-    ctx.rest = (need, (s, p, h, scale_bias, drop_base))
+    ctx.rest = (need, (s, p, h, scale_bias, drop_base, hadamard))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, dT, dz):
-    nones = (None,) * (len(Operands._fields) + 1)
+    nones = (None,) * (TENSORS + SCALARS + 1)
     if dy is None:
         return nones
     need, scalars = ctx.rest
@@ -317,6 +343,16 @@ def _backward(ctx, dy, dT, dz):
     if dc_is_dy:
         grads[2] = dy
     return (*grads, *nones[TENSORS:])
+
+
+@torch.library.custom_op("fused_peft::row_norm", mutates_args=())
+def _row_norm_op(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    return _row_norm_op_body(W, squared, A, B, s)
+
+
+@_row_norm_op.register_fake
+def _(W, squared, A, B, s):
+    return torch.empty_like(squared)
 
 
 _linear_op.register_autograd(_backward, setup_context=_setup_context)

@@ -2,6 +2,8 @@
 
 from .. import dispatch
 from .eager import Eager
+from .triton import Triton
 
 dispatch.register(Eager())
+dispatch.register(Triton(), ("cuda",))
 dispatch.set_backend_from_environment()

@@ -6,6 +6,7 @@ backward  dz = d_out⊙dy;  dS = s·dz B;  dT = (dS G)⊙h'(T);  dx̂ = dz W + d
           dB = (s·dzᵀh(T))Gᵀ;  dG = Bᵀ(s·dzᵀh(T));  dd_in = Σ x⊙dx̂;  dd_out = Σ dy⊙z;  dW = dzᵀx̂
 drop_base z = drop(x̂)Wᵀ + s·S Bᵀ,  y = (x̂ − drop(x̂))Wᵀ + d_out⊙z + bias
           u = dz W + dT A,  v = dy W,  dx̂ = v + drop(u − v)
+hadamard  W' = W⊙(1 + s·BA) in place of W;  E = W⊙dW';  dA = s·Bᵀ E;  dB = s·E Aᵀ
 
 One frozen GEMM each way, every skinny product once, the low-rank update accumulated into the GEMM's own output, the
 dropout mask recomputed from its seed.
@@ -69,17 +70,50 @@ def _scaled(z: Tensor, d: Tensor, plus: Tensor | None = None) -> Tensor:
     return out
 
 
+def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """‖W + s·B A‖ per row, (N,), in squared's dtype."""
+    A, B = A.to(squared.dtype), B.to(squared.dtype)
+    WA = torch.mm(W, A.t().to(W.dtype)).to(squared.dtype)
+    return (squared + s * ((2 * WA + s * (B @ (A @ A.t()))) * B).sum(1)).clamp_min_(0).sqrt_()
+
+
+def _multiplied(w: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """W ⊙ (1 + s·B A) in w's dtype, formed in the wider of the two."""
+    wide = w.to(torch.promote_types(w.dtype, A.dtype))
+    return torch.addcmul(wide, wide, B @ A, value=s).to(w.dtype)
+
+
+def _multiplied_gradients(dz, xh, w, A, B, s, need) -> tuple[Tensor | None, ...]:
+    """dA, dB and dw of y = x̂ (w ⊙ (1 + s·B A))ᵀ."""
+    want = Operands(*need)
+    if not (want.A or want.B or want.w):
+        return None, None, None
+    dW = torch.mm(dz.t(), xh)
+    wide = dW.to(torch.promote_types(w.dtype, A.dtype))
+    E = (wide * w) * s
+    dA = B.t() @ E if want.A else None
+    dB = E @ A.t() if want.B else None
+    return dA, dB, torch.addcmul(wide, wide, B @ A, value=s).to(w.dtype) if want.w else None
+
+
 class Eager:
     name = "eager"
 
+    row_norm = staticmethod(row_norm)
+
     def available(self) -> list[str]:
         return []
+
+    def slower(self, problem: Problem) -> None:
+        return None
 
     def reasons(self, problem: Problem) -> list[str]:
         return [] if problem.dtype.is_floating_point else [f"{problem.dtype} is not a floating dtype"]
 
     def forward(self, o: Operands, keep_z: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base = o
+        x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard = o
+        if hadamard:
+            w, A = _multiplied(w, A, B, s), None
         dt, lead = x.dtype, None
         if x.dim() != 2:
             lead, x = x.shape[:-1], _rows(x)
@@ -139,7 +173,7 @@ class Eager:
     def backward(
         self, dy: Tensor, o: Operands, T: Tensor | None, z: Tensor | None, need: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        x, w, _, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base = o
+        x, w, _, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard = o
         want_x, want_w, want_c, want_bias, want_d_in, want_d_out, want_A, want_a, want_G, want_B, _ = need
         dx = dw = dc = dbias = dd_in = dd_out = dA = da = dG = dB = None
         dy_shape, dt = dy.shape, dy.dtype
@@ -158,6 +192,10 @@ class Eager:
         into_x = want_x or want_d_in
         if x is not None:
             x = _rows(x)
+        if hadamard:
+            dA, dB, dw = _multiplied_gradients(dz, x if d_in is None else x * d_in.to(dt), w, A, B, s, need)
+            w = _multiplied(w, A, B, s) if into_x else w
+            A, want_A, want_w = None, False, False
         if want_A or want_w:
             xh = x if d_in is None else x * d_in.to(dt)
         if A is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..factors import Factors
+from ..ops import row_norm
 from .base import Init, Method
 from .lora import DISK, LoraConfig
 from .lora import init as lora_init
@@ -35,17 +36,9 @@ def init(W, bias, config, new):
     return Init({**params, "magnitude": magnitude}, {"base_norm2": squared})
 
 
-def row_norm(W, squared, A, B, s):
-    """‖W + s·B A‖ per row, (out,), in squared's dtype; A (r, in), B (out, r), squared = ‖W‖² per row."""
-    A, B = A.to(squared.dtype), B.to(squared.dtype)
-    WA = torch.mm(W, A.t().to(W.dtype)).to(squared.dtype)
-    return (squared + s * ((2 * WA + s * (B @ (A @ A.t()))) * B).sum(1)).clamp_min_(0).sqrt_()
-
-
 def factors(layer):
     config = layer.config
-    with torch.no_grad():
-        norm = row_norm(layer.matrix, layer.base_norm2, layer.lora_A, layer.lora_B, config.scaling)
+    norm = row_norm(layer.matrix, layer.base_norm2, layer.lora_A, layer.lora_B, config.scaling)
     return Factors(
         A=layer.lora_A,
         B=layer.lora_B,

@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
+from ..factors import Factors
 from .base import Method
 from .low_rank import LowRankConfig, kaiming_a_zero_b
 
@@ -29,10 +28,8 @@ class LieraConfig(LowRankConfig):
                 )
 
 
-def weight(layer):
-    A, B = layer.lora_A, layer.lora_B
-    W = layer.matrix.to(torch.promote_types(layer.matrix.dtype, A.dtype))
-    return torch.addcmul(W, W, B @ A, value=layer.config.scaling)
+def factors(layer):
+    return Factors(A=layer.lora_A, B=layer.lora_B, s=layer.config.scaling, hadamard=True)
 
 
 LIERA = Method(
@@ -41,5 +38,5 @@ LIERA = Method(
     config=LieraConfig,
     example=lambda r: LieraConfig(r=r, lora_alpha=2 * r),
     init=lambda W, bias, config, new: kaiming_a_zero_b(W, config.r, new),
-    weight=weight,
+    factors=factors,
 )

@@ -1,0 +1,215 @@
+"""Ahead-of-time compilation of every kernel, on a machine without a GPU: what a launch would compile, and what came out.
+
+The launches are those the backend makes, recorded on meta tensors; registers, spills, shared memory and instructions are
+read from the machine code.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from .backends.triton import Triton, _kernels
+from .dispatch import TENSORS, Operands
+
+ARCHES = {"sm_80": (8, 0), "sm_90": (9, 0)}
+COUNTED = {"wgmma": "HGMMA", "mma": r"[HI]MMA", "tma_load": "UTMALDG", "tma_store": "UTMASTG", "local": r"(?:LD|ST)L"}
+GEMMS = ("gemm_lowrank", "gemm_lowrank_tma", "hadamard", "hadamard_grads", "down", "outer")  # need tensor cores
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compiled kernel: bytes of stack and shared memory, and instruction counts."""
+
+    name: str
+    kernel: str
+    arch: str
+    dtype: str
+    config: str
+    registers: int
+    stack: int
+    shared: int
+    wgmma: int
+    mma: int
+    tma_load: int
+    tma_store: int
+    local: int
+
+    def faults(self) -> list[str]:
+        """What the gate refuses: spills, too much shared memory, a half-precision product without tensor cores."""
+        limit = _kernels().configs.shared_kib(ARCHES[self.arch]) * 1024
+        found = []
+        if self.stack or self.local:
+            found.append(f"{self.stack} bytes of stack and {self.local} local loads and stores: registers spill")
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, {limit} are there")
+        if self.kernel in GEMMS and self.dtype != "fp32" and not self.wgmma + self.mma:
+            found.append("no tensor-core instruction")
+        return found
+
+
+def _operands(M: int, K: int, N: int, r: int, dtype, wide, names: str, **options) -> Operands:
+    """Meta operands of the named tensors. G: vector, M: a matrix G, seed: dropout."""
+    empty = lambda *shape, dtype=wide: torch.empty(shape, device="meta", dtype=dtype)  # noqa: E731
+    made = {
+        "w": empty(N, K, dtype=dtype), "bias": empty(N, dtype=dtype), "d_in": empty(K), "d_out": empty(N),
+        "A": empty(r, K), "a": empty(r), "G": empty(r), "M": empty(r, r), "B": empty(N, r),
+        "seed": empty(2, dtype=torch.int32), "c": empty(M, N, dtype=dtype),
+    }  # fmt: skip
+    chosen = {"G" if n == "M" else n: made[n] for n in names.split()}
+    x = empty(M, K, dtype=dtype)
+    return Operands(x=x, **chosen, p=0.1 if "seed" in chosen else 0.0, s=2.0, **options)
+
+
+# variant: (operand names, options)
+VARIANTS = {
+    "lora": ("w A B", {}),
+    "lora-bias-dropout": ("w bias A B seed", {}),
+    "adapter": ("w bias A a G B seed", {"h": "gelu"}),
+    "tanh": ("w A a B", {"h": "tanh"}),
+    "flora": ("w A M B seed", {"h": "silu"}),
+    "ssb": ("w bias d_in d_out", {}),
+    "ia3": ("w bias d_out", {"scale_bias": True}),
+    "dora": ("w bias A B d_out", {}),
+    "dora-dropout": ("w A B d_out seed", {"drop_base": True}),
+    "bottleneck": ("c bias A a B", {"h": "relu"}),
+    "hadamard": ("w bias A B", {"hadamard": True}),
+}
+SHAPES = ((8192, 4096, 4096), (1024, 1024, 1024), (16, 4096, 4096))  # M, K, N
+
+
+def problems(arch: str) -> Iterator[tuple[str, Operands]]:
+    """(label, operands): every variant in bf16, some in other dtypes and ranks, and every shape of the tuned table."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for (names, options), (M, K, N), label in ((VARIANTS[v], s, v) for v, s in product(VARIANTS, SHAPES)):
+        yield label, _operands(M, K, K if "c" in names.split() else N, 16, bf16, fp32, names, **options)
+    for label, dtype, wide, r in (
+        ("lora", fp16, fp16, 16), ("lora-bias-dropout", fp32, fp32, 16), ("dora-dropout", fp16, fp32, 64),
+        ("adapter", bf16, bf16, 64), ("lora", bf16, fp32, 256), ("dora", fp32, fp32, 128), ("lora", bf16, fp32, 512),
+        ("hadamard", fp32, fp32, 16), ("ssb", fp32, fp32, 16), ("flora", bf16, fp32, 128),
+    ):  # fmt: skip
+        names, options = VARIANTS[label]
+        for M, K, N in SHAPES[:1] if r > 64 or wide == fp32 == dtype else (SHAPES[0], SHAPES[2]):
+            yield f"{label}-r{r}", _operands(M, K, N, r, dtype, wide, names, **options)
+    odd = _operands(1000, 333, 777, 12, bf16, fp32, "w A B")  # what TMA cannot address: the pointer kernel
+    yield "lora-odd", odd
+    yield "ssb-odd", _operands(1000, 333, 777, 12, bf16, fp32, "w bias d_in d_out")
+    for entry in _kernels().configs.tuned():
+        kind, where, bits, M, N, K = entry.split()
+        if where == arch:
+            dtype = {"16": bf16, "32": fp32}[bits]
+            label = "hadamard" if kind.startswith("hadamard") else "dora" if kind == "row_norm" else "lora"
+            names, options = VARIANTS[label]
+            yield f"{label}-tuned", _operands(int(M), int(K) or 4096, int(N), 16, dtype, fp32, names, **options)
+
+
+def launches(arch: str) -> dict[str, object]:
+    """{name: Launch} of every distinct kernel that the problems' forward and backward start, named
+    kernel-config-dtype-variant."""
+    found: dict[str, object] = {}
+    seen, backend = set(), Triton()
+    for label, o in problems(arch):
+        for phase, launch in _recorded(backend, o, ARCHES[arch]):
+            signature = _signature(launch)
+            identity = (launch.kernel.__name__, launch.config, repr(signature))
+            if identity in seen:
+                continue
+            seen.add(identity)
+            c = launch.config
+            form = "x".join(str(n) for n in (c.BM, c.BN, c.BK)) + f"w{c.warps}s{c.stages}"
+            name = f"{launch.kernel.__name__}-{form}-{_dtype(launch)}-{label}-{phase}"
+            found[name if name not in found else f"{name}-{len(found)}"] = launch
+    return found
+
+
+def _recorded(backend: Triton, o: Operands, arch: tuple[int, int]) -> Iterator[tuple[str, object]]:
+    k = _kernels()
+    need = tuple(t is not None and n not in ("w", "seed", "c") for n, t in zip(o._fields, o[:TENSORS], strict=False))
+    with k.launch.record(arch) as forward:
+        y, T, z = backend.forward(o, o.d_out is not None)
+        if "magnitude" not in o._fields and o.d_out is not None and o.A is not None:
+            backend.row_norm(o.w, torch.empty(o.w.shape[0], device="meta"), o.A, o.B, o.s)
+    with k.launch.record(arch) as backward:
+        backend.backward(torch.empty_like(y), o, T, z, need)
+    yield from (("forward", found) for found in forward)
+    yield from (("backward", found) for found in backward)
+
+
+_SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+
+
+def _dtype(launch) -> str:
+    """The dtype of the kernel's main operand."""
+    for value in launch.args.values():
+        value = getattr(value, "base", value)
+        if isinstance(value, torch.Tensor):
+            return _SHORT[value.dtype]
+    raise ValueError(f"{launch.kernel.__name__} has no tensor")
+
+
+def _signature(launch) -> tuple[dict, dict, dict]:
+    """(signature, constants, attributes) as a call with these arguments would compile: one becomes a constant,
+    multiples of 16 are known as such."""
+    signature, constants, attributes = {}, {}, {}
+    for i, (param, (name, value)) in enumerate(zip(launch.kernel.params, launch.args.items(), strict=True)):
+        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name] = f"*{_SHORT[value.dtype]}"
+        elif isinstance(value, int):
+            signature[name] = "i32" if abs(value) < 1 << 31 else "i64"
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            block = ",".join(str(n) for n in value.block_shape)
+            signature[name] = f"tensordesc<{_SHORT[value.base.dtype]}[{block}]>"
+        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+@cache
+def _cuobjdump() -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+
+
+def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report:
+    """Compile one launch for arch; write NAME.cubin into folder if one is given."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = _signature(launch)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    major, minor = ARCHES[arch]
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    result = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = (folder or Path(scratch)) / f"{name}.cubin"
+        file.write_bytes(result.asm["cubin"])
+        dump = lambda flag: subprocess.run([_cuobjdump(), flag, file], capture_output=True, text=True, check=True).stdout  # noqa: E731
+        usage = dict(re.findall(r"(REG|STACK):(\d+)", dump("--dump-resource-usage")))
+        opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", dump("--dump-sass"), re.M))
+    counts = {k: sum(n for op, n in opcodes.items() if re.fullmatch(pattern, op)) for k, pattern in COUNTED.items()}
+    c = launch.config
+    return Report(
+        name, launch.kernel.__name__, arch, _dtype(launch), f"{c.BM}x{c.BN}x{c.BK} warps {c.warps} stages {c.stages}",
+        int(usage["REG"]), int(usage["STACK"]), result.metadata.shared, **counts,
+    )  # fmt: skip
+
+
+def report(reports: list[Report]) -> list[dict]:
+    """The reports as plain rows, faults included."""
+    return [{**asdict(r), "faults": r.faults()} for r in reports]

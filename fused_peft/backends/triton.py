@@ -1,0 +1,237 @@
+"""The fused backend: a Problem becomes launches of the Triton kernels.
+
+forward   down (S), then gemm_lowrank (y, z); one launch where rows are few, with S made inside the GEMM
+backward  down (dT), gemm_lowrank (dx, and what dd_in sums up), outer (dA, dB, da, dbias, dd_out), add_up
+hadamard  one GEMM each way with the weight's tiles formed in it, and the tiles of E reduced to dA and dB
+
+What trains the frozen weight itself (dW, a full GEMM) is the eager backend's.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from .. import dropout
+from ..dispatch import Operands, Problem
+from . import eager
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+MAX_RANK = 512
+MARGIN = 1.03  # eager runs where it was measured faster by more than this
+_eager = eager.Eager()
+
+
+@cache
+def _kernels() -> SimpleNamespace:
+    """The kernel modules, imported on first use: Triton reads TRITON_INTERPRET then."""
+    from ..kernels import configs, down, gemm_lowrank, hadamard, launch, outer, row_norm
+
+    return SimpleNamespace(
+        configs=configs, down=down, gemm=gemm_lowrank, hadamard=hadamard, launch=launch, outer=outer, row_norm=row_norm
+    )
+
+
+@cache
+def _missing() -> str | None:
+    try:
+        import triton
+    except ImportError as e:
+        return f"Triton is not installed ({e}); pip install triton"
+    version = tuple(int(n) for n in triton.__version__.split(".")[:2])
+    return None if version >= (3, 6) else f"Triton {triton.__version__} is older than 3.6; pip install -U triton"
+
+
+def _rows(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
+
+
+def _dense(o: Operands) -> Operands:
+    """The operands with every vector contiguous, as the kernels read them; a learned scalar comes as an expanded G."""
+    vectors = {n: getattr(o, n) for n in ("bias", "d_in", "d_out", "a", "G")}
+    strided = {n: t.contiguous() for n, t in vectors.items() if t is not None and t.dim() == 1 and t.stride(0) != 1}
+    return o._replace(**strided) if strided else o
+
+
+def _plain(o: Operands) -> bool:
+    """One GEMM and nothing to fuse into it: cuBLAS's."""
+    return o.A is None and o.d_in is None and o.d_out is None
+
+
+class Triton:
+    name = "triton"
+
+    def available(self) -> list[str]:
+        if _missing():
+            return [_missing()]
+        if torch.version.hip:
+            return ["the kernels are tuned and tested for NVIDIA GPUs; this PyTorch is built for AMD"]
+        if not torch.cuda.is_available() and not _kernels().launch.interpreting():
+            return ["no CUDA device is available"]
+        return []
+
+    def reasons(self, problem: Problem) -> list[str]:
+        interpreting = not _missing() and _kernels().launch.interpreting()
+        found = []
+        if problem.device != "cuda" and not (interpreting and problem.device == "cpu"):
+            found.append(f"x is on {problem.device}, the kernels run on cuda; move the model and its inputs with .to()")
+        if problem.arch is not None and problem.arch < (8, 0):
+            found.append(f"sm_{problem.arch[0]}{problem.arch[1]} is older than sm_80")
+        if problem.dtype not in _FLOATS and not (interpreting and problem.dtype == torch.float64):
+            found.append(f"{problem.dtype} is not float16, bfloat16 or float32")
+        if problem.adapter_dtype not in (None, problem.dtype, *_FLOATS):
+            found.append(f"the adapter's {problem.adapter_dtype} is not float16, bfloat16 or float32")
+        if problem.r > MAX_RANK:
+            found.append(f"r={problem.r} is above {MAX_RANK}")
+        if problem.G == "matrix" and problem.r > 128:
+            found.append(f"a matrix between A and B of side {problem.r} is above one tile (128)")
+        if problem.hadamard and (problem.present & {"d_in", "d_out", "a", "G"} or problem.p):
+            found.append("scales, dropout or a gate beside a product of weights")
+        if problem.p and problem.M * problem.K >= 1 << 32:
+            found.append(f"dropout on {problem.M} x {problem.K} elements, above 2^32")
+        return found
+
+    def slower(self, problem: Problem) -> str | None:
+        ratio = _measured(problem)
+        return f"eager was measured {ratio:.2f} times as fast on this shape" if ratio and ratio > MARGIN else None
+
+    def forward(self, o: Operands, keep_z: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if _plain(o):
+            return _eager.forward(o, keep_z)
+        k, o = _kernels(), _dense(o)
+        x, c = _rows(o.x), _rows(o.c)
+        lead = (x if c is None else c).shape[0] if o.x.dim() == 2 else o.x.shape[:-1]
+        if o.hadamard:
+            y = k.hadamard.product(x, o.w, o.B, o.A, o.s, o.bias)
+            return y if o.x.dim() == 2 else y.view(*lead, y.shape[1]), None, None
+        N = next(t for t in (o.w, o.B) if t is not None).shape[0] if c is None else c.shape[1]
+        mask, dual, T, update = None, 0, None, None
+        if o.seed is not None:
+            mask = k.gemm.Mask(o.seed, dropout.threshold(o.p), 1 / (1 - o.p))
+            dual = int(o.drop_base and o.w is not None)
+        if o.A is not None:
+            rank, rows = o.A.shape[0], x.shape[0]
+            if o.w is not None and not dual and rows <= k.configs.INLINE_ROWS and rank <= k.gemm.INLINE_RANK:
+                update = k.gemm.Inline(o.A, o.a, o.G, o.h, o.B, o.s)
+            else:
+                threshold, rescale = (0, 1.0) if mask is None else mask[1:]
+                T, S = k.down.project(x, o.d_in, o.A, o.a, o.G, o.h, o.seed, threshold, rescale)
+                update = k.gemm.Update(S, o.B, o.s)
+        result = k.gemm.gemm(
+            x, o.w, (x.shape[0], N), update, c, o.d_in, o.d_out, o.bias, o.d_out is None or o.scale_bias,
+            mask if dual or isinstance(update, k.gemm.Inline) else None, dual, want_z=keep_z,
+        )  # fmt: skip
+        y = result.y if o.x.dim() == 2 else result.y.view(*lead, N)
+        return y, result.T if T is None else T, result.z
+
+    def backward(
+        self, dy: Tensor, o: Operands, T: Tensor | None, z: Tensor | None, need: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        if _plain(o):
+            return _eager.backward(dy, o, T, z, need)
+        k, o, want = _kernels(), _dense(o), Operands(*need)
+        lead, dy, x = dy.shape[:-1], _rows(dy), _rows(o.x)
+        into_x = want.x or want.d_in
+        grads = Operands()
+        if want.w:
+            only_w = tuple(name == "w" and n for name, n in zip(Operands._fields, need, strict=False))
+            grads = grads._replace(w=_eager.backward(dy, o._replace(x=x), T, z, only_w)[1])
+        if want.c:
+            dc = dy if o.d_out is None else dy * o.d_out.to(dy.dtype)
+            grads = grads._replace(c=dc.view(*lead, dc.shape[1]))
+        if o.hadamard:
+            return self._hadamard_backward(k, dy, lead, x, o, want, grads)[: len(need)]
+
+        M, mask, dual, dT = dy.shape[0], None, 0, None
+        if o.seed is not None:
+            mask = k.gemm.Mask(o.seed, dropout.threshold(o.p), 1 / (1 - o.p))
+            dual = 2 * int(o.drop_base and o.w is not None)
+        if o.A is not None and (into_x or want.A or want.a):
+            dT = k.down.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s)
+        if into_x and (o.w is not None or dT is not None):
+            update = None
+            if dT is not None:
+                masked = mask is not None and not dual
+                update = k.gemm.Update(dT, o.A.t(), mask.rescale if masked else 1.0, masked)
+            K = (o.w if o.w is not None else o.A).shape[1]
+            result = k.gemm.gemm(
+                dy, None if o.w is None else o.w.t(), (M, K), update, None, o.d_out, o.d_in, None, True, mask, dual,
+                x if want.d_in else None, want_y=want.x,
+            )  # fmt: skip
+            if want.x:
+                grads = grads._replace(x=result.y.view(*lead, K))
+            if want.d_in:
+                sums = result.sums if M else dy.new_zeros(1, K)
+                grads = grads._replace(d_in=k.outer.added_up(sums).to(o.d_in.dtype))
+        return self._reductions(k, dy, x, o, T, z, dT, mask, want, grads)[: len(need)]
+
+    @staticmethod
+    def _reductions(k, dy, x, o, T, z, dT, mask, want, grads) -> Operands:
+        """The gradients that are sums over rows."""
+        first = second = None
+        into_b = want.B or want.G
+        if into_b or want.bias or want.d_out:
+            first = k.outer.OverDy(
+                dy, T if into_b else None, o.h, o.d_out, o.s, want.bias, o.scale_bias and o.d_out is not None,
+                z if want.d_out else None,
+            )  # fmt: skip
+        if want.A or want.a:
+            seed = () if mask is None else mask
+            second = k.outer.OverX(x, dT, o.d_in, *seed, sums=want.a)
+        if first is None and second is None:
+            return grads
+        sums = k.outer.reduce_rows(first, second)
+        found = {"bias": sums.get("sum"), "d_out": sums.get("dot"), "A": sums.get("dA"), "a": sums.get("da")}
+        if into_b:
+            BG = sums["dB"].to(o.B.dtype)
+            if o.G is None:
+                found["B"] = BG
+            elif o.G.dim() == 1:
+                found |= {"B": BG * o.G, "G": (BG * o.B).sum(0)}
+            else:
+                found |= {"B": BG @ o.G.t(), "G": o.B.t() @ BG}
+        wanted = {n: t for n, t in found.items() if t is not None and getattr(want, n)}
+        return grads._replace(**{n: t.to(getattr(o, n).dtype) for n, t in wanted.items()})
+
+    @staticmethod
+    def _hadamard_backward(k, dy, lead, x, o, want, grads) -> Operands:
+        if want.x:
+            dx = k.hadamard.product(dy, o.w.t(), o.A.t(), o.B.t(), o.s, None)
+            grads = grads._replace(x=dx.view(*lead, dx.shape[1]))
+        if want.bias:
+            grads = grads._replace(bias=torch.sum(dy, 0, dtype=o.bias.dtype))
+        if want.A or want.B:
+            dA, dB = k.hadamard.gradients(dy, x, o.w, o.A, o.B, o.s)
+            grads = grads._replace(
+                A=dA.to(o.A.dtype) if want.A else None, B=dB.to(o.B.dtype) if want.B else None
+            )  # fmt: skip
+        return grads
+
+    def row_norm(self, W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+        k = _kernels()
+        if A.shape[0] > k.row_norm.MAX_RANK:
+            return eager.row_norm(W, squared, A, B, s)
+        return k.row_norm.norm(W, squared, A, B, s)
+
+
+@cache
+def _table() -> dict[str, float]:
+    """{key: eager's speed as a multiple of this backend's}, written by bench/h200.py on the GPU it names."""
+    file = _kernels().configs.MEASURED
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _measured(p: Problem) -> float | None:
+    """How many times faster eager was measured, forward + backward, on the problem's bucket; None if never."""
+    if p.arch is None:
+        return None
+    configs = _kernels().configs
+    kind = "hadamard" if p.hadamard else "low rank" if p.r else "scales"
+    key = configs.key(kind, p.arch, 8 * p.dtype.itemsize, p.M, p.N, p.K)
+    return _table().get(f"{key} {configs.rank_tile(p.r, MAX_RANK) if p.r else 0}")
+
+

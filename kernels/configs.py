@@ -1,0 +1,107 @@
+"""Which tile sizes a kernel runs with: a committed table of measured choices, and a closed form for everything else.
+
+Nothing is tuned while a model runs. ``tuned.json`` holds {"kernel arch bits bucket": [fields of Config]}; it is written
+by ``bench/tune.py`` on the GPU it names.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+SHARED = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
+INLINE_ROWS = 64  # up to here one launch, S made inside the GEMM, beats two
+MEASURED = Path(__file__).with_name("measured.json")  # where eager was measured faster; see backends/triton.py
+KINDS = ("down", "gemm_lowrank", "gemm_lowrank_tma", "outer", "row_norm", "hadamard", "hadamard_grads")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile rows, columns and depth; warps a program; pipeline stages; row tiles a band (L2 reuse).
+
+    late: the TMA kernel adds the low-rank phase after the K loop instead of before. flatten: its tile loop and K loop
+    are one loop to the pipeliner.
+    """
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int = 4
+    stages: int = 3
+    group: int = 8
+    late: bool = False
+    flatten: bool = False
+
+
+def shared_kib(arch: tuple[int, int]) -> int:
+    """Shared memory a program may take, KiB; the smallest known for an architecture not listed."""
+    return SHARED.get(arch, 99)
+
+
+def bucket(M: int) -> int:
+    """The power of two at or above M, at least 16, at most 16384."""
+    return min(max(16, 1 << (M - 1).bit_length() if M > 1 else 16), 16384)
+
+
+def rank_tile(r: int, most: int = 128) -> int:
+    """Columns of a rank tile: a power of two, at least 16 (tensor cores' least)."""
+    return min(max(16, 1 << (r - 1).bit_length()), most)
+
+
+@cache
+def _table() -> dict[str, Config]:
+    file = Path(__file__).with_name("tuned.json")
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    return {key: Config(*values) for key, values in stored.items()}
+
+
+def tuned() -> list[str]:
+    """The keys of the committed table."""
+    return list(_table())
+
+
+def key(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int) -> str:
+    """The table's key: columns and depth exact, rows by bucket."""
+    return f"{kind} sm_{arch[0]}{arch[1]} {bits} {bucket(M)} {N} {K}"
+
+
+@cache
+def choose(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int = 16) -> Config:
+    """The measured config of the shape's bucket, else the closed form; bits: of an element of x."""
+    return _table().get(key(kind, arch, bits, M, N, K)) or default(kind, arch, bits, M, N, K, r)
+
+
+def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
+    """The closed form."""
+    wide = bits > 16  # fp32 runs without wgmma, or through tf32
+    if kind in ("down", "row_norm"):
+        tall = 16 if M < 4096 else 32 if wide or r > 64 else 64  # enough programs to keep the memory busy
+        return Config(tall, 0, 64 if wide or r > 64 else 128, 4, 2 if wide or r > 64 else 3)
+    if kind == "outer":
+        return Config(32 if wide or r > 64 else 64, 64, 0, 4, 2 if wide or r > 64 else 3)
+    if kind == "hadamard_grads":
+        return Config(64, 64, 32 if wide else 64, 4 if not wide else 8, 2)
+    if kind == "hadamard":
+        return Config(min(bucket(M), 64), 64, 32, 4, 2)
+    if kind == "gemm_lowrank_tma":
+        if M > 64 and N >= 256 and -(-M // 128) * -(-N // 256) >= 132:
+            return Config(128, 256, 64, 8, 3, late=True, flatten=True)
+        return Config(128 if M > 64 else 64, 128, 64, 8 if M > 64 else 4, 4, late=True, flatten=True)
+    if wide:
+        return Config(min(bucket(M), 64), 64, 32, 4, 2)
+    tall = bucket(M) if M <= 64 else 64 if -(-M // 128) * -(-N // 128) < 64 else 128
+    depth = 64 if tall < 128 else 32
+    return _fitting(Config(tall, 128 if tall >= 64 else 64, depth, 8 if tall == 128 else 4, 4), arch, bits)
+
+
+def narrow(config: Config) -> Config:
+    """The config for a kernel that carries a second accumulator: at most 128 columns, 64 where rows are few."""
+    return replace(config, BN=min(config.BN, 64 if config.BM >= 128 else 128))
+
+
+def _fitting(config: Config, arch: tuple[int, int], bits: int) -> Config:
+    """The config with as many of its stages as shared memory holds."""
+    stage = (config.BM + config.BN) * config.BK * bits // 8
+    return replace(config, stages=max(2, min(config.stages, (shared_kib(arch) * 1024 - 16384) // stage)))

@@ -1,0 +1,312 @@
+"""gemm_lowrank: y = d_out ⊙ (c + (x ⊙ d_in) Wᵀ + scale·S Bᵀ) + bias, the low-rank product in the GEMM's own accumulator.
+
+The same computation serves backward: dx = d_in ⊙ ((dy ⊙ d_out) W + drop(dT A)), with W read transposed, the mask on the
+update alone, and the column sums of x ⊙ dx̂ (the gradient of d_in) taken from the accumulator. Three forms:
+
+``gemm_lowrank``      any strides, every option; INLINE also accumulates T = drop(x ⊙ d_in) Aᵀ: one launch in all;
+                      DUAL carries a second accumulator for dropout on the base term (DoRA as Hugging Face PEFT has it).
+``gemm_lowrank_tma``  sm_90: tensor descriptors, a persistent grid, the store through TMA.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import configs, launch
+from .dropout import keep
+from .tile import activate, dot, gate, matrix, place, vector
+
+INLINE_RANK = 64  # above it the extra accumulator costs more than a launch
+
+
+@triton.jit
+def _update(
+    s_ptr, b_ptr, rows, cols, M, N, R, b_n, b_r,
+    DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """S Bᵀ at (rows, cols); s (M, R) contiguous."""
+    update = tl.zeros((BM, BN), ACC)
+    for r0 in range(0, R, BR):
+        r = r0 + tl.arange(0, BR)
+        s = matrix(s_ptr, rows, r, M, R, R, 1)
+        b = matrix(b_ptr, r, cols, R, N, b_r, b_n).to(DTYPE)
+        update = dot(s, b, update, PRECISION)
+    return update
+
+
+@triton.jit
+def _kept(seed_ptr, rows, cols, width, threshold):
+    element = rows.to(tl.uint32)[:, None] * width + cols.to(tl.uint32)[None, :]
+    return keep(seed_ptr, element, threshold)
+
+
+@triton.jit
+def gemm_lowrank(
+    x_ptr, w_ptr, s_ptr, b_ptr, c_ptr, d_in_ptr, d_out_ptr, bias_ptr, seed_ptr, u_ptr, y_ptr, z_ptr, sums_ptr,
+    a_ptr, a_bias_ptr, g_ptr, t_ptr, threshold, scale, rescale,
+    M, N, K, R, x_m, x_k, w_n, w_k, b_n, b_r, c_m, c_n, u_m, u_n, a_r, a_k, g_in, g_out,
+    BIAS_INSIDE: tl.constexpr, MASK: tl.constexpr, DUAL: tl.constexpr, INLINE: tl.constexpr,
+    H: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """MASK: dropout acts on the update. DUAL 1: the K loop runs over drop(x)·rescale and x less that; DUAL 2: over
+    x ⊙ d_in and x, and y = past + drop(acc − past)·rescale. INLINE: S is made here, from a_ptr on, and T stored."""
+    i_m, i_n = place(tl.program_id(0), M, N, BM, BN, GROUP)
+    rows, cols = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), ACC)
+    if b_ptr is not None and not INLINE:
+        acc = _update(s_ptr, b_ptr, rows, cols, M, N, R, b_n, b_r, DTYPE, ACC, PRECISION, BM, BN, BR) * scale
+        if MASK:
+            acc = tl.where(_kept(seed_ptr, rows, cols, N, threshold), acc, 0.0)
+    if DUAL:
+        past = tl.zeros((BM, BN), ACC)
+    if INLINE:
+        inner = tl.zeros((BM, BR), ACC)
+        ranks = tl.arange(0, BR)
+    if w_ptr is not None:
+        for k0 in range(0, K, BK):
+            k = k0 + tl.arange(0, BK)
+            x = matrix(x_ptr, rows, k, M, K, x_m, x_k)
+            w = matrix(w_ptr, k, cols, K, N, w_k, w_n)
+            if DUAL == 2:
+                past = dot(x, w, past, PRECISION)
+            if d_in_ptr is not None:
+                x = (x.to(ACC) * vector(d_in_ptr, k, K).to(ACC)[None, :]).to(DTYPE)
+            if DUAL == 1:
+                dropped = (tl.where(_kept(seed_ptr, rows, k, K, threshold), x, 0.0).to(ACC) * rescale).to(DTYPE)
+                past = dot(x - dropped, w, past, PRECISION)
+                x = dropped
+            acc = dot(x, w, acc, PRECISION)
+            if INLINE:
+                if seed_ptr is not None:
+                    x = tl.where(_kept(seed_ptr, rows, k, K, threshold), x, 0.0)
+                a = matrix(a_ptr, k, ranks, K, R, a_k, a_r).to(DTYPE)
+                inner = dot(x, a, inner, PRECISION)
+    if INLINE:
+        inner *= rescale
+        if a_bias_ptr is not None:
+            inner += vector(a_bias_ptr, ranks, R).to(ACC)[None, :]
+        if i_n == 0:
+            inside = (rows < M)[:, None] & (ranks < R)[None, :]
+            tl.store(t_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :], inner.to(DTYPE), mask=inside)
+        s = gate(activate(inner, H), g_ptr, ranks, R, g_in, g_out, GATE, DTYPE, PRECISION)
+        b = matrix(b_ptr, ranks, cols, R, N, b_r, b_n).to(DTYPE)
+        acc = dot((s * scale).to(DTYPE), b, acc, PRECISION)
+
+    if c_ptr is not None:
+        acc += matrix(c_ptr, rows, cols, M, N, c_m, c_n).to(ACC)
+    if bias_ptr is not None:
+        bias = vector(bias_ptr, cols, N).to(ACC)[None, :]
+        if BIAS_INSIDE:
+            acc += bias
+    inside = (rows < M)[:, None] & (cols < N)[None, :]
+    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    if z_ptr is not None:
+        tl.store(z_ptr + at, acc.to(DTYPE), mask=inside)
+    if DUAL == 2:
+        acc = past + tl.where(_kept(seed_ptr, rows, cols, N, threshold), (acc - past) * rescale, 0.0)
+    if sums_ptr is not None:
+        u = matrix(u_ptr, rows, cols, M, N, u_m, u_n).to(ACC)
+        tl.store(sums_ptr + i_m * N + cols, tl.sum(acc * u, 0), mask=cols < N)
+    if y_ptr is not None:
+        if d_out_ptr is not None:
+            acc *= vector(d_out_ptr, cols, N).to(ACC)[None, :]
+        if bias_ptr is not None:
+            if not BIAS_INSIDE:
+                acc += bias
+        if DUAL == 1:
+            acc += past
+        tl.store(y_ptr + at, acc.to(DTYPE), mask=inside)
+
+
+@triton.jit
+def gemm_lowrank_tma(
+    x_desc, w_desc, y_desc, z_desc, s_ptr, b_ptr, d_in_ptr, d_out_ptr, bias_ptr, seed_ptr, u_ptr, sums_ptr,
+    threshold, scale, M, N, K, R, b_n, b_r, u_m, u_n,
+    BIAS_INSIDE: tl.constexpr, MASK: tl.constexpr, TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr, DTYPE: tl.constexpr,
+    LATE: tl.constexpr, FLATTEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """TRANSPOSED: w is stored (K, N), as W is for dx. LATE: the update follows the K loop, s scaled in its own tile."""
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0), flatten=FLATTEN):
+        i_m, i_n = place(tile, M, N, BM, BN, GROUP)
+        m, n = i_m * BM, i_n * BN
+        rows, cols = m + tl.arange(0, BM), n + tl.arange(0, BN)
+        acc = tl.zeros((BM, BN), tl.float32)
+        if b_ptr is not None and not LATE:
+            acc = _update(s_ptr, b_ptr, rows, cols, M, N, R, b_n, b_r, DTYPE, tl.float32, PRECISION, BM, BN, BR) * scale
+            if MASK:
+                acc = tl.where(_kept(seed_ptr, rows, cols, N, threshold), acc, 0.0)
+        for i_k in range(tl.cdiv(K, BK)):
+            x = x_desc.load([m, i_k * BK])
+            if d_in_ptr is not None:
+                d = vector(d_in_ptr, i_k * BK + tl.arange(0, BK), K)
+                x = (x.to(tl.float32) * d.to(tl.float32)[None, :]).to(DTYPE)
+            if TRANSPOSED:
+                acc = dot(x, w_desc.load([i_k * BK, n]), acc, PRECISION)
+            else:
+                acc = dot(x, w_desc.load([n, i_k * BK]).T, acc, PRECISION)
+        if b_ptr is not None and LATE:
+            for r0 in range(0, R, BR):
+                r = r0 + tl.arange(0, BR)
+                s = (matrix(s_ptr, rows, r, M, R, R, 1).to(tl.float32) * scale).to(DTYPE)
+                acc = dot(s, matrix(b_ptr, r, cols, R, N, b_r, b_n).to(DTYPE), acc, PRECISION)
+        if bias_ptr is not None:
+            bias = vector(bias_ptr, cols, N).to(tl.float32)[None, :]
+            if BIAS_INSIDE:
+                acc += bias
+        if z_desc is not None:
+            z_desc.store([m, n], acc.to(DTYPE))
+        if sums_ptr is not None:
+            u = matrix(u_ptr, rows, cols, M, N, u_m, u_n).to(tl.float32)
+            tl.store(sums_ptr + i_m * N + cols, tl.sum(acc * u, 0), mask=cols < N)
+        if y_desc is not None:
+            if d_out_ptr is not None:
+                acc *= vector(d_out_ptr, cols, N).to(tl.float32)[None, :]
+            if bias_ptr is not None:
+                if not BIAS_INSIDE:
+                    acc += bias
+            y_desc.store([m, n], acc.to(DTYPE))
+
+
+class Update(NamedTuple):
+    """The low-rank term scale·S Bᵀ: S (M, R) contiguous, B (N, R) in any strides, masked over the output by ``seed``."""
+
+    S: Tensor
+    B: Tensor
+    scale: float
+    masked: bool = False
+
+
+class Inline(NamedTuple):
+    """What makes S inside the GEMM: T = rescale·drop(x ⊙ d_in) Aᵀ + a, S = h(T) Gᵀ, update scale·S Bᵀ."""
+
+    A: Tensor
+    a: Tensor | None
+    G: Tensor | None
+    h: str
+    B: Tensor
+    scale: float
+
+
+class Mask(NamedTuple):
+    """Dropout: keep where the element's bits reach the threshold, times rescale = 1 / (1 − p)."""
+
+    seed: Tensor
+    threshold: int
+    rescale: float
+
+
+class Result(NamedTuple):
+    """y and z (M, N), None unless asked for; sums (row tiles, N) fp32 partial column sums; T (M, R) where inline."""
+
+    y: Tensor | None
+    z: Tensor | None
+    sums: Tensor | None
+    T: Tensor | None
+
+
+def _describable(t: Tensor) -> bool:
+    """Whether TMA can address a matrix: rows contiguous, 16-byte aligned."""
+    return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.shape[1] > 0
+
+
+def fits_tma(x: Tensor, w: Tensor | None, c: Tensor | None, N: int) -> bool:
+    """Whether the TMA kernel can take the operands: 16-bit, aligned, on sm_90 or newer, at least one full tile row."""
+    if w is None or c is not None or x.dtype not in (torch.float16, torch.bfloat16) or x.shape[0] < 64:
+        return False
+    arch = launch.arch_of(x.device)
+    if arch[0] not in (9, 10) or N * x.element_size() % 16 or min(N, x.shape[1]) < 64:
+        return False
+    return _describable(x) and (_describable(w) or _describable(w.t()))
+
+
+def gemm(
+    x: Tensor | None,
+    w: Tensor | None,
+    like: tuple[int, int],
+    update: Update | Inline | None = None,
+    c: Tensor | None = None,
+    d_in: Tensor | None = None,
+    d_out: Tensor | None = None,
+    bias: Tensor | None = None,
+    bias_inside: bool = True,
+    mask: Mask | None = None,
+    dual: int = 0,
+    u: Tensor | None = None,
+    want_y: bool = True,
+    want_z: bool = False,
+) -> Result:
+    """One GEMM with everything around it. x (M, K); w (N, K), any strides, or None; like: (M, N).
+
+    u (M, N): column sums of u ⊙ (the value before d_out) are wanted.
+    """
+    M, N = like
+    base = next(t for t in (x, c, update and update[0]) if t is not None)
+    out = lambda wanted: base.new_empty(M, N) if wanted else None  # noqa: E731
+    inline = isinstance(update, Inline)
+    arch, bits = launch.arch_of(base.device), 8 * base.element_size()
+    K = 0 if w is None else w.shape[1]
+    R = 0 if update is None else update.B.shape[1]
+    tma = not dual and not inline and fits_tma(x, w, c, N)
+    kind = "gemm_lowrank_tma" if tma else "gemm_lowrank"
+    config = configs.choose(kind, arch, bits, M, N, K, R)
+    if inline or dual:
+        config = configs.narrow(config)
+    tiles_m, tiles_n = triton.cdiv(M, config.BM), triton.cdiv(N, config.BN)
+    sums = None if u is None else torch.empty(tiles_m, N, dtype=torch.promote_types(base.dtype, torch.float32),
+                                              device=base.device)  # fmt: skip
+    T = base.new_empty(M, R) if inline else None
+    result = Result(out(want_y), out(want_z), sums, T)
+    if not M or not N:
+        return result
+    masked = not inline and update is not None and update.masked
+    common = {
+        "threshold": 0 if mask is None else mask.threshold, "scale": 1.0 if update is None else update.scale,
+        "b_n": 0 if update is None else update.B.stride(0), "b_r": 0 if update is None else update.B.stride(1),
+        "u_m": 0 if u is None else u.stride(0), "u_n": 0 if u is None else u.stride(1),
+        "M": M, "N": N, "K": K, "R": R,
+        "s_ptr": None if inline or update is None else update.S, "b_ptr": None if update is None else update.B,
+        "d_in_ptr": d_in, "d_out_ptr": d_out, "bias_ptr": bias, "seed_ptr": None if mask is None else mask.seed,
+        "u_ptr": u, "sums_ptr": sums, "BIAS_INSIDE": bias_inside, "MASK": masked,
+        "PRECISION": launch.precision(base.dtype), "DTYPE": launch.TL[base.dtype],
+        "BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP": config.group,
+        "BR": configs.rank_tile(R, INLINE_RANK),
+    }  # fmt: skip
+    if tma:
+        transposed = not _describable(w)
+        stored = w.t() if transposed else w
+        programs = min(launch.processors(base.device), tiles_m * tiles_n)
+        block = [config.BK, config.BN] if transposed else [config.BN, config.BK]
+        tiles = [config.BM, config.BN]
+        describe = TensorDescriptor.from_tensor
+        special = {
+            "x_desc": describe(x, [config.BM, config.BK]), "w_desc": describe(stored, block),
+            "y_desc": describe(result.y, tiles) if want_y else None,
+            "z_desc": describe(result.z, tiles) if want_z else None,
+            "TRANSPOSED": transposed, "LATE": config.late and not masked, "FLATTEN": config.flatten,
+        }  # fmt: skip
+        launch.submit(gemm_lowrank_tma, (programs,), {**common, **special}, config, base.device)
+        return result
+    stride = lambda t: (0, 0) if t is None else t.stride()  # noqa: E731
+    (x_m, x_k), (w_n, w_k), (c_m, c_n) = stride(x if K else None), stride(w), stride(c)
+    A, a, G, h = update[:4] if inline else (None, None, None, "identity")
+    a_r, a_k = stride(A)
+    g_out, g_in = stride(G) if G is not None and G.dim() == 2 else (0, 0)
+    special = {
+        "x_ptr": x if K else None, "w_ptr": w, "c_ptr": c, "y_ptr": result.y, "z_ptr": result.z, "t_ptr": T,
+        "a_ptr": A, "a_bias_ptr": a, "g_ptr": G, "rescale": 1.0 if mask is None else mask.rescale,
+        "x_m": x_m, "x_k": x_k, "w_n": w_n, "w_k": w_k, "c_m": c_m, "c_n": c_n, "a_r": a_r, "a_k": a_k,
+        "g_in": g_in, "g_out": g_out, "DUAL": dual, "INLINE": inline, "H": h, "GATE": 0 if G is None else G.dim(),
+        "ACC": launch.acc(base.dtype),
+    }  # fmt: skip
+    launch.submit(gemm_lowrank, (tiles_m * tiles_n,), {**common, **special}, config, base.device)
+    return result

@@ -1,0 +1,117 @@
+"""hadamard: y = (x ⊙ d_in) (W ⊙ (1 + s·B A))ᵀ + bias with the product formed tile by tile, and the gradients of A and B.
+
+With E = W ⊙ (dyᵀ x), of which only tiles exist: dA = s·Bᵀ E, dB = s·E Aᵀ, in two stages of fixed order. (LieRA.)
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, launch
+from .outer import added_up
+from .tile import dot, matrix, place, vector
+
+
+@triton.jit
+def hadamard(
+    x_ptr, w_ptr, left_ptr, right_ptr, bias_ptr, y_ptr, scale,
+    M, N, K, R, x_m, x_k, w_n, w_k, left_n, left_r, right_r, right_k,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """W ⊙ (1 + scale·left right), left (N, R), right (R, K): B and A, or their transposes for dx."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    i_m, i_n = place(tl.program_id(0), M, N, BM, BN, GROUP)
+    rows, cols = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+    acc = tl.zeros((BM, BN), ACC)
+    for k0 in range(0, K, BK):
+        k = k0 + tl.arange(0, BK)
+        factor = tl.zeros((BK, BN), ACC)
+        for r0 in range(0, R, BR):
+            r = r0 + tl.arange(0, BR)
+            right = matrix(right_ptr, k, r, K, R, right_k, right_r).to(DTYPE)
+            factor = dot(right, matrix(left_ptr, r, cols, R, N, left_r, left_n).to(DTYPE), factor, PRECISION)
+        w = matrix(w_ptr, k, cols, K, N, w_k, w_n)
+        w = (w.to(ACC) * (1 + scale * factor)).to(DTYPE)
+        acc = dot(matrix(x_ptr, rows, k, M, K, x_m, x_k), w, acc, PRECISION)
+    if bias_ptr is not None:
+        acc += vector(bias_ptr, cols, N).to(ACC)[None, :]
+    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
+    tl.store(y_ptr + at, acc.to(DTYPE), mask=(rows < M)[:, None] & (cols < N)[None, :])
+
+
+@triton.jit
+def hadamard_grads(
+    dy_ptr, x_ptr, w_ptr, a_ptr, b_ptr, da_ptr, db_ptr, scale,
+    M, N, K, R, dy_m, dy_n, x_m, x_k, w_n, w_k, a_r, a_k, b_n, b_r,
+    PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """One tile of E, and its parts: da (tiles of N, R, K), db (tiles of K, N, R)."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    i_n, i_k = place(tl.program_id(0), N, K, BN, BK, GROUP)
+    n, k = i_n * BN + tl.arange(0, BN), i_k * BK + tl.arange(0, BK)
+    acc = tl.zeros((BN, BK), ACC)
+    for m0 in range(0, M, BM):
+        m = m0 + tl.arange(0, BM)
+        dy = matrix(dy_ptr, m, n, M, N, dy_m, dy_n)
+        acc = dot(tl.trans(dy), matrix(x_ptr, m, k, M, K, x_m, x_k), acc, PRECISION)
+    e = (acc * matrix(w_ptr, n, k, N, K, w_n, w_k).to(ACC)).to(DTYPE)
+    for r0 in range(0, R, BR):
+        r = r0 + tl.arange(0, BR)
+        b = matrix(b_ptr, r, n, R, N, b_r, b_n).to(DTYPE)
+        da = dot(b, e, tl.zeros((BR, BK), ACC), PRECISION) * scale
+        at = i_n.to(tl.int64) * R * K + r[:, None] * K + k[None, :]
+        tl.store(da_ptr + at, da, mask=(r < R)[:, None] & (k < K)[None, :])
+        a = matrix(a_ptr, k, r, K, R, a_k, a_r).to(DTYPE)
+        db = dot(e, a, tl.zeros((BN, BR), ACC), PRECISION) * scale
+        at = i_k.to(tl.int64) * N * R + n[:, None] * R + r[None, :]
+        tl.store(db_ptr + at, db, mask=(n < N)[:, None] & (r < R)[None, :])
+
+
+def _common(x: Tensor, w: Tensor, scale: float, M: int, R: int, kind: str):
+    N, K = w.shape
+    config = configs.choose(kind, launch.arch_of(x.device), 8 * x.element_size(), M, N, K, R)
+    args = {
+        "x_ptr": x, "w_ptr": w, "scale": scale, "M": M, "N": N, "K": K, "R": R, "x_m": x.stride(0),
+        "x_k": x.stride(1), "w_n": w.stride(0), "w_k": w.stride(1),
+        "PRECISION": launch.precision(x.dtype), "ACC": launch.acc(x.dtype),
+        "BM": config.BM, "BN": config.BN, "BK": config.BK, "BR": configs.rank_tile(R, 64), "GROUP": config.group,
+    }  # fmt: skip
+    return config, args
+
+
+def product(x: Tensor, w: Tensor, left: Tensor, right: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """x (M, K) times (w ⊙ (1 + scale·left right))ᵀ, w (N, K) in any strides, left (N, R), right (R, K) -> (M, N)."""
+    (M, _), N = x.shape, w.shape[0]
+    y = x.new_empty(M, N)
+    if M:
+        config, args = _common(x, w, scale, M, left.shape[1], "hadamard")
+        args |= {
+            "left_ptr": left, "right_ptr": right, "bias_ptr": bias, "y_ptr": y,
+            "left_n": left.stride(0), "left_r": left.stride(1), "right_r": right.stride(0), "right_k": right.stride(1),
+        }  # fmt: skip
+        grid = (triton.cdiv(M, config.BM) * triton.cdiv(N, config.BN),)
+        launch.submit(hadamard, grid, args, config, x.device)
+    return y
+
+
+def gradients(dy: Tensor, x: Tensor, w: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(dA (R, K), dB (N, R)) in fp32; dy (M, N), x (M, K), w (N, K)."""
+    (N, K), R, M = w.shape, A.shape[0], x.shape[0]
+    wide = {"dtype": torch.promote_types(x.dtype, torch.float32), "device": x.device}
+    if not M:
+        return torch.zeros(R, K, **wide), torch.zeros(N, R, **wide)
+    config, args = _common(x, w, scale, M, R, "hadamard_grads")
+    tiles_n, tiles_k = triton.cdiv(N, config.BN), triton.cdiv(K, config.BK)
+    da, db = torch.empty(tiles_n, R * K, **wide), torch.empty(tiles_k, N * R, **wide)
+    args |= {
+        "dy_ptr": dy, "a_ptr": A, "b_ptr": B, "da_ptr": da, "db_ptr": db, "dy_m": dy.stride(0), "dy_n": dy.stride(1),
+        "a_r": A.stride(0), "a_k": A.stride(1), "b_n": B.stride(0), "b_r": B.stride(1),
+    }  # fmt: skip
+    grid = (tiles_n * tiles_k,)
+    launch.submit(hadamard_grads, grid, args, config, x.device)
+    return added_up(da).view(R, K), added_up(db).view(N, R)

@@ -1,0 +1,109 @@
+"""One way to start a kernel, on a GPU, in Triton's interpreter, or only on paper for ahead-of-time compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+from .configs import Config
+
+TL = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+class Launch(NamedTuple):
+    """A kernel, its grid, its arguments by name in order, and the tile config they came from."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    config: Config
+
+
+_recorded: list[Launch] | None = None
+_arch: tuple[int, int] | None = None
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
+    return isinstance(_probe, InterpretedFunction)
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+@contextmanager
+def pretend(arch: tuple[int, int]) -> Iterator[None]:
+    """Choose kernels and configs as for another architecture."""
+    global _arch
+    before, _arch = _arch, arch
+    try:
+        yield
+    finally:
+        _arch = before
+
+
+@contextmanager
+def record(arch: tuple[int, int]) -> Iterator[list[Launch]]:
+    """Collect the launches instead of making them; operands may be meta tensors."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        with pretend(arch):
+            yield _recorded
+    finally:
+        _recorded = before
+
+
+@cache
+def _properties(index: int) -> tuple[tuple[int, int], int]:
+    p = torch.cuda.get_device_properties(index)
+    return (p.major, p.minor), p.multi_processor_count
+
+
+def arch_of(device: torch.device) -> tuple[int, int]:
+    if _arch is not None:
+        return _arch
+    return _properties(device.index)[0] if device.type == "cuda" else (9, 0)
+
+
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; an H200's where there is no GPU to ask."""
+    return _properties(device.index)[1] if device.type == "cuda" else 132
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How products of a dtype are taken: fp32 in full unless torch allows tf32."""
+    if dtype == torch.float32:
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "widen" if dtype == torch.bfloat16 and interpreting() else "ieee"
+
+
+def acc(dtype: torch.dtype) -> tl.dtype:
+    """What sums of a dtype are held in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def submit(kernel, grid: tuple[int, ...], args: dict[str, Any], config: Config, device: torch.device) -> None:
+    """Start the kernel on the current stream of ``device``, or write the launch down while recording. Of ``args`` the
+    kernel takes those it names."""
+    args = {name: args[name] for name in kernel.arg_names}
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, args, config))
+        return
+    there = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with torch.cuda.device(device) if there else nullcontext():
+        kernel[grid](**args, num_warps=config.warps, num_stages=config.stages)

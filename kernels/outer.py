@@ -1,0 +1,195 @@
+"""outer: reductions over the rows, (u ⊙ d)ᵀ v and column sums, in two stages of fixed order: bitwise reproducible.
+
+Stage one, one launch: every program sums a block of columns over one share of the rows into its own slot. Two products
+share it, since dB = s·(dy ⊙ d_out)ᵀ h(T) and dA = (dTᵀ drop(x ⊙ d_in)) have one shape. Stage two, one launch: the slots
+are added up in order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, launch
+from .dropout import keep
+from .tile import activate, dot, matrix, vector
+
+
+@triton.jit
+def _job(
+    pid, share, part_ptr, u_ptr, v_ptr, d_ptr, z_ptr, seed_ptr, threshold, scale,
+    M, C, R, rows_each, u_m, u_c, z_m, z_c, product_at, usum_at, dot_at, vsum_at, out_c, out_r,
+    H: tl.constexpr, PRODUCT: tl.constexpr, USUM: tl.constexpr, SCALED_SUM: tl.constexpr, VSUM: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Columns of tile pid, rows of one share: uᵀ h(v), Σ u, Σ u ⊙ z and Σ v into the share's slot."""
+    blocks_r = tl.cdiv(R, BR) if PRODUCT else 1
+    i_c, i_r = pid // blocks_r, pid % blocks_r
+    cols, ranks = i_c * BC + tl.arange(0, BC), i_r * BR + tl.arange(0, BR)
+    acc = tl.zeros((BC, BR), ACC)
+    usum, dsum, vsum = tl.zeros((BC,), ACC), tl.zeros((BC,), ACC), tl.zeros((BR,), ACC)
+    first = share * rows_each
+    last = min(first + rows_each, M)
+    for m0 in range(first, last, BM):
+        rows = m0 + tl.arange(0, BM)
+        u = matrix(u_ptr, rows, cols, last, C, u_m, u_c)
+        if USUM:
+            usum += tl.sum(u.to(ACC), 0)
+        if z_ptr is not None:
+            dsum += tl.sum(u.to(ACC) * matrix(z_ptr, rows, cols, last, C, z_m, z_c).to(ACC), 0)
+        if PRODUCT:
+            if seed_ptr is not None:
+                element = rows.to(tl.uint32)[:, None] * C + cols.to(tl.uint32)[None, :]
+                u = tl.where(keep(seed_ptr, element, threshold), u, 0.0)
+            v = matrix(v_ptr, rows, ranks, last, R, R, 1)
+            if VSUM:
+                vsum += tl.sum(v.to(ACC), 0)
+            if H != "identity":
+                v = activate(v.to(ACC), H).to(u.dtype)
+            acc = dot(tl.trans(u), v, acc, PRECISION)
+    if PRODUCT:
+        acc *= scale
+        if d_ptr is not None:
+            acc *= vector(d_ptr, cols, C).to(ACC)[:, None]
+        at = cols.to(tl.int64)[:, None] * out_c + ranks[None, :] * out_r
+        tl.store(part_ptr + product_at + at, acc, mask=(cols < C)[:, None] & (ranks < R)[None, :])
+        if VSUM:
+            if i_c == 0:
+                tl.store(part_ptr + vsum_at + ranks, vsum, mask=ranks < R)
+    if USUM or z_ptr is not None:
+        if i_r == 0:
+            if USUM:
+                if SCALED_SUM:
+                    usum *= vector(d_ptr, cols, C).to(ACC)
+                tl.store(part_ptr + usum_at + cols, usum, mask=cols < C)
+            if z_ptr is not None:
+                tl.store(part_ptr + dot_at + cols, dsum, mask=cols < C)
+
+
+@triton.jit
+def outer(
+    part_ptr, slot, rows_each, tiles_0, M, R,
+    u0_ptr, v0_ptr, d0_ptr, z0_ptr, scale0, C0, u0_m, u0_c, z0_m, z0_c, product0_at, usum_at, dot_at,
+    u1_ptr, v1_ptr, d1_ptr, seed_ptr, threshold, scale1, C1, u1_m, u1_c, product1_at, vsum_at,
+    H: tl.constexpr, PRODUCT0: tl.constexpr, PRODUCT1: tl.constexpr, USUM: tl.constexpr, SCALED_SUM: tl.constexpr,
+    VSUM: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Job 0 over dy: dB (C0, R), Σ dy (bias), Σ dy ⊙ z (d_out). Job 1 over x: dA (R, C1), Σ dT (a)."""
+    pid, share = tl.program_id(0), tl.program_id(1)
+    part_ptr += share.to(tl.int64) * slot
+    if pid < tiles_0:
+        _job(
+            pid, share, part_ptr, u0_ptr, v0_ptr, d0_ptr, z0_ptr, None, 0, scale0,
+            M, C0, R, rows_each, u0_m, u0_c, z0_m, z0_c, product0_at, usum_at, dot_at, 0, R, 1,
+            H, PRODUCT0, USUM, SCALED_SUM, False, PRECISION, ACC, BM, BC, BR,
+        )  # fmt: skip
+    elif PRODUCT1:
+        _job(
+            pid - tiles_0, share, part_ptr, u1_ptr, v1_ptr, d1_ptr, None, seed_ptr, threshold, scale1,
+            M, C1, R, rows_each, u1_m, u1_c, 0, 0, product1_at, 0, 0, vsum_at, 1, C1,
+            "identity", True, False, False, VSUM, PRECISION, ACC, BM, BC, BR,
+        )  # fmt: skip
+
+
+@triton.jit
+def add_up(part_ptr, out_ptr, n, shares, slot, BLOCK: tl.constexpr):
+    """out (n,) = the shares' slots added in order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    part = part_ptr + at
+    total = tl.load(part, mask=at < n, other=0.0)
+    for _ in range(1, shares):
+        part += slot
+        total += tl.load(part, mask=at < n, other=0.0)
+    tl.store(out_ptr + at, total, mask=at < n)
+
+
+class OverDy(NamedTuple):
+    """Job 0. dy (M, N); h(T) with T (M, R), d (N,) and scale make dB; sums, z: Σ dy (times d if scaled), Σ dy ⊙ z."""
+
+    dy: Tensor
+    T: Tensor | None = None
+    h: str = "identity"
+    d: Tensor | None = None
+    scale: float = 1.0
+    sums: bool = False
+    scaled: bool = False
+    z: Tensor | None = None
+
+
+class OverX(NamedTuple):
+    """Job 1. x (M, K), dT (M, R), d (K,), seed and threshold, scale make dA; sums: Σ dT."""
+
+    x: Tensor
+    dT: Tensor
+    d: Tensor | None = None
+    seed: Tensor | None = None
+    threshold: int = 0
+    scale: float = 1.0
+    sums: bool = False
+
+
+def added_up(part: Tensor) -> Tensor:
+    """Σ over the first dimension of a contiguous (shares, n), in order."""
+    shares, n = part.shape
+    if shares == 1:
+        return part[0]
+    out = part.new_empty(n)
+    args = {"part_ptr": part, "out_ptr": out, "n": n, "shares": shares, "slot": n, "BLOCK": 1024}
+    launch.submit(add_up, (triton.cdiv(n, 1024),), args, configs.Config(0, 0, 0, 4, 1), part.device)
+    return out
+
+
+def reduce_rows(first: OverDy | None, second: OverX | None) -> dict[str, Tensor]:
+    """{"dB" (N, R), "sum" (N,), "dot" (N,), "dA" (R, K), "da" (R,)}: those asked for, in fp32 (fp64 for fp64)."""
+    some = first.dy if first is not None else second.x
+    M, device = some.shape[0], some.device
+    wide = torch.promote_types(some.dtype, torch.float32)
+    T = first.T if first is not None and first.T is not None else second.dT if second is not None else None
+    R = 0 if T is None else T.shape[1]
+    shapes: dict[str, tuple[int, ...]] = {}
+    C0 = C1 = 0
+    if first is not None:
+        C0 = first.dy.shape[1]
+        wanted = {"dB": first.T is not None, "sum": first.sums, "dot": first.z is not None}
+        shapes |= {name: (C0, R) if name == "dB" else (C0,) for name, on in wanted.items() if on}
+    if second is not None:
+        C1 = second.x.shape[1]
+        shapes |= {"dA": (R, C1)} | ({"da": (R,)} if second.sums else {})
+    if not M:
+        return {name: torch.zeros(shape, dtype=wide, device=device) for name, shape in shapes.items()}
+    offsets, slot = {}, 0
+    for name, shape in shapes.items():
+        offsets[name] = slot
+        slot += -(-torch.Size(shape).numel() // 4) * 4  # each gradient 16-byte aligned
+    arch = launch.arch_of(device)
+    config = configs.choose("outer", arch, 8 * some.element_size(), M, max(C0, C1), 0, R)
+    BR, BC = configs.rank_tile(R), config.BN
+    product0, product1 = "dB" in shapes, second is not None
+    tiles_0 = triton.cdiv(C0, BC) * (triton.cdiv(R, BR) if product0 else 1)
+    tiles = tiles_0 + (triton.cdiv(C1, BC) * triton.cdiv(R, BR) if product1 else 0)
+    shares = max(1, min(triton.cdiv(M, 4 * config.BM), triton.cdiv(4 * launch.processors(device), tiles)))
+    rows_each = triton.cdiv(triton.cdiv(M, shares), config.BM) * config.BM
+    shares = triton.cdiv(M, rows_each)
+    part = torch.empty(shares, slot, dtype=wide, device=device)
+    stride = lambda t: (0, 0) if t is None else t.stride()  # noqa: E731
+    f, g = first or OverDy(None), second or OverX(None, None)
+    (u0_m, u0_c), (z0_m, z0_c), (u1_m, u1_c) = stride(f.dy), stride(f.z), stride(g.x)
+    args = {
+        "part_ptr": part, "slot": slot, "rows_each": rows_each, "tiles_0": tiles_0, "M": M, "R": R,
+        "u0_ptr": f.dy, "v0_ptr": f.T, "d0_ptr": f.d, "z0_ptr": f.z, "scale0": f.scale, "C0": C0,
+        "u0_m": u0_m, "u0_c": u0_c, "z0_m": z0_m, "z0_c": z0_c,
+        "product0_at": offsets.get("dB", 0), "usum_at": offsets.get("sum", 0), "dot_at": offsets.get("dot", 0),
+        "u1_ptr": g.x, "v1_ptr": g.dT, "d1_ptr": g.d, "seed_ptr": g.seed, "threshold": g.threshold, "scale1": g.scale,
+        "C1": C1, "u1_m": u1_m, "u1_c": u1_c, "product1_at": offsets.get("dA", 0), "vsum_at": offsets.get("da", 0),
+        "H": f.h, "PRODUCT0": product0, "PRODUCT1": product1, "USUM": f.sums, "SCALED_SUM": f.scaled, "VSUM": g.sums,
+        "PRECISION": launch.precision(some.dtype), "ACC": launch.acc(some.dtype),
+        "BM": config.BM, "BC": BC, "BR": BR,
+    }  # fmt: skip
+    launch.submit(outer, (tiles, shares), args, config, device)
+    flat = added_up(part)
+    return {name: flat[at : at + torch.Size(shapes[name]).numel()].view(shapes[name]) for name, at in offsets.items()}

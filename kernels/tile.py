@@ -1,0 +1,92 @@
+"""What the kernels share inside a tile: the matrix product, the activations, the order of tiles, the update's tiles."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b. PRECISION: "ieee" or "tf32" for fp32 operands, "widen" to compute narrow operands in fp32."""
+    if PRECISION == "widen":
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee", out_dtype=acc.dtype)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def tanh(t):
+    """tanh without the cancellation of its exponential form near zero."""
+    e = tl.exp(-2 * tl.abs(t))
+    far = (1 - e) / (1 + e)
+    q = t * t
+    near = 1 + q * (-0.3333333333333333 + q * (0.13333333333333333 + q * (-0.05396825396825397 + q * (
+        0.021869488536155203 + q * (-0.008863235529902197 + q * 0.003592128036572481)))))  # fmt: skip
+    return tl.where(q < 0.04, t * near, tl.where(t < 0, -far, far))
+
+
+@triton.jit
+def activate(t, H: tl.constexpr):
+    """h(t), exact (erf) gelu."""
+    if H == "relu":
+        return tl.where(t > 0, t, 0.0)
+    elif H == "silu":
+        return t / (1 + tl.exp(-t))
+    elif H == "gelu":
+        return 0.5 * t * (1 + tl.erf(t * 0.7071067811865476))
+    elif H == "tanh":
+        return tanh(t)
+    else:
+        return t
+
+
+@triton.jit
+def slope(t, H: tl.constexpr):
+    """h'(t)."""
+    if H == "relu":
+        return tl.where(t > 0, 1.0, 0.0).to(t.dtype)
+    elif H == "silu":
+        sigmoid = 1 / (1 + tl.exp(-t))
+        return sigmoid * (1 + t * (1 - sigmoid))
+    elif H == "gelu":
+        return 0.5 * (1 + tl.erf(t * 0.7071067811865476)) + t * tl.exp(-0.5 * t * t) * 0.3989422804014327
+    elif H == "tanh":
+        u = tanh(t)
+        return 1 - u * u
+    else:
+        return tl.full(t.shape, 1.0, t.dtype)
+
+
+@triton.jit
+def place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """(row tile, column tile) of the tile-th program: bands of GROUP row tiles, so that a wave shares its operands."""
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    band = GROUP * tiles_n
+    first = tile // band * GROUP
+    rows = min(tiles_m - first, GROUP)
+    return first + tile % band % rows, tile % band // rows
+
+
+@triton.jit
+def matrix(ptr, rows, cols, n_rows, n_cols, row_stride, col_stride):
+    """The tile at (rows, cols) of a strided matrix, zero outside."""
+    inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+    at = rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
+    return tl.load(ptr + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def vector(ptr, at, n):
+    """Entries of a contiguous vector, zero outside."""
+    return tl.load(ptr + at, mask=at < n, other=0.0)
+
+
+@triton.jit
+def gate(u, g_ptr, ranks, R, g_in, g_out, GATE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """u ⊙ g for a vector, Σᵢ u[:, i] g[i·g_in + j·g_out] for a matrix whose side one tile holds, or u."""
+    if GATE == 1:
+        return u * vector(g_ptr, ranks, R).to(u.dtype)[None, :]
+    elif GATE == 2:
+        g = matrix(g_ptr, ranks, ranks, R, R, g_in, g_out).to(DTYPE)
+        return dot(u.to(DTYPE), g, tl.zeros(u.shape, u.dtype), PRECISION)
+    else:
+        return u
