@@ -55,7 +55,7 @@ def demo() -> str:
 
 
 def demo_all() -> str:
-    found = rows("demo_all/results.csv") + rows("demo_all/soft_prompts.csv")[1:]  # a run of its own, same probe
+    found = rows("demo_all/results.csv")
     return markdown(list(found[0]), [list(r.values()) for r in found])
 
 

@@ -33,7 +33,7 @@ def _update(
 ):  # fmt: skip
     """S Bᵀ at (rows, cols); s (M, R) contiguous."""
     update = tl.zeros((BM, BN), ACC)
-    for r0 in range(0, R, BR):
+    for r0 in tl.range(0, R, BR, num_stages=1):
         r = r0 + tl.arange(0, BR)
         s = matrix(s_ptr, rows, r, M, R, R, 1)
         b = matrix(b_ptr, r, cols, R, N, b_r, b_n).to(DTYPE)
@@ -155,7 +155,7 @@ def gemm_lowrank_tma(
             else:
                 acc = dot(x, w_desc.load([n, i_k * BK]).T, acc, PRECISION)
         if b_ptr is not None and LATE:
-            for r0 in range(0, R, BR):
+            for r0 in tl.range(0, R, BR, num_stages=1):
                 r = r0 + tl.arange(0, BR)
                 s = (matrix(s_ptr, rows, r, M, R, R, 1).to(tl.float32) * scale).to(DTYPE)
                 acc = dot(s, matrix(b_ptr, r, cols, R, N, b_r, b_n).to(DTYPE), acc, PRECISION)
@@ -259,7 +259,7 @@ def gemm(
     tma = not dual and not inline and fits_tma(x, w, c, N)
     kind = "gemm_lowrank_tma" if tma else "gemm_lowrank"
     config = configs.choose(kind, arch, bits, M, N, K, R)
-    if inline or dual:
+    if inline or dual or u is not None:
         config = configs.narrow(config)
     tiles_m, tiles_n = triton.cdiv(M, config.BM), triton.cdiv(N, config.BN)
     sums = None if u is None else torch.empty(tiles_m, N, dtype=torch.promote_types(base.dtype, torch.float32),
