@@ -1,4 +1,4 @@
-"""python -m fused_peft info | verify | methods"""
+"""python -m fused_peft info | verify | methods | compile"""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import argparse
 import importlib.metadata
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
-from . import __version__, dispatch, verify
+from . import __version__, aot, dispatch, verify
 from .linear import PeftLinear
 from .methods import METHODS
 
@@ -98,7 +99,15 @@ def main(argv: list[str] | None = None) -> int:
     table.add_argument("--in", dest="in_features", type=int, default=768)
     table.add_argument("--out", dest="out_features", type=int, default=768)
     table.add_argument("--r", type=int, default=8)
+    ahead = commands.add_parser("compile", help="compile every kernel without a GPU; fails on spills and the like")
+    ahead.add_argument("--arch", choices=aot.ARCHES, required=True)
+    ahead.add_argument("--out", type=Path, required=True, help="folder for one .cubin each")
+    ahead.add_argument("--json", type=Path, help="registers, stack, shared memory and instruction counts")
+    ahead.add_argument("--only", default="", help="only kernels whose name contains this")
+    ahead.add_argument("--jobs", type=int, help="compilations at a time; all cores by default")
     args = parser.parse_args(argv)
+    if args.command == "compile":
+        return aot.run(args.arch, args.out, args.json, args.jobs, args.only)
     if args.command == "methods":
         return methods(args.in_features, args.out_features, args.r)
     return info() if args.command == "info" else run_verify(args.device)

@@ -6,19 +6,24 @@ read from the machine code.
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import multiprocessing
+import os
 import re
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import product
+from itertools import product, repeat
 from pathlib import Path
 
 import torch
 
-from .backends.triton import Triton, _kernels
+from .backends.triton import Triton, _kernels, _missing
 from .dispatch import TENSORS, Operands
 
 ARCHES = {"sm_80": (8, 0), "sm_90": (9, 0)}
@@ -136,7 +141,7 @@ def _recorded(backend: Triton, o: Operands, arch: tuple[int, int]) -> Iterator[t
     need = tuple(t is not None and n not in ("w", "seed", "c") for n, t in zip(o._fields, o[:TENSORS], strict=False))
     with k.launch.record(arch) as forward:
         y, T, z = backend.forward(o, o.d_out is not None)
-        if "magnitude" not in o._fields and o.d_out is not None and o.A is not None:
+        if o.d_out is not None and o.A is not None:
             backend.row_norm(o.w, torch.empty(o.w.shape[0], device="meta"), o.A, o.B, o.s)
     with k.launch.record(arch) as backward:
         backend.backward(torch.empty_like(y), o, T, z, need)
@@ -194,7 +199,7 @@ def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report
     signature, constants, attributes = _signature(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     major, minor = ARCHES[arch]
-    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages, "enable_fp_fusion": True}
     result = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
     with tempfile.TemporaryDirectory() as scratch:
         file = (folder or Path(scratch)) / f"{name}.cubin"
@@ -210,6 +215,43 @@ def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report
     )  # fmt: skip
 
 
-def report(reports: list[Report]) -> list[dict]:
-    """The reports as plain rows, faults included."""
-    return [{**asdict(r), "faults": r.faults()} for r in reports]
+_pending: dict[str, object] = {}  # what forked workers compile
+
+
+def _work(name: str, arch: str, folder: Path | None) -> Report:
+    return compiled(name, _pending[name], arch, folder)
+
+
+def compile_all(arch: str, folder: Path, jobs: int | None = None, only: str = "") -> Iterator[Report]:
+    """Compile every kernel for arch into folder, some at a time; ``only``: those whose name contains it.
+
+    Raises ValueError for an unknown arch, RuntimeError where Triton is missing or its interpreter is on.
+    """
+    if arch not in ARCHES:
+        raise ValueError(f"arch={arch!r} is not one of {', '.join(ARCHES)}")
+    if _missing():
+        raise RuntimeError(_missing())
+    if _kernels().launch.interpreting():
+        raise RuntimeError("TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it")
+    folder.mkdir(parents=True, exist_ok=True)
+    _pending.clear()
+    _pending.update({name: launch for name, launch in launches(arch).items() if only in name})
+    context = multiprocessing.get_context("fork")  # launches hold kernels, which do not pickle
+    with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context) as pool:
+        yield from pool.map(_work, _pending, *(repeat(v) for v in (arch, folder)))
+
+
+def run(arch: str, folder: Path, json_file: Path | None, jobs: int | None = None, only: str = "") -> int:
+    """Compile, print one line a kernel, write the JSON report; 1 when the gate refuses one."""
+    reports = []
+    for r in compile_all(arch, folder, jobs, only):
+        reports.append(r)
+        counts = f"wgmma {r.wgmma} mma {r.mma} tma {r.tma_load}/{r.tma_store}"
+        faults = "".join(f"  FAULT: {fault}" for fault in r.faults())
+        print(f"{r.name:<72} {r.registers:3} regs {r.stack:4} stack {r.shared:6} shared  {counts}{faults}", flush=True)
+    if json_file:
+        rows = [{**asdict(r), "faults": r.faults()} for r in reports]
+        json_file.write_text(json.dumps({"triton": importlib.metadata.version("triton"), "kernels": rows}, indent=1))
+    faulty = sum(bool(r.faults()) for r in reports)
+    print(f"{arch}: {len(reports)} kernels compiled, {faulty or 'none'} refused")
+    return int(faulty > 0)

@@ -383,4 +383,4 @@ def _problem(layer: PeftLinear, tokens: int, dtype: torch.dtype) -> dispatch.Pro
         x, w, x if behind else None, bias, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed,
         f.s, f.p, f.h, f.scale_bias, f.drop_base, f.hadamard,
     )  # fmt: skip
-    return replace(dispatch.Problem.of(o), **dispatch.place(layer.weight.device))
+    return replace(dispatch.Problem.of(o), elsewhere=frozenset(), **dispatch.place(layer.weight.device))

@@ -68,6 +68,7 @@ class Problem:
     scale_bias: bool = False
     drop_base: bool = False
     hadamard: bool = False
+    elsewhere: frozenset[str] = frozenset()  # operands on another device than x
 
     @classmethod
     def of(cls, o: Operands) -> Problem:
@@ -88,6 +89,11 @@ class Problem:
             scale_bias=o.scale_bias,
             drop_base=o.drop_base and o.seed is not None,
             hadamard=o.hadamard,
+            elsewhere=frozenset(
+                f"{n} on {v.device}"
+                for n, v in zip(o._fields[:TENSORS], o[:TENSORS], strict=False)
+                if v is not None and v.device != x.device
+            ),
         )
 
 

@@ -35,6 +35,9 @@ class Config:
     flatten: bool = False
 
 
+UNALIGNED = Config(64, 64, 32, 4, 2)  # rows that vector loads and asynchronous copies cannot take
+
+
 def shared_kib(arch: tuple[int, int]) -> int:
     """Shared memory a program may take, KiB; the smallest known for an architecture not listed."""
     return SHARED.get(arch, 99)
@@ -76,9 +79,12 @@ def choose(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, 
 def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
     """The closed form."""
     wide = bits > 16  # fp32 runs without wgmma, or through tf32
-    if kind in ("down", "row_norm"):
-        tall = 16 if M < 4096 else 32 if wide or r > 64 else 64  # enough programs to keep the memory busy
-        return Config(tall, 0, 64 if wide or r > 64 else 128, 4, 2 if wide or r > 64 else 3)
+    if kind == "row_norm":
+        return Config(16, 0, 32 if wide else 64 if r > 64 else 128, 4, 2 if wide or r > 64 else 3)
+    if kind == "down":
+        if M < 4096 or (wide and r > 64):  # enough programs to keep the memory busy
+            return Config(16, 0, 64, 4, 3 if not wide else 2)
+        return Config(32 if wide or r > 64 else 64, 0, 64 if wide or r > 64 else 128, 4, 2 if wide or r > 64 else 3)
     if kind == "outer":
         return Config(32 if wide or r > 64 else 64, 64, 0, 4, 2 if wide or r > 64 else 3)
     if kind == "hadamard_grads":
@@ -86,11 +92,11 @@ def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int,
     if kind == "hadamard":
         return Config(min(bucket(M), 64), 64, 32, 4, 2)
     if kind == "gemm_lowrank_tma":
-        if M > 64 and N >= 256 and -(-M // 128) * -(-N // 256) >= 132:
+        if M > 64 and N >= 256 and r <= 64 and -(-M // 128) * -(-N // 256) >= 132:
             return Config(128, 256, 64, 8, 3, late=True, flatten=True)
         return Config(128 if M > 64 else 64, 128, 64, 8 if M > 64 else 4, 4, late=True, flatten=True)
     if wide:
-        return Config(min(bucket(M), 64), 64, 32, 4, 2)
+        return UNALIGNED
     tall = bucket(M) if M <= 64 else 64 if -(-M // 128) * -(-N // 128) < 64 else 128
     depth = 64 if tall < 128 else 32
     return _fitting(Config(tall, 128 if tall >= 64 else 64, depth, 8 if tall == 128 else 4, 4), arch, bits)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import configs, launch
 from .dropout import keep
-from .tile import activate, dot, gate, matrix, slope, vector
+from .tile import activate, dot, gate, matrix, put, slope, vector
 
 
 @triton.jit
@@ -21,34 +21,32 @@ def down(
 ):  # fmt: skip
     """Forward: t (M, R) is written, and out where h or G follows. Backward: t is read, out written."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    rows = tl.program_id(0) * BM + tl.arange(0, BM)
-    ranks = tl.program_id(1) * BR + tl.arange(0, BR)
+    m, r = tl.program_id(0) * BM, tl.program_id(1) * BR
+    rows = m + tl.arange(0, BM)
     acc = tl.zeros((BM, BR), ACC)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
-        x = matrix(x_ptr, rows, k, M, K, x_m, x_k)
+        x = matrix(x_ptr, m, k0, M, K, x_m, x_k, BM, BK)
         if d_ptr is not None:
             x = (x.to(ACC) * vector(d_ptr, k, K).to(ACC)[None, :]).to(DTYPE)
         if seed_ptr is not None:
             element = rows.to(tl.uint32)[:, None] * K + k.to(tl.uint32)[None, :]
             x = tl.where(keep(seed_ptr, element, threshold), x, 0.0)
-        a = matrix(a_ptr, k, ranks, K, R, a_k, a_r).to(DTYPE)
+        a = matrix(a_ptr, k0, r, K, R, a_k, a_r, BK, BR).to(DTYPE)
         acc = dot(x, a, acc, PRECISION)
     acc *= scale
-    inside = (rows < M)[:, None] & (ranks < R)[None, :]
-    at = rows.to(tl.int64)[:, None] * R + ranks[None, :]
     if BACKWARD:
-        acc = gate(acc, g_ptr, ranks, R, g_in, g_out, GATE, DTYPE, PRECISION)
+        acc = gate(acc, g_ptr, r, R, g_in, g_out, GATE, DTYPE, PRECISION, BR)
         if H != "identity":
-            acc *= slope(tl.load(t_ptr + at, mask=inside, other=0.0).to(ACC), H)
-        tl.store(out_ptr + at, acc.to(DTYPE), mask=inside)
+            acc *= slope(matrix(t_ptr, m, r, M, R, R, 1, BM, BR).to(ACC), H)
+        put(out_ptr, acc.to(DTYPE), m, r, M, R, R, 1, BM, BR)
     else:
         if bias_ptr is not None:
-            acc += vector(bias_ptr, ranks, R).to(ACC)[None, :]
-        tl.store(t_ptr + at, acc.to(DTYPE), mask=inside)
+            acc += vector(bias_ptr, r + tl.arange(0, BR), R).to(ACC)[None, :]
+        put(t_ptr, acc.to(DTYPE), m, r, M, R, R, 1, BM, BR)
         if out_ptr is not None:
-            u = gate(activate(acc, H), g_ptr, ranks, R, g_in, g_out, GATE, DTYPE, PRECISION)
-            tl.store(out_ptr + at, u.to(DTYPE), mask=inside)
+            u = gate(activate(acc, H), g_ptr, r, R, g_in, g_out, GATE, DTYPE, PRECISION, BR)
+            put(out_ptr, u.to(DTYPE), m, r, M, R, R, 1, BM, BR)
 
 
 def _submit(x, d, A, bias, G, T, out, seed, threshold, scale, h, backward):

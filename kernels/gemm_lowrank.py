@@ -20,23 +20,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, launch
 from .dropout import keep
-from .tile import activate, dot, gate, matrix, place, vector
+from .tile import activate, dot, gate, matrix, place, put, vector
 
 INLINE_RANK = 64  # above it the extra accumulator costs more than a launch
 
 
 @triton.jit
 def _update(
-    s_ptr, b_ptr, rows, cols, M, N, R, b_n, b_r,
+    s_ptr, b_ptr, m, n, M, N, R, b_n, b_r,
     DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """S Bᵀ at (rows, cols); s (M, R) contiguous."""
+    """The tile of S Bᵀ at (m, n); s (M, R) contiguous."""
     update = tl.zeros((BM, BN), ACC)
     for r0 in tl.range(0, R, BR, num_stages=1):
-        r = r0 + tl.arange(0, BR)
-        s = matrix(s_ptr, rows, r, M, R, R, 1)
-        b = matrix(b_ptr, r, cols, R, N, b_r, b_n).to(DTYPE)
+        s = matrix(s_ptr, m, r0, M, R, R, 1, BM, BR)
+        b = matrix(b_ptr, r0, n, R, N, b_r, b_n, BR, BN).to(DTYPE)
         update = dot(s, b, update, PRECISION)
     return update
 
@@ -59,10 +58,11 @@ def gemm_lowrank(
     """MASK: dropout acts on the update. DUAL 1: the K loop runs over drop(x)·rescale and x less that; DUAL 2: over
     x ⊙ d_in and x, and y = past + drop(acc − past)·rescale. INLINE: S is made here, from a_ptr on, and T stored."""
     i_m, i_n = place(tl.program_id(0), M, N, BM, BN, GROUP)
-    rows, cols = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+    m, n = i_m * BM, i_n * BN
+    rows, cols = m + tl.arange(0, BM), n + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), ACC)
     if b_ptr is not None and not INLINE:
-        acc = _update(s_ptr, b_ptr, rows, cols, M, N, R, b_n, b_r, DTYPE, ACC, PRECISION, BM, BN, BR) * scale
+        acc = _update(s_ptr, b_ptr, m, n, M, N, R, b_n, b_r, DTYPE, ACC, PRECISION, BM, BN, BR) * scale
         if MASK:
             acc = tl.where(_kept(seed_ptr, rows, cols, N, threshold), acc, 0.0)
     if DUAL:
@@ -73,8 +73,8 @@ def gemm_lowrank(
     if w_ptr is not None:
         for k0 in range(0, K, BK):
             k = k0 + tl.arange(0, BK)
-            x = matrix(x_ptr, rows, k, M, K, x_m, x_k)
-            w = matrix(w_ptr, k, cols, K, N, w_k, w_n)
+            x = matrix(x_ptr, m, k0, M, K, x_m, x_k, BM, BK)
+            w = matrix(w_ptr, k0, n, K, N, w_k, w_n, BK, BN)
             if DUAL == 2:
                 past = dot(x, w, past, PRECISION)
             if d_in_ptr is not None:
@@ -87,33 +87,30 @@ def gemm_lowrank(
             if INLINE:
                 if seed_ptr is not None:
                     x = tl.where(_kept(seed_ptr, rows, k, K, threshold), x, 0.0)
-                a = matrix(a_ptr, k, ranks, K, R, a_k, a_r).to(DTYPE)
+                a = matrix(a_ptr, k0, 0, K, R, a_k, a_r, BK, BR).to(DTYPE)
                 inner = dot(x, a, inner, PRECISION)
     if INLINE:
         inner *= rescale
         if a_bias_ptr is not None:
             inner += vector(a_bias_ptr, ranks, R).to(ACC)[None, :]
         if i_n == 0:
-            inside = (rows < M)[:, None] & (ranks < R)[None, :]
-            tl.store(t_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :], inner.to(DTYPE), mask=inside)
-        s = gate(activate(inner, H), g_ptr, ranks, R, g_in, g_out, GATE, DTYPE, PRECISION)
-        b = matrix(b_ptr, ranks, cols, R, N, b_r, b_n).to(DTYPE)
+            put(t_ptr, inner.to(DTYPE), m, 0, M, R, R, 1, BM, BR)
+        s = gate(activate(inner, H), g_ptr, 0, R, g_in, g_out, GATE, DTYPE, PRECISION, BR)
+        b = matrix(b_ptr, 0, n, R, N, b_r, b_n, BR, BN).to(DTYPE)
         acc = dot((s * scale).to(DTYPE), b, acc, PRECISION)
 
     if c_ptr is not None:
-        acc += matrix(c_ptr, rows, cols, M, N, c_m, c_n).to(ACC)
+        acc += matrix(c_ptr, m, n, M, N, c_m, c_n, BM, BN).to(ACC)
     if bias_ptr is not None:
         bias = vector(bias_ptr, cols, N).to(ACC)[None, :]
         if BIAS_INSIDE:
             acc += bias
-    inside = (rows < M)[:, None] & (cols < N)[None, :]
-    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
     if z_ptr is not None:
-        tl.store(z_ptr + at, acc.to(DTYPE), mask=inside)
+        put(z_ptr, acc.to(DTYPE), m, n, M, N, N, 1, BM, BN)
     if DUAL == 2:
         acc = past + tl.where(_kept(seed_ptr, rows, cols, N, threshold), (acc - past) * rescale, 0.0)
     if sums_ptr is not None:
-        u = matrix(u_ptr, rows, cols, M, N, u_m, u_n).to(ACC)
+        u = matrix(u_ptr, m, n, M, N, u_m, u_n, BM, BN).to(ACC)
         tl.store(sums_ptr + i_m * N + cols, tl.sum(acc * u, 0), mask=cols < N)
     if y_ptr is not None:
         if d_out_ptr is not None:
@@ -123,7 +120,7 @@ def gemm_lowrank(
                 acc += bias
         if DUAL == 1:
             acc += past
-        tl.store(y_ptr + at, acc.to(DTYPE), mask=inside)
+        put(y_ptr, acc.to(DTYPE), m, n, M, N, N, 1, BM, BN)
 
 
 @triton.jit
@@ -142,7 +139,7 @@ def gemm_lowrank_tma(
         rows, cols = m + tl.arange(0, BM), n + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), tl.float32)
         if b_ptr is not None and not LATE:
-            acc = _update(s_ptr, b_ptr, rows, cols, M, N, R, b_n, b_r, DTYPE, tl.float32, PRECISION, BM, BN, BR) * scale
+            acc = _update(s_ptr, b_ptr, m, n, M, N, R, b_n, b_r, DTYPE, tl.float32, PRECISION, BM, BN, BR) * scale
             if MASK:
                 acc = tl.where(_kept(seed_ptr, rows, cols, N, threshold), acc, 0.0)
         for i_k in range(tl.cdiv(K, BK)):
@@ -156,9 +153,8 @@ def gemm_lowrank_tma(
                 acc = dot(x, w_desc.load([n, i_k * BK]).T, acc, PRECISION)
         if b_ptr is not None and LATE:
             for r0 in tl.range(0, R, BR, num_stages=1):
-                r = r0 + tl.arange(0, BR)
-                s = (matrix(s_ptr, rows, r, M, R, R, 1).to(tl.float32) * scale).to(DTYPE)
-                acc = dot(s, matrix(b_ptr, r, cols, R, N, b_r, b_n).to(DTYPE), acc, PRECISION)
+                s = (matrix(s_ptr, m, r0, M, R, R, 1, BM, BR).to(tl.float32) * scale).to(DTYPE)
+                acc = dot(s, matrix(b_ptr, r0, n, R, N, b_r, b_n, BR, BN).to(DTYPE), acc, PRECISION)
         if bias_ptr is not None:
             bias = vector(bias_ptr, cols, N).to(tl.float32)[None, :]
             if BIAS_INSIDE:
@@ -166,7 +162,7 @@ def gemm_lowrank_tma(
         if z_desc is not None:
             z_desc.store([m, n], acc.to(DTYPE))
         if sums_ptr is not None:
-            u = matrix(u_ptr, rows, cols, M, N, u_m, u_n).to(tl.float32)
+            u = matrix(u_ptr, m, n, M, N, u_m, u_n, BM, BN).to(tl.float32)
             tl.store(sums_ptr + i_m * N + cols, tl.sum(acc * u, 0), mask=cols < N)
         if y_desc is not None:
             if d_out_ptr is not None:
@@ -219,6 +215,11 @@ def _describable(t: Tensor) -> bool:
     return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.shape[1] > 0
 
 
+def _aligned(t: Tensor) -> bool:
+    """Whether whole 16-byte pieces of a matrix can be loaded, along its rows or its columns."""
+    return _describable(t) or _describable(t.t())
+
+
 def fits_tma(x: Tensor, w: Tensor | None, c: Tensor | None, N: int) -> bool:
     """Whether the TMA kernel can take the operands: 16-bit, aligned, on sm_90 or newer, at least one full tile row."""
     if w is None or c is not None or x.dtype not in (torch.float16, torch.bfloat16) or x.shape[0] < 64:
@@ -226,7 +227,7 @@ def fits_tma(x: Tensor, w: Tensor | None, c: Tensor | None, N: int) -> bool:
     arch = launch.arch_of(x.device)
     if arch[0] not in (9, 10) or N * x.element_size() % 16 or min(N, x.shape[1]) < 64:
         return False
-    return _describable(x) and (_describable(w) or _describable(w.t()))
+    return _describable(x) and _aligned(w)
 
 
 def gemm(
@@ -258,7 +259,8 @@ def gemm(
     R = 0 if update is None else update.B.shape[1]
     tma = not dual and not inline and fits_tma(x, w, c, N)
     kind = "gemm_lowrank_tma" if tma else "gemm_lowrank"
-    config = configs.choose(kind, arch, bits, M, N, K, R)
+    aligned = all(_aligned(t) for t in (x if K else None, w) if t is not None)
+    config = configs.choose(kind, arch, bits, M, N, K, R) if aligned else configs.UNALIGNED
     if inline or dual or u is not None:
         config = configs.narrow(config)
     tiles_m, tiles_n = triton.cdiv(M, config.BM), triton.cdiv(N, config.BN)
@@ -279,7 +281,7 @@ def gemm(
         "u_ptr": u, "sums_ptr": sums, "BIAS_INSIDE": bias_inside, "MASK": masked,
         "PRECISION": launch.precision(base.dtype), "DTYPE": launch.TL[base.dtype],
         "BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP": config.group,
-        "BR": configs.rank_tile(R, INLINE_RANK),
+        "BR": configs.rank_tile(R, INLINE_RANK if inline or bits == 16 else 32),
     }  # fmt: skip
     if tma:
         transposed = not _describable(w)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import configs, launch
 from .outer import added_up
-from .tile import dot, matrix, place, vector
+from .tile import dot, matrix, place, put, vector
 
 
 @triton.jit
@@ -25,22 +25,20 @@ def hadamard(
     """W ⊙ (1 + scale·left right), left (N, R), right (R, K): B and A, or their transposes for dx."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     i_m, i_n = place(tl.program_id(0), M, N, BM, BN, GROUP)
-    rows, cols = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+    m, n = i_m * BM, i_n * BN
     acc = tl.zeros((BM, BN), ACC)
     for k0 in range(0, K, BK):
-        k = k0 + tl.arange(0, BK)
         factor = tl.zeros((BK, BN), ACC)
         for r0 in range(0, R, BR):
-            r = r0 + tl.arange(0, BR)
-            right = matrix(right_ptr, k, r, K, R, right_k, right_r).to(DTYPE)
-            factor = dot(right, matrix(left_ptr, r, cols, R, N, left_r, left_n).to(DTYPE), factor, PRECISION)
-        w = matrix(w_ptr, k, cols, K, N, w_k, w_n)
+            right = matrix(right_ptr, k0, r0, K, R, right_k, right_r, BK, BR).to(DTYPE)
+            left = matrix(left_ptr, r0, n, R, N, left_r, left_n, BR, BN).to(DTYPE)
+            factor = dot(right, left, factor, PRECISION)
+        w = matrix(w_ptr, k0, n, K, N, w_k, w_n, BK, BN)
         w = (w.to(ACC) * (1 + scale * factor)).to(DTYPE)
-        acc = dot(matrix(x_ptr, rows, k, M, K, x_m, x_k), w, acc, PRECISION)
+        acc = dot(matrix(x_ptr, m, k0, M, K, x_m, x_k, BM, BK), w, acc, PRECISION)
     if bias_ptr is not None:
-        acc += vector(bias_ptr, cols, N).to(ACC)[None, :]
-    at = rows.to(tl.int64)[:, None] * N + cols[None, :]
-    tl.store(y_ptr + at, acc.to(DTYPE), mask=(rows < M)[:, None] & (cols < N)[None, :])
+        acc += vector(bias_ptr, n + tl.arange(0, BN), N).to(ACC)[None, :]
+    put(y_ptr, acc.to(DTYPE), m, n, M, N, N, 1, BM, BN)
 
 
 @triton.jit
@@ -53,23 +51,20 @@ def hadamard_grads(
     """One tile of E, and its parts: da (tiles of N, R, K), db (tiles of K, N, R)."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     i_n, i_k = place(tl.program_id(0), N, K, BN, BK, GROUP)
-    n, k = i_n * BN + tl.arange(0, BN), i_k * BK + tl.arange(0, BK)
+    n, k = i_n * BN, i_k * BK
     acc = tl.zeros((BN, BK), ACC)
     for m0 in range(0, M, BM):
-        m = m0 + tl.arange(0, BM)
-        dy = matrix(dy_ptr, m, n, M, N, dy_m, dy_n)
-        acc = dot(tl.trans(dy), matrix(x_ptr, m, k, M, K, x_m, x_k), acc, PRECISION)
-    e = (acc * matrix(w_ptr, n, k, N, K, w_n, w_k).to(ACC)).to(DTYPE)
+        dy = matrix(dy_ptr, m0, n, M, N, dy_m, dy_n, BM, BN)
+        acc = dot(tl.trans(dy), matrix(x_ptr, m0, k, M, K, x_m, x_k, BM, BK), acc, PRECISION)
+    e = (acc * matrix(w_ptr, n, k, N, K, w_n, w_k, BN, BK).to(ACC)).to(DTYPE)
+    wide = tl.full((), 0, tl.int64)
     for r0 in range(0, R, BR):
-        r = r0 + tl.arange(0, BR)
-        b = matrix(b_ptr, r, n, R, N, b_r, b_n).to(DTYPE)
+        b = matrix(b_ptr, r0, n, R, N, b_r, b_n, BR, BN).to(DTYPE)
         da = dot(b, e, tl.zeros((BR, BK), ACC), PRECISION) * scale
-        at = i_n.to(tl.int64) * R * K + r[:, None] * K + k[None, :]
-        tl.store(da_ptr + at, da, mask=(r < R)[:, None] & (k < K)[None, :])
-        a = matrix(a_ptr, k, r, K, R, a_k, a_r).to(DTYPE)
+        put(da_ptr + (wide + i_n) * R * K, da, r0, k, R, K, K, 1, BR, BK)
+        a = matrix(a_ptr, k, r0, K, R, a_k, a_r, BK, BR).to(DTYPE)
         db = dot(e, a, tl.zeros((BN, BR), ACC), PRECISION) * scale
-        at = i_k.to(tl.int64) * N * R + n[:, None] * R + r[None, :]
-        tl.store(db_ptr + at, db, mask=(n < N)[:, None] & (r < R)[None, :])
+        put(db_ptr + (wide + i_k) * N * R, db, n, r0, N, R, R, 1, BN, BR)
 
 
 def _common(x: Tensor, w: Tensor, scale: float, M: int, R: int, kind: str):

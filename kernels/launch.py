@@ -106,4 +106,4 @@ def submit(kernel, grid: tuple[int, ...], args: dict[str, Any], config: Config, 
         return
     there = device.type == "cuda" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if there else nullcontext():
-        kernel[grid](**args, num_warps=config.warps, num_stages=config.stages)
+        kernel[grid](**args, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)

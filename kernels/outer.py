@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import configs, launch
 from .dropout import keep
-from .tile import activate, dot, matrix, vector
+from .tile import activate, dot, matrix, put, vector
 
 
 @triton.jit
@@ -29,23 +29,23 @@ def _job(
     """Columns of tile pid, rows of one share: uᵀ h(v), Σ u, Σ u ⊙ z and Σ v into the share's slot."""
     blocks_r = tl.cdiv(R, BR) if PRODUCT else 1
     i_c, i_r = pid // blocks_r, pid % blocks_r
-    cols, ranks = i_c * BC + tl.arange(0, BC), i_r * BR + tl.arange(0, BR)
+    c, r = i_c * BC, i_r * BR
+    cols, ranks = c + tl.arange(0, BC), r + tl.arange(0, BR)
     acc = tl.zeros((BC, BR), ACC)
     usum, dsum, vsum = tl.zeros((BC,), ACC), tl.zeros((BC,), ACC), tl.zeros((BR,), ACC)
     first = share * rows_each
     last = min(first + rows_each, M)
     for m0 in range(first, last, BM):
-        rows = m0 + tl.arange(0, BM)
-        u = matrix(u_ptr, rows, cols, last, C, u_m, u_c)
+        u = matrix(u_ptr, m0, c, last, C, u_m, u_c, BM, BC)
         if USUM:
             usum += tl.sum(u.to(ACC), 0)
         if z_ptr is not None:
-            dsum += tl.sum(u.to(ACC) * matrix(z_ptr, rows, cols, last, C, z_m, z_c).to(ACC), 0)
+            dsum += tl.sum(u.to(ACC) * matrix(z_ptr, m0, c, last, C, z_m, z_c, BM, BC).to(ACC), 0)
         if PRODUCT:
             if seed_ptr is not None:
-                element = rows.to(tl.uint32)[:, None] * C + cols.to(tl.uint32)[None, :]
+                element = (m0 + tl.arange(0, BM)).to(tl.uint32)[:, None] * C + cols.to(tl.uint32)[None, :]
                 u = tl.where(keep(seed_ptr, element, threshold), u, 0.0)
-            v = matrix(v_ptr, rows, ranks, last, R, R, 1)
+            v = matrix(v_ptr, m0, r, last, R, R, 1, BM, BR)
             if VSUM:
                 vsum += tl.sum(v.to(ACC), 0)
             if H != "identity":
@@ -55,8 +55,7 @@ def _job(
         acc *= scale
         if d_ptr is not None:
             acc *= vector(d_ptr, cols, C).to(ACC)[:, None]
-        at = cols.to(tl.int64)[:, None] * out_c + ranks[None, :] * out_r
-        tl.store(part_ptr + product_at + at, acc, mask=(cols < C)[:, None] & (ranks < R)[None, :])
+        put(part_ptr + product_at, acc, c, r, C, R, out_c, out_r, BC, BR)
         if VSUM:
             if i_c == 0:
                 tl.store(part_ptr + vsum_at + ranks, vsum, mask=ranks < R)

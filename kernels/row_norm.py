@@ -20,14 +20,17 @@ def row_norm(
 ):  # fmt: skip
     """out (N,) = sqrt(max(0, squared + scale Σ_r (2 W Aᵀ + scale·B A Aᵀ) ⊙ B)); aa (R, R) contiguous."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
-    rows, ranks = tl.program_id(0) * BN + tl.arange(0, BN), tl.arange(0, BR)
+    n = tl.program_id(0) * BN
+    rows = n + tl.arange(0, BN)
     wa = tl.zeros((BN, BR), ACC)
     for k0 in range(0, K, BK):
-        k = k0 + tl.arange(0, BK)
-        w = matrix(w_ptr, rows, k, N, K, w_n, w_k)
-        wa = dot(w, matrix(a_ptr, k, ranks, K, R, a_k, a_r).to(DTYPE), wa, PRECISION)
-    b = matrix(b_ptr, rows, ranks, N, R, b_n, b_r).to(ACC)
-    baa = tl.dot(b, matrix(aa_ptr, ranks, ranks, R, R, R, 1).to(ACC), input_precision="ieee", out_dtype=ACC)
+        w = matrix(w_ptr, n, k0, N, K, w_n, w_k, BN, BK)
+        wa = dot(w, matrix(a_ptr, k0, 0, K, R, a_k, a_r, BK, BR).to(DTYPE), wa, PRECISION)
+    baa = tl.zeros((BN, BR), ACC)
+    for r0 in tl.range(0, R, 16, num_stages=1):
+        part = matrix(b_ptr, n, r0, N, R, b_n, b_r, BN, 16).to(ACC)
+        baa = dot(part, matrix(aa_ptr, r0, 0, R, R, R, 1, 16, BR).to(ACC), baa, "ieee")
+    b = matrix(b_ptr, n, 0, N, R, b_n, b_r, BN, BR).to(ACC)
     total = vector(squared_ptr, rows, N).to(ACC) + scale * tl.sum((2 * wa + scale * baa) * b, 1)
     tl.store(out_ptr + rows, tl.sqrt(tl.maximum(total, 0.0)), mask=rows < N)
 

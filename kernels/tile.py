@@ -67,11 +67,27 @@ def place(tile, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def matrix(ptr, rows, cols, n_rows, n_cols, row_stride, col_stride):
-    """The tile at (rows, cols) of a strided matrix, zero outside."""
-    inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    at = rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
-    return tl.load(ptr + at, mask=inside, other=0.0)
+def _tile(row, col, n_rows, n_cols, row_stride, col_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """(offset of the tile at (row, col), offsets in it, which of them lie inside the matrix). Only the first needs 64
+    bits, and only the first changes in a loop."""
+    wide = tl.full((), 0, tl.int64)
+    i, j = tl.arange(0, ROWS), tl.arange(0, COLS)
+    inside = (row + i < n_rows)[:, None] & (col + j < n_cols)[None, :]
+    return (wide + row) * row_stride + (wide + col) * col_stride, i[:, None] * row_stride + j[None, :] * col_stride, inside
+
+
+@triton.jit
+def matrix(ptr, row, col, n_rows, n_cols, row_stride, col_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The ROWS x COLS tile at (row, col) of a strided matrix, zero outside."""
+    start, at, inside = _tile(row, col, n_rows, n_cols, row_stride, col_stride, ROWS, COLS)
+    return tl.load(ptr + start + at, mask=inside, other=0.0)
+
+
+@triton.jit
+def put(ptr, value, row, col, n_rows, n_cols, row_stride, col_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Store a tile at (row, col), where it lies inside the matrix."""
+    start, at, inside = _tile(row, col, n_rows, n_cols, row_stride, col_stride, ROWS, COLS)
+    tl.store(ptr + start + at, value, mask=inside)
 
 
 @triton.jit
@@ -81,12 +97,15 @@ def vector(ptr, at, n):
 
 
 @triton.jit
-def gate(u, g_ptr, ranks, R, g_in, g_out, GATE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+def gate(
+    u, g_ptr, rank, R, g_in, g_out,
+    GATE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
     """u ⊙ g for a vector, Σᵢ u[:, i] g[i·g_in + j·g_out] for a matrix whose side one tile holds, or u."""
     if GATE == 1:
-        return u * vector(g_ptr, ranks, R).to(u.dtype)[None, :]
+        return u * vector(g_ptr, rank + tl.arange(0, BR), R).to(u.dtype)[None, :]
     elif GATE == 2:
-        g = matrix(g_ptr, ranks, ranks, R, R, g_in, g_out).to(DTYPE)
+        g = matrix(g_ptr, 0, 0, R, R, g_in, g_out, BR, BR).to(DTYPE)
         return dot(u.to(DTYPE), g, tl.zeros(u.shape, u.dtype), PRECISION)
     else:
         return u

@@ -79,6 +79,8 @@ class Triton:
         found = []
         if problem.device != "cuda" and not (interpreting and problem.device == "cpu"):
             found.append(f"x is on {problem.device}, the kernels run on cuda; move the model and its inputs with .to()")
+        if problem.elsewhere:
+            found.append(f"x is on {problem.device} but {', '.join(sorted(problem.elsewhere))}; move them with .to()")
         if problem.arch is not None and problem.arch < (8, 0):
             found.append(f"sm_{problem.arch[0]}{problem.arch[1]} is older than sm_80")
         if problem.dtype not in _FLOATS and not (interpreting and problem.dtype == torch.float64):
