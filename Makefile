@@ -1,4 +1,4 @@
-# make test: everything CI checks.  make demo: a fine-tuning run on real weights.  make bench: CPU figures.
+# make test: everything CI checks.  make gate: compile every kernel.  make demo: a fine-tuning run on real weights.  make bench: CPU figures.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,14 +17,26 @@ $(VENV)/dev: $(VENV)/torch pyproject.toml
 	$(BIN)/pip install --quiet -e ".[dev]"
 	touch $@
 
-.PHONY: lint test demo bench report clean
+# an older Triton beside the environment's, as torch 2.11 brings it: the gate runs on both
+$(VENV)/triton-3.6: $(VENV)/torch
+	$(BIN)/pip install --quiet --no-deps --target $@ "triton==3.6.0"
+
+.PHONY: lint test gate demo bench report clean
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: lint
+test: lint gate
 	$(BIN)/python -m pytest
+
+# every kernel compiled for both architectures, without a GPU: no spills, shared memory that fits, tensor cores used
+gate: $(VENV)/dev $(VENV)/triton-3.6
+	for arch in sm_80 sm_90; do \
+	  $(BIN)/python -m fused_peft compile --arch $$arch --out out/gate/$$arch --json out/gate/$$arch.json && \
+	  PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m fused_peft compile --arch $$arch --out out/gate/$$arch-triton-3.6 \
+	    --json out/gate/$$arch-triton-3.6.json || exit 1; \
+	done
 
 demo: $(VENV)/demo
 	$(BIN)/python bench/demo.py $(if $(METHODS),--methods $(METHODS))

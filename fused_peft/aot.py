@@ -1,7 +1,7 @@
-"""Ahead-of-time compilation of every kernel, on a machine without a GPU: what a launch would compile, and what came out.
+"""Ahead-of-time compilation of every kernel on a machine without a GPU: what a launch would compile, what came out.
 
-The launches are those the backend makes, recorded on meta tensors; registers, spills, shared memory and instructions are
-read from the machine code.
+The launches are those the backend makes, recorded on meta tensors; registers, spills, shared memory and instructions
+are read from the machine code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import product, repeat
 from pathlib import Path
 
@@ -28,12 +27,11 @@ from .dispatch import TENSORS, Operands
 
 ARCHES = {"sm_80": (8, 0), "sm_90": (9, 0)}
 COUNTED = {"wgmma": "HGMMA", "mma": r"[HI]MMA", "tma_load": "UTMALDG", "tma_store": "UTMASTG", "local": r"(?:LD|ST)L"}
-GEMMS = ("gemm_lowrank", "gemm_lowrank_tma", "hadamard", "hadamard_grads", "down", "outer")  # need tensor cores
 
 
 @dataclass(frozen=True)
 class Report:
-    """One compiled kernel: bytes of stack and shared memory, and instruction counts."""
+    """One compiled kernel: bytes of stack and shared memory, instruction counts; multiplies: it has matrix products."""
 
     name: str
     kernel: str
@@ -48,6 +46,7 @@ class Report:
     tma_load: int
     tma_store: int
     local: int
+    multiplies: bool = True
 
     def faults(self) -> list[str]:
         """What the gate refuses: spills, too much shared memory, a half-precision product without tensor cores."""
@@ -57,7 +56,7 @@ class Report:
             found.append(f"{self.stack} bytes of stack and {self.local} local loads and stores: registers spill")
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, {limit} are there")
-        if self.kernel in GEMMS and self.dtype != "fp32" and not self.wgmma + self.mma:
+        if self.multiplies and self.dtype != "fp32" and not self.wgmma + self.mma:
             found.append("no tensor-core instruction")
         return found
 
@@ -154,11 +153,11 @@ _SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 
 def _dtype(launch) -> str:
     """The dtype of the kernel's main operand."""
-    for value in launch.args.values():
-        value = getattr(value, "base", value)
-        if isinstance(value, torch.Tensor):
-            return _SHORT[value.dtype]
-    raise ValueError(f"{launch.kernel.__name__} has no tensor")
+    for name in ("x_ptr", "x_desc", "w_ptr", "dy_ptr", "u0_ptr", "u1_ptr", "s_ptr", "c_ptr", "part0_ptr"):
+        value = launch.args.get(name)
+        if value is not None:
+            return _SHORT[getattr(value, "base", value).dtype]
+    raise ValueError(f"{launch.kernel.__name__} has no operand of a known name")
 
 
 def _signature(launch) -> tuple[dict, dict, dict]:
@@ -183,11 +182,19 @@ def _signature(launch) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
-@cache
-def _cuobjdump() -> str:
+def _multiplies(launch) -> bool:
+    """Whether the launch takes matrix products: not when only slots or columns are summed."""
+    if launch.kernel.__name__ == "add_up":
+        return False
+    return any(launch.args.get(flag, True) for flag in ("PRODUCT0", "PRODUCT1"))
+
+
+def _dump(file: Path, what: str) -> str:
+    """What the cuobjdump in Triton's wheel prints about a cubin."""
     import triton
 
-    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, what, file], capture_output=True, text=True, check=True).stdout
 
 
 def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report:
@@ -204,14 +211,14 @@ def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report
     with tempfile.TemporaryDirectory() as scratch:
         file = (folder or Path(scratch)) / f"{name}.cubin"
         file.write_bytes(result.asm["cubin"])
-        dump = lambda flag: subprocess.run([_cuobjdump(), flag, file], capture_output=True, text=True, check=True).stdout  # noqa: E731
-        usage = dict(re.findall(r"(REG|STACK):(\d+)", dump("--dump-resource-usage")))
-        opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", dump("--dump-sass"), re.M))
+        usage = dict(re.findall(r"(REG|STACK):(\d+)", _dump(file, "--dump-resource-usage")))
+        code = _dump(file, "--dump-sass")
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", code, re.M))
     counts = {k: sum(n for op, n in opcodes.items() if re.fullmatch(pattern, op)) for k, pattern in COUNTED.items()}
     c = launch.config
     return Report(
         name, launch.kernel.__name__, arch, _dtype(launch), f"{c.BM}x{c.BN}x{c.BK} warps {c.warps} stages {c.stages}",
-        int(usage["REG"]), int(usage["STACK"]), result.metadata.shared, **counts,
+        int(usage["REG"]), int(usage["STACK"]), result.metadata.shared, **counts, multiplies=_multiplies(launch),
     )  # fmt: skip
 
 

@@ -39,8 +39,8 @@ class Factors:
     d_in (K,), d_out (N,), bias (N,). ``bias`` replaces the layer's own bias when it is given. ``s`` is the scaling,
     ``h`` one of identity, relu, gelu, silu, tanh, ``p`` the dropout probability on the input of A, and ``scale_bias``
     says that d_out multiplies the bias too. ``drop_base``: dropout acts on C as well, and what it takes away passes
-    unscaled (DoRA as Hugging Face PEFT computes it). ``hadamard``: B A multiplies the weight, entry by entry, instead of
-    adding to it (LieRA); dropout, h, a and G then have no meaning and must be absent.
+    unscaled (DoRA as Hugging Face PEFT computes it). ``hadamard``: B A multiplies the weight, entry by entry, where it
+    adds to it otherwise (LieRA); dropout, h, a and G have no meaning then and must be absent.
     Floating dtypes may differ from the weight's; the computation runs in the input's dtype.
     """
 

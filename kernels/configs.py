@@ -14,7 +14,7 @@ from pathlib import Path
 SHARED = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
 INLINE_ROWS = 64  # up to here one launch, S made inside the GEMM, beats two
 MEASURED = Path(__file__).with_name("measured.json")  # where eager was measured faster; see backends/triton.py
-KINDS = ("down", "gemm_lowrank", "gemm_lowrank_tma", "outer", "row_norm", "hadamard", "hadamard_grads")
+KINDS = ("down", "gemm_lowrank", "gemm_lowrank_tma", "outer", "back", "row_norm", "hadamard", "hadamard_grads")
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,15 @@ def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int,
     if kind == "row_norm":
         return Config(16, 0, 32 if wide else 64 if r > 64 else 128, 4, 2 if wide or r > 64 else 3)
     if kind == "down":
-        if M < 4096 or (wide and r > 64):  # enough programs to keep the memory busy
-            return Config(16, 0, 64, 4, 3 if not wide else 2)
-        return Config(32 if wide or r > 64 else 64, 0, 64 if wide or r > 64 else 128, 4, 2 if wide or r > 64 else 3)
+        depth = 32 if wide and r > 64 else 64 if wide or r > 32 else 128
+        tall = 16 if M < 4096 or (wide and r > 64) else 32 if wide or r > 32 else 64  # programs enough for the memory
+        return Config(tall, 0, depth, 8 if wide and r > 64 else 4, 2 if wide or r > 64 else 3)
+    if kind == "back":
+        return Config(128, 128 if arch >= (9, 0) and not wide else 64, 0, 8, 3)
     if kind == "outer":
-        return Config(32 if wide or r > 64 else 64, 64, 0, 4, 2 if wide or r > 64 else 3)
+        if arch < (9, 0) and not wide:
+            return Config(64, 64, 0, 8, 3)
+        return Config(32 if wide or r > 32 else 64, 64, 0, 4, 2 if wide or r > 64 else 3)
     if kind == "hadamard_grads":
         return Config(64, 64, 32 if wide else 64, 4 if not wide else 8, 2)
     if kind == "hadamard":
@@ -105,6 +109,12 @@ def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int,
 def narrow(config: Config) -> Config:
     """The config for a kernel that carries a second accumulator: at most 128 columns, 64 where rows are few."""
     return replace(config, BN=min(config.BN, 64 if config.BM >= 128 else 128))
+
+
+def one_read(M: int, N: int, r: int, processors: int) -> bool:
+    """Whether dT and dB in one read of dy beat two: their slots, written and read, must cost fewer bytes than dy, and
+    their row tiles keep a good third of the processors busy."""
+    return rank_tile(r) < 32 and processors <= 3 * -(-M // 128) and N >= 64
 
 
 def _fitting(config: Config, arch: tuple[int, int], bits: int) -> Config:

@@ -1,4 +1,4 @@
-"""gemm_lowrank: y = d_out ⊙ (c + (x ⊙ d_in) Wᵀ + scale·S Bᵀ) + bias, the low-rank product in the GEMM's own accumulator.
+"""gemm_lowrank: y = d_out ⊙ (c + (x ⊙ d_in) Wᵀ + scale·S Bᵀ) + bias, the update in the GEMM's own accumulator.
 
 The same computation serves backward: dx = d_in ⊙ ((dy ⊙ d_out) W + drop(dT A)), with W read transposed, the mask on the
 update alone, and the column sums of x ⊙ dx̂ (the gradient of d_in) taken from the accumulator. Three forms:
@@ -174,7 +174,7 @@ def gemm_lowrank_tma(
 
 
 class Update(NamedTuple):
-    """The low-rank term scale·S Bᵀ: S (M, R) contiguous, B (N, R) in any strides, masked over the output by ``seed``."""
+    """The low-rank term scale·S Bᵀ: S (M, R) contiguous, B (N, R) in any strides; masked: dropout acts on it."""
 
     S: Tensor
     B: Tensor

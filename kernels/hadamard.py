@@ -1,4 +1,4 @@
-"""hadamard: y = (x ⊙ d_in) (W ⊙ (1 + s·B A))ᵀ + bias with the product formed tile by tile, and the gradients of A and B.
+"""hadamard: y = x (W ⊙ (1 + s·B A))ᵀ + bias with the weight formed tile by tile, and the gradients of A and B.
 
 With E = W ⊙ (dyᵀ x), of which only tiles exist: dA = s·Bᵀ E, dB = s·E Aᵀ, in two stages of fixed order. (LieRA.)
 """
@@ -109,4 +109,5 @@ def gradients(dy: Tensor, x: Tensor, w: Tensor, A: Tensor, B: Tensor, scale: flo
     }  # fmt: skip
     grid = (tiles_n * tiles_k,)
     launch.submit(hadamard_grads, grid, args, config, x.device)
-    return added_up(da).view(R, K), added_up(db).view(N, R)
+    dA, dB = added_up(da, db)
+    return dA.view(R, K), dB.view(N, R)

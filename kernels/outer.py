@@ -2,11 +2,12 @@
 
 Stage one, one launch: every program sums a block of columns over one share of the rows into its own slot. Two products
 share it, since dB = s·(dy ⊙ d_out)ᵀ h(T) and dA = (dTᵀ drop(x ⊙ d_in)) have one shape. Stage two, one launch: the slots
-are added up in order.
+are added up in order. ``back`` makes dT and stage one of dB in one read of dy, where the slots cost less than a read.
 """
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from . import configs, launch
 from .dropout import keep
-from .tile import activate, dot, matrix, put, vector
+from .tile import activate, dot, gate, matrix, put, slope, vector
+
+BLOCK = 256  # sums a program of add_up
 
 
 @triton.jit
@@ -82,11 +85,12 @@ def outer(
     pid, share = tl.program_id(0), tl.program_id(1)
     part_ptr += share.to(tl.int64) * slot
     if pid < tiles_0:
-        _job(
-            pid, share, part_ptr, u0_ptr, v0_ptr, d0_ptr, z0_ptr, None, 0, scale0,
-            M, C0, R, rows_each, u0_m, u0_c, z0_m, z0_c, product0_at, usum_at, dot_at, 0, R, 1,
-            H, PRODUCT0, USUM, SCALED_SUM, False, PRECISION, ACC, BM, BC, BR,
-        )  # fmt: skip
+        if u0_ptr is not None:
+            _job(
+                pid, share, part_ptr, u0_ptr, v0_ptr, d0_ptr, z0_ptr, None, 0, scale0,
+                M, C0, R, rows_each, u0_m, u0_c, z0_m, z0_c, product0_at, usum_at, dot_at, 0, R, 1,
+                H, PRODUCT0, USUM, SCALED_SUM, False, PRECISION, ACC, BM, BC, BR,
+            )  # fmt: skip
     elif PRODUCT1:
         _job(
             pid - tiles_0, share, part_ptr, u1_ptr, v1_ptr, d1_ptr, None, seed_ptr, threshold, scale1,
@@ -96,15 +100,53 @@ def outer(
 
 
 @triton.jit
-def add_up(part_ptr, out_ptr, n, shares, slot, BLOCK: tl.constexpr):
-    """out (n,) = the shares' slots added in order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    part = part_ptr + at
-    total = tl.load(part, mask=at < n, other=0.0)
-    for _ in range(1, shares):
-        part += slot
-        total += tl.load(part, mask=at < n, other=0.0)
+def _add_up(part_ptr, out_ptr, block, n, shares, ACC: tl.constexpr, BLOCK: tl.constexpr, DEEP: tl.constexpr):
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), ACC)
+    for first in range(0, shares, DEEP):
+        total += tl.sum(matrix(part_ptr, first, block * BLOCK, shares, n, n, 1, DEEP, BLOCK), 0)
     tl.store(out_ptr + at, total, mask=at < n)
+
+
+@triton.jit
+def add_up(
+    part0_ptr, out0_ptr, n0, shares0, blocks0, part1_ptr, out1_ptr, n1, shares1,
+    ACC: tl.constexpr, BLOCK: tl.constexpr, DEEP: tl.constexpr,
+):  # fmt: skip
+    """out (n,) = the slots of part (shares, n) added up in a fixed order, DEEP loads in flight; two such sums."""
+    block = tl.program_id(0)
+    if block < blocks0:
+        _add_up(part0_ptr, out0_ptr, block, n0, shares0, ACC, BLOCK, DEEP)
+    elif part1_ptr is not None:
+        _add_up(part1_ptr, out1_ptr, block - blocks0, n1, shares1, ACC, BLOCK, DEEP)
+
+
+@triton.jit
+def back(
+    dy_ptr, d_ptr, b_ptr, g_ptr, t_ptr, dt_ptr, part_ptr, scale, M, N, R, dy_m, dy_n, b_n, b_r, g_in, g_out,
+    H: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """One read of dy for two products: dT (M, R) as ``down`` makes it, and each row tile's slot of dB (N, R)."""
+    DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
+    m = tl.program_id(0) * BM
+    t = matrix(t_ptr, m, 0, M, R, R, 1, BM, BR).to(ACC)
+    u = activate(t, H).to(DTYPE)
+    slot = part_ptr + tl.program_id(0).to(tl.int64) * N * R
+    acc = tl.zeros((BM, BR), ACC)
+    for n in range(0, N, BN):
+        dy = matrix(dy_ptr, m, n, M, N, dy_m, dy_n, BM, BN)
+        d_b = dot(tl.trans(dy), u, tl.zeros((BN, BR), ACC), PRECISION) * scale
+        if d_ptr is not None:
+            d = vector(d_ptr, n + tl.arange(0, BN), N).to(ACC)
+            d_b *= d[:, None]
+            dy = (dy.to(ACC) * d[None, :]).to(DTYPE)
+        put(slot, d_b, n, 0, N, R, R, 1, BN, BR)
+        acc = dot(dy, matrix(b_ptr, n, 0, N, R, b_n, b_r, BN, BR).to(DTYPE), acc, PRECISION)
+    acc = gate(acc * scale, g_ptr, 0, R, g_in, g_out, GATE, DTYPE, PRECISION, BR)
+    if H != "identity":
+        acc *= slope(t, H)
+    put(dt_ptr, acc.to(DTYPE), m, 0, M, R, R, 1, BM, BR)
 
 
 class OverDy(NamedTuple):
@@ -132,19 +174,47 @@ class OverX(NamedTuple):
     sums: bool = False
 
 
-def added_up(part: Tensor) -> Tensor:
-    """Σ over the first dimension of a contiguous (shares, n), in order."""
-    shares, n = part.shape
-    if shares == 1:
-        return part[0]
-    out = part.new_empty(n)
-    args = {"part_ptr": part, "out_ptr": out, "n": n, "shares": shares, "slot": n, "BLOCK": 1024}
-    launch.submit(add_up, (triton.cdiv(n, 1024),), args, configs.Config(0, 0, 0, 4, 1), part.device)
+def added_up(*parts: Tensor) -> list[Tensor]:
+    """Σ over the first dimension of each contiguous (shares, n), in a fixed order; two of them share a launch."""
+    out = [part[0] if part.shape[0] == 1 else part.new_empty(part.shape[1]) for part in parts]
+    jobs = [(part, sums) for part, sums in zip(parts, out, strict=True) if part.shape[0] > 1]
+    for (part, sums), (other, others) in zip_longest(jobs[::2], jobs[1::2], fillvalue=(None, None)):
+        (shares0, n0), (shares1, n1) = part.shape, (0, 0) if other is None else other.shape
+        args = {
+            "part0_ptr": part, "out0_ptr": sums, "n0": n0, "shares0": shares0, "blocks0": triton.cdiv(n0, BLOCK),
+            "part1_ptr": other, "out1_ptr": others, "n1": n1, "shares1": shares1,
+            "ACC": launch.acc(part.dtype), "BLOCK": BLOCK, "DEEP": 16,
+        }  # fmt: skip
+        grid = (triton.cdiv(n0, BLOCK) + triton.cdiv(n1, BLOCK),)
+        launch.submit(add_up, grid, args, configs.Config(0, 0, 0, 4, 1), part.device)
     return out
 
 
-def reduce_rows(first: OverDy | None, second: OverX | None) -> dict[str, Tensor]:
-    """{"dB" (N, R), "sum" (N,), "dot" (N,), "dA" (R, K), "da" (R,)}: those asked for, in fp32 (fp64 for fp64)."""
+def project_back(
+    dy: Tensor, d: Tensor | None, B: Tensor, G: Tensor | None, h: str, T: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(dT (M, R), partial sums of dB (row tiles, N·R)) in one read of dy; arguments as ``down.project_back``."""
+    (M, N), R = dy.shape, B.shape[1]
+    config = configs.choose("back", launch.arch_of(dy.device), 8 * dy.element_size(), M, N, 0, R)
+    tiles = triton.cdiv(M, config.BM)
+    dT, part = dy.new_empty(M, R), dy.new_empty(tiles, N * R, dtype=torch.promote_types(dy.dtype, torch.float32))
+    g_in, g_out = (0, 0) if G is None or G.dim() == 1 else G.stride()
+    args = {
+        "dy_ptr": dy, "d_ptr": d, "b_ptr": B, "g_ptr": G, "t_ptr": T, "dt_ptr": dT, "part_ptr": part, "scale": scale,
+        "M": M, "N": N, "R": R, "dy_m": dy.stride(0), "dy_n": dy.stride(1), "b_n": B.stride(0), "b_r": B.stride(1),
+        "g_in": g_in, "g_out": g_out, "H": h, "GATE": 0 if G is None else G.dim(),
+        "PRECISION": launch.precision(dy.dtype), "ACC": launch.acc(dy.dtype),
+        "BM": config.BM, "BN": config.BN, "BR": configs.rank_tile(R),
+    }  # fmt: skip
+    launch.submit(back, (tiles,), args, config, dy.device)
+    return dT, part
+
+
+def reduce_rows(first: OverDy | None, second: OverX | None, *parts: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """{"dB" (N, R), "sum" (N,), "dot" (N,), "dA" (R, K), "da" (R,)}: those asked for, in fp32 (fp64 for fp64); and the
+    sums of other ``parts`` (shares, n), which take no launch of their own."""
+    if first is None and second is None:
+        return {}, added_up(*parts)
     some = first.dy if first is not None else second.x
     M, device = some.shape[0], some.device
     wide = torch.promote_types(some.dtype, torch.float32)
@@ -160,7 +230,8 @@ def reduce_rows(first: OverDy | None, second: OverX | None) -> dict[str, Tensor]
         C1 = second.x.shape[1]
         shapes |= {"dA": (R, C1)} | ({"da": (R,)} if second.sums else {})
     if not M:
-        return {name: torch.zeros(shape, dtype=wide, device=device) for name, shape in shapes.items()}
+        zeros = {name: torch.zeros(shape, dtype=wide, device=device) for name, shape in shapes.items()}
+        return zeros, added_up(*parts)
     offsets, slot = {}, 0
     for name, shape in shapes.items():
         offsets[name] = slot
@@ -190,5 +261,6 @@ def reduce_rows(first: OverDy | None, second: OverX | None) -> dict[str, Tensor]
         "BM": config.BM, "BC": BC, "BR": BR,
     }  # fmt: skip
     launch.submit(outer, (tiles, shares), args, config, device)
-    flat = added_up(part)
-    return {name: flat[at : at + torch.Size(shapes[name]).numel()].view(shapes[name]) for name, at in offsets.items()}
+    flat, *others = added_up(part, *parts)
+    sums = {name: flat[at : at + torch.Size(shapes[name]).numel()].view(shapes[name]) for name, at in offsets.items()}
+    return sums, others

@@ -73,7 +73,11 @@ def _tile(row, col, n_rows, n_cols, row_stride, col_stride, ROWS: tl.constexpr, 
     wide = tl.full((), 0, tl.int64)
     i, j = tl.arange(0, ROWS), tl.arange(0, COLS)
     inside = (row + i < n_rows)[:, None] & (col + j < n_cols)[None, :]
-    return (wide + row) * row_stride + (wide + col) * col_stride, i[:, None] * row_stride + j[None, :] * col_stride, inside
+    return (
+        (wide + row) * row_stride + (wide + col) * col_stride,
+        i[:, None] * row_stride + j[None, :] * col_stride,
+        inside,
+    )
 
 
 @triton.jit

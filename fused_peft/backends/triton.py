@@ -152,8 +152,13 @@ class Triton:
         if o.seed is not None:
             mask = k.gemm.Mask(o.seed, dropout.threshold(o.p), 1 / (1 - o.p))
             dual = 2 * int(o.drop_base and o.w is not None)
+        parts: dict[str, Tensor] = {}  # partial sums, (shares, n): what each becomes
         if o.A is not None and (into_x or want.A or want.a):
-            dT = k.down.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s)
+            alone = (want.B or want.G) and not (want.bias or want.d_out)  # else dy is read again anyway
+            if alone and k.configs.one_read(*dy.shape, o.A.shape[0], k.launch.processors(dy.device)):
+                dT, parts["dB"] = k.outer.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s)
+            else:
+                dT = k.down.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s)
         if into_x and (o.w is not None or dT is not None):
             update = None
             if dT is not None:
@@ -167,29 +172,29 @@ class Triton:
             if want.x:
                 grads = grads._replace(x=result.y.view(*lead, K))
             if want.d_in:
-                sums = result.sums if M else dy.new_zeros(1, K)
-                grads = grads._replace(d_in=k.outer.added_up(sums).to(o.d_in.dtype))
-        return self._reductions(k, dy, x, o, T, z, dT, mask, want, grads)[: len(need)]
+                parts["d_in"] = result.sums if M else dy.new_zeros(1, K)
+        return self._reductions(k, dy, x, o, T, z, dT, mask, want, grads, parts)[: len(need)]
 
     @staticmethod
-    def _reductions(k, dy, x, o, T, z, dT, mask, want, grads) -> Operands:
+    def _reductions(k, dy, x, o, T, z, dT, mask, want, grads, parts) -> Operands:
         """The gradients that are sums over rows."""
         first = second = None
         into_b = want.B or want.G
-        if into_b or want.bias or want.d_out:
+        into_dy = into_b and "dB" not in parts
+        if into_dy or want.bias or want.d_out:
             first = k.outer.OverDy(
-                dy, T if into_b else None, o.h, o.d_out, o.s, want.bias, o.scale_bias and o.d_out is not None,
+                dy, T if into_dy else None, o.h, o.d_out, o.s, want.bias, o.scale_bias and o.d_out is not None,
                 z if want.d_out else None,
             )  # fmt: skip
         if want.A or want.a:
             seed = () if mask is None else mask
             second = k.outer.OverX(x, dT, o.d_in, *seed, sums=want.a)
-        if first is None and second is None:
-            return grads
-        sums = k.outer.reduce_rows(first, second)
-        found = {"bias": sums.get("sum"), "d_out": sums.get("dot"), "A": sums.get("dA"), "a": sums.get("da")}
+        sums, others = k.outer.reduce_rows(first, second, *parts.values())
+        sums |= dict(zip(parts, others, strict=True))
+        found = {"bias": "sum", "d_in": "d_in", "d_out": "dot", "A": "dA", "a": "da"}
+        found = {name: sums.get(key) for name, key in found.items()}
         if into_b:
-            BG = sums["dB"].to(o.B.dtype)
+            BG = sums["dB"].view(o.B.shape).to(o.B.dtype)
             if o.G is None:
                 found["B"] = BG
             elif o.G.dim() == 1:
@@ -235,5 +240,3 @@ def _measured(p: Problem) -> float | None:
     kind = "hadamard" if p.hadamard else "low rank" if p.r else "scales"
     key = configs.key(kind, p.arch, 8 * p.dtype.itemsize, p.M, p.N, p.K)
     return _table().get(f"{key} {configs.rank_tile(p.r, MAX_RANK) if p.r else 0}")
-
-

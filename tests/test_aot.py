@@ -1,0 +1,88 @@
+"""Ahead-of-time compilation: the gate's judgement, what it covers, the main kernel's code. `make gate` compiles all."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from fused_peft import aot
+from fused_peft.backends.triton import _kernels
+
+pytest.importorskip("triton", reason="Triton runs on Linux")
+CLEAN = aot.Report("k", "gemm_lowrank", "sm_90", "bf16", "", 200, 0, 200_000, 4, 0, 6, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"local": 3}, "3 local loads and stores"),
+        ({"shared": 227 * 1024 + 1}, "of shared memory, 232448 are there"),
+        ({"arch": "sm_80", "shared": 163 * 1024 + 1}, "166912 are there"),
+        ({"wgmma": 0}, "no tensor-core instruction"),
+    ],
+)
+def test_the_gate_refuses(changes, fault):
+    assert not CLEAN.faults()
+    assert any(fault in found for found in replace(CLEAN, **changes).faults())
+
+
+def test_fp32_and_sums_need_no_tensor_cores():
+    assert not replace(CLEAN, wgmma=0, dtype="fp32").faults()
+    assert not replace(CLEAN, wgmma=0, multiplies=False).faults()
+
+
+def _compiling():
+    """The environment without the interpreter."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def _compile(tmp_path, *args, env=()):
+    command = [sys.executable, "-m", "fused_peft", "compile", "--out", tmp_path / "cubins", *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**_compiling(), **dict(env)})
+
+
+_LIST = """
+from fused_peft import aot
+for name, launch in aot.launches("ARCH").items():
+    print(name, launch.kernel.__name__, aot._dtype(launch))
+"""
+
+
+@pytest.mark.parametrize("arch", aot.ARCHES)
+def test_every_kernel_is_among_the_launches(arch):
+    listed = subprocess.run(
+        [sys.executable, "-c", _LIST.replace("ARCH", arch)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=_compiling(),
+    )
+    rows = [line.split() for line in listed.stdout.splitlines()]
+    kernels = {kernel for _, kernel, _ in rows}
+    assert kernels == {*_kernels().configs.KINDS, "add_up"} - ({"gemm_lowrank_tma"} if arch == "sm_80" else set())
+    assert all(name.startswith(f"{kernel}-") for name, kernel, _ in rows)
+    wanted = {("gemm_lowrank", "bf16"), ("gemm_lowrank", "fp32"), ("hadamard", "fp32"), ("outer", "bf16")}
+    assert wanted <= {(kernel, dtype) for _, kernel, dtype in rows}
+
+
+def test_the_main_kernel_uses_wgmma_and_tma(tmp_path):
+    only = "gemm_lowrank_tma-128x256x64w8s3-bf16-lora-bias-dropout"
+    done = _compile(tmp_path, "--arch", "sm_90", "--only", only, "--json", tmp_path / "report.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "report.json").read_text())["kernels"]
+    assert {row["name"].rpartition("-")[2] for row in rows} == {"forward", "backward"}
+    for row in rows:
+        assert min(row["wgmma"], row["tma_load"], row["tma_store"]) > 0, row
+        assert not row["stack"] + row["local"] + len(row["faults"]), row
+        assert (tmp_path / f"cubins/{row['name']}.cubin").stat().st_size > 1000
+
+
+def test_bad_calls(tmp_path):
+    assert "invalid choice: 'sm_75'" in _compile(tmp_path, "--arch", "sm_75").stderr
+    assert "TRITON_INTERPRET is set" in _compile(tmp_path, "--arch", "sm_90", env={"TRITON_INTERPRET": "1"}).stderr
+    with pytest.raises(ValueError, match="arch='sm_75' is not one of sm_80, sm_90"):
+        next(aot.compile_all("sm_75", tmp_path))

@@ -1,0 +1,304 @@
+"""The Triton backend: every method and every kernel option against fp64, in the interpreter or on a GPU.
+
+The interpreter computes in fp64 as well, so the kernels' algebra is held to the paper's formulas there; scalars reach a
+kernel in fp32, which bounds the agreement at 2e-7. Without a GPU bf16 is checked loosely: the interpreter truncates.
+"""
+
+import re
+
+import pytest
+import torch
+from cases import CASES, SHAPES, Shape
+from oracle import build, disagreements, inputs
+
+import fused_peft as fp
+from fused_peft import dispatch, ops, verify
+from fused_peft.backends import triton as backend_file
+from fused_peft.dispatch import Problem
+from fused_peft.factors import Factors
+
+pytest.importorskip("triton", reason="Triton runs on Linux")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+TOLERANCE = 2e-7
+WIDE = Shape((300,), 65, 72, 5)  # several tiles each way, none of them full, and several row shares
+interpreted = pytest.mark.skipif(GPU, reason="fp64 runs in the interpreter only")
+k = backend_file._kernels()
+
+
+@pytest.fixture(autouse=True)
+def _forced():
+    fp.set_backend("triton")
+    fp.set_strict(True)
+
+
+@pytest.fixture(params=["few rows", "many rows"])
+def path(request, monkeypatch):
+    """Few rows: S inside the GEMM. Many: launches of their own, dT and dB in one read of dy."""
+    if request.param == "many rows":
+        monkeypatch.setattr(k.configs, "INLINE_ROWS", 0)
+        monkeypatch.setattr(k.configs, "one_read", lambda M, N, r, processors: r <= 128)
+
+
+@interpreted
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_every_method_is_its_formula(case, shape, poison):
+    assert not disagreements(case, build(case, shape), *inputs(shape), TOLERANCE)
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_several_tiles_and_strided_inputs(case, path, poison):
+    layer, (x, dy) = build(case, WIDE), inputs(WIDE)
+    assert not disagreements(case, layer, x.t().contiguous().t(), dy.repeat(1, 2)[:, : WIDE.N], TOLERANCE)
+
+
+FULL = ("A", "a", "G", "B", "d_in", "d_out", "bias")
+
+
+def _factors(K, N, r, names, dtype=torch.float64, **options):
+    shapes = {"A": (r, K), "a": (r,), "G": (r,), "M": (r, r), "B": (N, r), "d_in": (K,), "d_out": (N,), "bias": (N,)}
+    made = {"G" if n == "M" else n: torch.randn(shapes[n], dtype=dtype, device=DEVICE) / 4 for n in names}
+    return Factors(**{n: t.requires_grad_() for n, t in made.items()}, **options)
+
+
+def _compare(f, M=9, K=40, N=24, w=True, c=False, tolerance=TOLERANCE):
+    """The op against the written-out expression: y and every gradient."""
+    dtype = next(t for t in (f.A, f.d_in, f.d_out) if t is not None).dtype
+    x, dy = (torch.randn(M, n, dtype=dtype, device=DEVICE) for n in (K, N))
+    weight = torch.randn(N, K, dtype=dtype, device=DEVICE) if w else None
+    extra = torch.randn(M, N, dtype=dtype, device=DEVICE).requires_grad_() if c else None
+    names = [n for n in (*FULL,) if getattr(f, n) is not None]
+    leaves = [x.requires_grad_(), *(getattr(f, n) for n in names), *([extra] if c else [])]
+    torch.manual_seed(3)
+    y = ops.linear(x, weight, f, None, extra)
+    torch.manual_seed(3)
+    keep = ops.keep_mask(ops.new_seed(x.device), x.shape, f.p) if f.p else None
+    want = f.expression(x, weight, None, extra, keep)
+    for name, got, right in zip(
+        ["y", "x", *names, "c"],
+        [y, *torch.autograd.grad(y, leaves, dy)],
+        [want, *torch.autograd.grad(want, leaves, dy)],
+        strict=False,
+    ):
+        error = (got - right).norm() / right.norm().clamp_min(1)
+        assert error <= tolerance, (name, error.item())
+
+
+@interpreted
+@pytest.mark.parametrize("r", [1, 15, 16, 17, 64, 65, 128, 130, 512])
+def test_any_rank(r, path):
+    names = ("A", "a", "M", "B") if r in (17, 65, 128) else ("A", "a", "G", "B")
+    _compare(_factors(40, 24, r, names, s=1.5, h="gelu", p=0.5))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("names", "options", "operands"),
+    [
+        (("A", "B", "d_in", "d_out", "bias"), {"p": 0.5}, {}),
+        (("A", "B", "d_in", "d_out", "bias"), {"scale_bias": True}, {}),
+        (("A", "a", "M", "B", "d_in", "d_out", "bias"), {"h": "silu", "s": 0.5}, {}),
+        (("A", "B", "d_in", "d_out", "bias"), {"drop_base": True, "p": 0.25}, {}),
+        (("A", "B", "d_in", "bias"), {"drop_base": True, "p": 0.25, "h": "relu"}, {}),
+        (("A", "a", "B", "bias"), {"h": "tanh"}, {"w": False, "c": True}),
+        (("A", "B", "d_out"), {}, {"w": False, "c": True}),
+        (("A", "G", "B"), {"p": 0.5}, {"w": False}),
+        (("A", "B", "bias"), {"hadamard": True, "s": 2.0}, {}),
+    ],
+    ids=lambda v: "-".join(map(str, v)) if v else "plain",
+)
+def test_options_together(names, options, operands, path, poison):
+    _compare(_factors(40, 24, 5, names, **options), **operands)
+
+
+@interpreted
+def test_a_weight_that_trains(path):
+    linear = torch.nn.Linear(12, 7, dtype=torch.float64)
+    f = _factors(12, 7, 3, ("A", "B"), p=0.5)
+    x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    y = ops.linear(x, linear.weight, f, linear.bias)
+    torch.manual_seed(1)
+    keep = ops.keep_mask(ops.new_seed(x.device), x.shape, 0.5)
+    want = f.expression(x, linear.weight, linear.bias, None, keep)
+    leaves = [x, linear.weight, linear.bias, f.A, f.B]
+    for a, b in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(want.sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+HALF = [
+    "lora",
+    "lora+dropout",
+    "ssb",
+    "dora",
+    "ia3 (input)",
+    "parallel_adapter",
+    "houlsby",
+    "flora",
+    "liera",
+    "adalora",
+]
+DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, id="bf16")]
+
+
+@pytest.mark.parametrize("arch", [(9, 0), (8, 0)], ids=["tma", "pointers"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", HALF)
+def test_accuracy(name, dtype, arch, monkeypatch):
+    if arch == (9, 0) and dtype == torch.float32:
+        pytest.skip("fp32 takes the pointer kernel")
+    used = []
+    submit = k.launch.submit
+    monkeypatch.setattr(k.launch, "submit", lambda kernel, *a: used.append(kernel.__name__) or submit(kernel, *a))
+    with k.launch.pretend(arch):
+        errors = verify.measure(verify.configs()[name], dtype, DEVICE, shape=(130, 136, 72), draws=2)
+    if name not in ("houlsby", "liera"):
+        assert ("gemm_lowrank_tma" in used) == (arch == (9, 0))
+    loose = 9e-3 if dtype == torch.bfloat16 and not GPU else None
+    for tensor, (error, plain) in errors.items():
+        row = verify.Row(name, dtype, tensor, error, plain)
+        assert error <= (loose or row.limit), row
+        assert loose or row.ok or plain < 1e-6, row
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("lora+dropout", "dora+dropout", "ssb", "liera")])
+def test_bitwise_repeatable(case):
+    layer, (x, dy) = build(case, WIDE, dtype=torch.float32).to(DEVICE), inputs(WIDE, torch.float32)
+    x = x.to(DEVICE).requires_grad_()
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        y = layer(x)
+        runs.append([y, *torch.autograd.grad(y, [x, *layer.adapter_tensors()], dy.to(DEVICE))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def launches(config, M, backward=False, K=4096, N=4096):
+    """Kernel names of one call in bf16, recorded."""
+    layer = fp.PeftLinear(K, N, config=config, device="meta", dtype=torch.bfloat16)
+    f = layer.factors()
+    x = torch.empty(M, K, device="meta", dtype=torch.bfloat16)
+    seed = torch.empty(2, device="meta", dtype=torch.int32) if f.p else None
+    o = dispatch.Operands(x, layer.weight, None, None, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed, f.s, f.p, f.h)
+    need = tuple(
+        t is not None and n not in ("w", "seed") for n, t in zip(o._fields, o[: dispatch.TENSORS], strict=False)
+    )
+    backend = backend_file.Triton()
+    with k.launch.record((9, 0)) as first:
+        y, T, z = backend.forward(o, o.d_out is not None)
+    with k.launch.record((9, 0)) as second:
+        backend.backward(torch.empty_like(y), o, T, z, need)
+    return [one.kernel.__name__ for one in (second if backward else first)]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_launches_of_lora(p):
+    config = fp.LoraConfig(r=16, lora_dropout=p)
+    assert launches(config, 8192) == ["down", "gemm_lowrank_tma"]
+    assert launches(config, 16) == ["gemm_lowrank"]
+    assert launches(config, 8192, backward=True) == ["back", "gemm_lowrank_tma", "outer", "add_up"]
+    assert launches(config, 1024, backward=True) == ["down", "gemm_lowrank_tma", "outer", "add_up"]
+    assert launches(config, 1, backward=True) == ["down", "gemm_lowrank", "outer"]  # one row share: nothing to add up
+
+
+def test_launches_of_scales():
+    assert launches(fp.SSBConfig(), 8192) == ["gemm_lowrank_tma"]
+    assert launches(fp.SSBConfig(), 8192, backward=True) == ["gemm_lowrank_tma", "outer", "add_up"]
+
+
+def _problem(**changes):
+    values = {"device": "cuda", "arch": (9, 0), "dtype": torch.bfloat16, "adapter_dtype": torch.float32}
+    values |= {"M": 8, "K": 64, "N": 64, "r": 8, "present": frozenset({"x", "w", "A", "B"})}
+    return Problem(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": "mps"}, "x is on mps, the kernels run on cuda; move"),
+        ({"arch": (7, 5)}, "sm_75 is older than sm_80"),
+        ({"dtype": torch.int8}, "torch.int8 is not float16, bfloat16 or float32"),
+        ({"adapter_dtype": torch.int8}, "adapter's torch.int8"),
+        ({"r": 600}, "r=600 is above 512"),
+        ({"r": 200, "G": "matrix"}, "a matrix between A and B of side 200 is above one tile"),
+        ({"hadamard": True, "p": 0.1}, "beside a product of weights"),
+        ({"p": 0.1, "M": 1 << 20, "K": 1 << 12}, r"dropout on 1048576 x 4096 elements, above 2\^32"),
+        ({"elsewhere": frozenset({"A on cpu", "B on cuda:1"})}, "but A on cpu, B on cuda:1; move them"),
+    ],
+)
+def test_every_refusal_is_named(changes, reason):
+    found = backend_file.Triton().reasons(_problem(**changes))
+    assert len(found) == 1
+    assert re.search(reason, found[0])
+    assert not backend_file.Triton().reasons(_problem())
+
+
+def test_strict_raises_every_reason_at_once():
+    with pytest.raises(fp.StrictError, match=r"older than sm_80.*int8 is not float16.*r=600 is above 512"):
+        dispatch.choose(_problem(arch=(7, 5), dtype=torch.int8, r=600))
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
+    monkeypatch.setattr(k.launch, "interpreting", lambda: False)
+    assert "x is on cpu" in backend_file.Triton().reasons(_problem(device="cpu", arch=None))[0]
+
+
+def test_eager_runs_where_it_was_measured_faster(monkeypatch):
+    problem = _problem()
+    key = f"{k.configs.key('low rank', (9, 0), 16, 8, 64, 64)} 16"
+    monkeypatch.setattr(backend_file, "_table", lambda: {key: 1.2})
+    monkeypatch.setattr(backend_file.Triton, "available", lambda self: [])
+    fp.set_backend(None)
+    fp.set_strict(False)
+    choice = dispatch.choose(problem)
+    assert (choice.backend.name, choice.why()) == (
+        "eager",
+        "triton: eager was measured 1.20 times as fast on this shape",
+    )
+    fp.set_backend("triton")
+    assert dispatch.choose(problem).backend.name == "triton"
+
+
+@interpreted
+@pytest.mark.parametrize("config", [fp.LoraConfig(r=3, lora_dropout=0.5), fp.DoraConfig(r=3), fp.LieraConfig(r=3)])
+def test_compiles_as_one_graph(config):
+    layer = fp.PeftLinear(13, 9, config=config, dtype=torch.float64)
+    x = torch.randn(5, 13, dtype=torch.float64, requires_grad=True)
+    results = []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(2)
+        y = call(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.adapter_tensors()])])
+    if not getattr(config, "lora_dropout", 0):
+        torch.testing.assert_close(*results)
+    assert [t.shape for t in results[0]] == [t.shape for t in results[1]]
+
+
+@interpreted
+@pytest.mark.parametrize("hadamard", [False, True])
+def test_opcheck(hadamard):
+    f = _factors(11, 7, 3, ("A", "B"), torch.float32)
+    x, w = torch.randn(4, 11, requires_grad=True), torch.randn(7, 11)
+    scalars = (1.5, 0.0, "identity", False, False, hadamard, False)
+    args = (x, w, None, None, None, None, f.A, None, None, f.B, None, *scalars)
+    torch.library.opcheck(torch.ops.fused_peft.linear.default, args)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_graph_capture():
+    layer = fp.PeftLinear(256, 128, config=fp.LoraConfig(r=8), device="cuda", dtype=torch.bfloat16)
+    x, dy = (torch.randn(64, n, device="cuda", dtype=torch.bfloat16) for n in (256, 128))
+    x.requires_grad_()
+    step = lambda: torch.autograd.grad(layer(x), [x, *layer.adapter_tensors()], dy)  # noqa: E731
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        want = [g.clone() for g in step()]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
