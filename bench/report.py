@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 from fused_peft.__main__ import method_table
@@ -64,6 +65,30 @@ def saved_bytes() -> str:
     return markdown(["kept for backward beyond x", "ours", "HF PEFT"], [list(r.values()) for r in found])
 
 
+def gpu() -> str:
+    """Predicted ratios at 8192 tokens, K = 4096, r = 16, and the measured ones beside them where there are any."""
+    chosen = {"M": "8192", "K": "4096"}
+    predicted = [r for r in rows("roofline.csv") if all(r[n] == v for n, v in chosen.items()) and r["r"] in ("16", "")]
+    predicted = [r for r in predicted if r["N"] in ("4096", "14336")]
+    file = RESULTS / "h200/speed.csv"
+    measured = [r for r in rows("h200/speed.csv") if all(r[n] == v for n, v in chosen.items())] if file.exists() else []
+    steps = {"forward": "forward", "both": "forward + backward"}
+    real = {(r["method"], r["contender"], steps.get(r["step"]), r["N"]): r["ratio_p50"] for r in measured
+            if r["r"] in ("16", "") and r["graph"] == "no"}  # fmt: skip
+
+    def cell(row: dict[str, str]) -> str:
+        others = ", ".join(row[who] or "–" for who in ("eager", "peft"))
+        key = row["method"], "triton", row["step"], row["N"]
+        return f"{row['ours']} ({others}) | {real.get(key, 'not measured yet')}"
+
+    columns = list(product(("4096", "14336"), ("forward", "forward + backward")))
+    by = {(r["method"], r["N"], r["step"]): r for r in predicted}
+    header = ["predicted: ours (eager, HF PEFT)"]
+    header += [f"N = {N}, {step.replace('forward + backward', 'f + b')} | measured" for N, step in columns]
+    body = [[m, *(cell(by[m, *c]) for c in columns)] for m in dict.fromkeys(r["method"] for r in predicted)]
+    return markdown([cell for part in header for cell in part.split(" | ")], body)
+
+
 def mpc() -> str:
     found = rows("cpu/mpc.csv")
     return markdown([*list(found[0])[:2], "% of the model"], [list(r.values())[:3] for r in found])
@@ -80,6 +105,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": overhead,
     "demo": demo,
     "demo-all": demo_all,
+    "gpu": gpu,
     "methods": methods,
     "mpc": mpc,
     "saved-bytes": saved_bytes,

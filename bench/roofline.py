@@ -13,7 +13,8 @@ x, W and y are bf16; layers have no bias, except bitfit's. Our adapters are fp32
 "ours" are the kernels even where dispatch would choose eager by measurement.
 
 dT and dB share one read of dy where their slots cost less than a second (``back``: ranks up to 16 and many rows); else
-each reads it, one pass more than the floor of LoRA's backward, 0.02 of the frozen layer. z, written by a GEMM that computes for longer than it moves data, costs nothing here.
+each reads it, one pass more than the floor of LoRA's backward, 0.02 of the frozen layer. z, written by a GEMM that
+computes for longer than it moves data, costs nothing here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from math import ceil, isqrt, prod
 from pathlib import Path
 
 from baselines import Shape
-from fused_peft.kernels import configs, gemm_lowrank, row_norm
+from fused_peft.kernels import configs, gemm_lowrank, hadamard, row_norm
 
 GEMM, FP32, MEMORY = 790e12, 54e12, 4.3e12  # FLOP/s achieved in bf16, and in fp32 without tf32; bytes/s
 PROCESSORS, MATRIX_GATE = 132, 128  # streaming multiprocessors; the largest G (r, r) our kernels take
@@ -101,6 +102,15 @@ class Schedule(list[Launch]):
         self.append(Launch(name, flops, read, written + sum(4 * p * n for p, n in parts)))
         self.parts += [(p, n) for p, n in parts if p > 1]
 
+    def product(self, read: str, written: str) -> None:
+        """With W ⊙ (1 + s·B A): formed in every row tile where rows are few, once where they are many."""
+        M, K, N, form = self.s.M, self.s.K, self.s.N, 2 * self.s.N * self.s.K * self.r
+        if M > hadamard.FEW_ROWS:
+            self.fused("form", "w A B -> w", form)
+            return self.torch(f"mm {read} w -> {written}")
+        tiles = ceil(M / self.tile("hadamard", M, N, K).BM)
+        self.fused("hadamard", f"{read} w A B -> {written}", self.base + tiles * form)
+
     def add_up(self) -> None:
         """The partial sums added up, two of them a launch."""
         for pair in (self.parts[i : i + 2] for i in range(0, len(self.parts), 2)):
@@ -127,8 +137,7 @@ class Schedule(list[Launch]):
 def _ours_forward(q: Schedule) -> None:
     M, K, N, r = q.s.M, q.s.K, q.s.N, q.r
     if q.hadamard:
-        tiles = ceil(M / q.tile("hadamard", M, N, K).BM)  # each forms the whole weight
-        return q.fused("hadamard", "x w A B -> y", q.base + tiles * 2 * N * K * r)
+        return q.product("x", "y")
     if q.dora and r <= row_norm.MAX_RANK:
         q.torch("mm A A -> AA")
         q.fused("row_norm", "w norm A B AA -> norm", 2 * N * r * (K + r))
@@ -149,8 +158,8 @@ def _ours_forward(q: Schedule) -> None:
 def _ours_backward(q: Schedule) -> None:
     M, K, N, r = q.s.M, q.s.K, q.s.N, q.r
     if q.hadamard:
-        tiles, grads = ceil(M / q.tile("hadamard", M, K, N).BM), q.tile("hadamard_grads", M, N, K)
-        q.fused("hadamard", "dy w A B -> dx", q.base + tiles * 2 * N * K * r)
+        grads = q.tile("hadamard_grads", M, N, K)
+        q.product("dy", "dx")
         parts = (ceil(N / grads.BN), r * K), (ceil(K / grads.BK), N * r)
         q.fused("hadamard_grads", "dy x w A B ->", q.base + 4 * N * K * r, *parts)
         return q.add_up()
@@ -187,9 +196,8 @@ BITS = """arange -> keep; xor*2 keep -> keep; shift*4 keep -> keep; and*4 keep -
 MASK = "clone keep -> keep; ge keep -> keep; neg keep -> keep; and keep x -> x"
 LIERA = "cast w -> w32; mm B A -> w32; addcmul w32 w32 -> w32; cast w32 -> w"
 LIERA_GRADS = "mm dy x -> w; cast w -> w32; mul w32 w -> w32; mul w32 -> w32; mm B w32 -> A; mm w32 A -> B"
-SVDIFF = """add k k -> k; relu k -> k; sub k k -> k; cast w -> w32; cast U -> U32; mul U32 k -> U32; cast V -> V32;
-    mm U32 V32 -> w32; add w32 w32 -> w32; cast w32 -> w"""
-SVDIFF_GRADS = "mm dy x -> w; cast w -> w32; mm w32 V32 -> U32; mul U32 U32 -> U32; sum U32 -> k; relu k k -> k"
+SVDIFF = "add k k -> k; relu k -> k; sub k k -> k; mul U k -> U32; cast U32 -> U; addmm w U V -> w"
+SVDIFF_GRADS = "mm dy x -> w; mm w V -> U; cast U -> U32; mul U32 U -> U32; sum U32 -> k; relu k k -> k"
 SUM_DY_Z = "cast dy -> y32; mul y32 z -> y32; sum y32 -> d_out; zeros -> d_out; add d_out d_out -> d_out"
 SUM_X_DX = "cast x -> x32; mul x32 dx -> x32; sum x32 -> d_in; zeros -> d_in; add d_in d_in -> d_in"
 

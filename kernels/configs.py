@@ -14,7 +14,7 @@ from pathlib import Path
 SHARED = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
 INLINE_ROWS = 64  # up to here one launch, S made inside the GEMM, beats two
 MEASURED = Path(__file__).with_name("measured.json")  # where eager was measured faster; see backends/triton.py
-KINDS = ("down", "gemm_lowrank", "gemm_lowrank_tma", "outer", "back", "row_norm", "hadamard", "hadamard_grads")
+KINDS = ("down", "gemm_lowrank", "gemm_lowrank_tma", "outer", "back", "row_norm", "hadamard", "form", "hadamard_grads")
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,11 @@ def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int,
             return Config(64, 64, 0, 8, 3)
         return Config(32 if wide or r > 32 else 64, 64, 0, 4, 2 if wide or r > 64 else 3)
     if kind == "hadamard_grads":
-        return Config(64, 64, 32 if wide else 64, 4 if not wide else 8, 2)
+        return Config(64, 64, 32, 8, 2) if wide else Config(64, 128, 128, 8, 3)  # BM: rows summed over
     if kind == "hadamard":
         return Config(min(bucket(M), 64), 64, 32, 4, 2)
+    if kind == "form":
+        return Config(0, 32 if wide else 64, 64, 4, 1)
     if kind == "gemm_lowrank_tma":
         if M > 64 and N >= 256 and r <= 64 and -(-M // 128) * -(-N // 256) >= 132:
             return Config(128, 256, 64, 8, 3, late=True, flatten=True)

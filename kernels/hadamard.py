@@ -1,11 +1,14 @@
-"""hadamard: y = x (W ⊙ (1 + s·B A))ᵀ + bias with the weight formed tile by tile, and the gradients of A and B.
+"""hadamard: y = x (W ⊙ (1 + s·B A))ᵀ + bias with the weight formed tile by tile, and the gradients of A and B. (LieRA.)
 
-With E = W ⊙ (dyᵀ x), of which only tiles exist: dA = s·Bᵀ E, dB = s·E Aᵀ, in two stages of fixed order. (LieRA.)
+Up to FEW_ROWS rows the tiles are formed inside the GEMM, which reads W once; above, where every row tile would form
+them anew, ``form`` writes the weight once and one plain GEMM follows. With E = W ⊙ (dyᵀ x), of which only tiles exist:
+dA = s·Bᵀ E, dB = s·E Aᵀ, in two stages of fixed order.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,6 +16,38 @@ from torch import Tensor
 from . import configs, launch
 from .outer import added_up
 from .tile import dot, matrix, place, put, vector
+
+FEW_ROWS = 128
+
+
+@triton.jit
+def _formed(
+    w_ptr, left_ptr, right_ptr, row, col, N, K, R, w_n, w_k, left_n, left_r, right_r, right_k, scale,
+    DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """The tile of (W ⊙ (1 + scale·left right))ᵀ at (row of K, column of N)."""
+    factor = tl.zeros((BK, BN), ACC)
+    for r0 in tl.range(0, R, BR, num_stages=1):
+        right = matrix(right_ptr, row, r0, K, R, right_k, right_r, BK, BR).to(DTYPE)
+        left = matrix(left_ptr, r0, col, R, N, left_r, left_n, BR, BN).to(DTYPE)
+        factor = dot(right, left, factor, PRECISION)
+    w = matrix(w_ptr, row, col, K, N, w_k, w_n, BK, BN)
+    return (w.to(ACC) * (1 + scale * factor)).to(DTYPE)
+
+
+@triton.jit
+def form(
+    w_ptr, left_ptr, right_ptr, out_ptr, scale, N, K, R, w_n, w_k, left_n, left_r, right_r, right_k,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """out (N, K) = W ⊙ (1 + scale·left right), left (N, R), right (R, K)."""
+    n, k = tl.program_id(0) * BN, tl.program_id(1) * BK
+    w = _formed(
+        w_ptr, left_ptr, right_ptr, k, n, N, K, R, w_n, w_k, left_n, left_r, right_r, right_k, scale,
+        w_ptr.dtype.element_ty, ACC, PRECISION, BK, BN, BR,
+    )  # fmt: skip
+    put(out_ptr, w, k, n, K, N, 1, K, BK, BN)
 
 
 @triton.jit
@@ -22,19 +57,16 @@ def hadamard(
     PRECISION: tl.constexpr, ACC: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """W ⊙ (1 + scale·left right), left (N, R), right (R, K): B and A, or their transposes for dx."""
+    """x (W ⊙ (1 + scale·left right))ᵀ + bias; left (N, R), right (R, K): B and A, or their transposes for dx."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     i_m, i_n = place(tl.program_id(0), M, N, BM, BN, GROUP)
     m, n = i_m * BM, i_n * BN
     acc = tl.zeros((BM, BN), ACC)
     for k0 in range(0, K, BK):
-        factor = tl.zeros((BK, BN), ACC)
-        for r0 in range(0, R, BR):
-            right = matrix(right_ptr, k0, r0, K, R, right_k, right_r, BK, BR).to(DTYPE)
-            left = matrix(left_ptr, r0, n, R, N, left_r, left_n, BR, BN).to(DTYPE)
-            factor = dot(right, left, factor, PRECISION)
-        w = matrix(w_ptr, k0, n, K, N, w_k, w_n, BK, BN)
-        w = (w.to(ACC) * (1 + scale * factor)).to(DTYPE)
+        w = _formed(
+            w_ptr, left_ptr, right_ptr, k0, n, N, K, R, w_n, w_k, left_n, left_r, right_r, right_k, scale,
+            DTYPE, ACC, PRECISION, BK, BN, BR,
+        )  # fmt: skip
         acc = dot(matrix(x_ptr, m, k0, M, K, x_m, x_k, BM, BK), w, acc, PRECISION)
     if bias_ptr is not None:
         acc += vector(bias_ptr, n + tl.arange(0, BN), N).to(ACC)[None, :]
@@ -82,6 +114,8 @@ def _common(x: Tensor, w: Tensor, scale: float, M: int, R: int, kind: str):
 def product(x: Tensor, w: Tensor, left: Tensor, right: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """x (M, K) times (w ⊙ (1 + scale·left right))ᵀ, w (N, K) in any strides, left (N, R), right (R, K) -> (M, N)."""
     (M, _), N = x.shape, w.shape[0]
+    if M > FEW_ROWS:
+        return F.linear(x, formed(w, left, right, scale), bias if bias is None else bias.to(x.dtype))
     y = x.new_empty(M, N)
     if M:
         config, args = _common(x, w, scale, M, left.shape[1], "hadamard")
@@ -92,6 +126,21 @@ def product(x: Tensor, w: Tensor, left: Tensor, right: Tensor, scale: float, bia
         grid = (triton.cdiv(M, config.BM) * triton.cdiv(N, config.BN),)
         launch.submit(hadamard, grid, args, config, x.device)
     return y
+
+
+def formed(w: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """w ⊙ (1 + scale·left right) in w's dtype and layout; w (N, K), left (N, R), right (R, K)."""
+    if w.stride(1) != 1 and w.stride(0) == 1:
+        return formed(w.t(), right.t(), left.t(), scale).t()
+    (N, K), R = w.shape, left.shape[1]
+    out = w.new_empty(N, K)
+    config, args = _common(w, w, scale, N, R, "form")
+    args |= {
+        "left_ptr": left, "right_ptr": right, "out_ptr": out,
+        "left_n": left.stride(0), "left_r": left.stride(1), "right_r": right.stride(0), "right_k": right.stride(1),
+    }  # fmt: skip
+    launch.submit(form, (triton.cdiv(N, config.BN), triton.cdiv(K, config.BK)), args, config, w.device)
+    return out
 
 
 def gradients(dy: Tensor, x: Tensor, w: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:

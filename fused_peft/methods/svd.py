@@ -77,9 +77,8 @@ def factors(layer):
 
 
 def weight(layer):
-    change = _values(layer)[1]
-    wide = torch.promote_types(layer.matrix.dtype, change.dtype)
-    return layer.matrix.to(wide) + (layer.svd_U.to(wide) * change) @ layer.svd_Vh.to(wide)
+    W, change = layer.matrix, _values(layer)[1]
+    return torch.addmm(W, (layer.svd_U * change).to(W.dtype), layer.svd_Vh)  # one product in W's dtype, rounded once
 
 
 def cost(layer, M):

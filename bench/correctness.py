@@ -1,0 +1,239 @@
+"""The proof that bench/h200.py runs: every case, dtype and shape with the Triton backend forced.
+
+A case is held to the paper formula in fp64 (where it runs in fp64 or fp32 on a small shape: half precision rounds what
+some formulas start from), and to the expression in fp64 on the same rounded inputs, beside plain PyTorch's error. Two
+runs must be bitwise equal. Then the dropout mask, CUDA graph replay and compute-sanitizer. The column ok: "true",
+"false", "refused" with the backend's or the config's reason, or "skipped" with the script's.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from timing import DEVICE, GPU, INTERPRETING, Table, captured, each
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+import oracle
+import triton
+from cases import CASES, SHAPES, Case, Shape
+from fused_peft.kernels import dropout as kernel
+
+import fused_peft as fp
+from fused_peft import verify
+from fused_peft.dropout import keep_mask, new_seed, threshold
+from fused_peft.methods import METHODS
+
+COLUMNS = "case dtype shape tensor against error limit plain ok repeat gpu note"
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ODD = ((130, 136, 72), (257, 1024, 1000), (1000, 333, 777))  # M, K, N; TMA can address the first two
+PAPER = {"fp64": 1e-6, "fp32": 1e-4}  # scalars reach a kernel in fp32; tf32 or a wrong term is above 1e-4
+PAPER_SIZE = 20_000  # entries of a weight whose SVD in fp64 on the CPU costs little
+POOLED, SLACK = 1000, 4  # an error pooled over fewer numbers scatters, and may be this multiple of its limit
+KINK = 0.1  # gradients through relu in half precision: a number that rounds across the kink moves a row's gradient
+MEMCHECK = ("--tool", "memcheck", "--target-processes", "application-only", "--error-exitcode", "9")
+
+
+def ready() -> None:
+    """How every process that proves something begins."""
+    torch.set_num_threads(1)
+    fp.set_backend("triton")
+    fp.set_strict(True)
+
+
+def config(method: str, r: int):
+    """A method's config by name; "+dropout" as a suffix."""
+    name, _, dropout = method.partition("+")
+    found = METHODS[name].example(r)
+    return replace(found, lora_dropout=0.1) if dropout else found
+
+
+def shaken(layer: nn.Module) -> nn.Module:
+    """The layer with its trainable tensors moved off their start, where some are zero."""
+    for p in layer.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn_like(p), alpha=0.01)
+    return layer
+
+
+def jobs() -> list[tuple[str, str, Shape | None]]:
+    """(case, dtype, shape), what tells most first."""
+    extras = [(name, "", None) for name in EXTRAS]
+    if INTERPRETING:
+        some = [c.name for c in CASES if c.name in ("lora+dropout", "dora+dropout", "ssb")]
+        return extras + [(name, dtype, SHAPES[1]) for dtype in DTYPES for name in some]
+    odd = lambda r: [Shape((M,), K, N, r) for M, K, N in ODD]  # noqa: E731
+    shapes = (SHAPES[0], *odd(16), *SHAPES[1:], *(s for r in (5, 64, 130, 1) for s in odd(r)))
+    return extras + [(c.name, dtype, s) for s in shapes for dtype in ("fp32", "bf16", "fp16") for c in CASES]
+
+
+def check(name: str, dtype: str, shape: Shape | None) -> list[dict]:
+    """The rows of one job."""
+    about = {"case": name, "dtype": dtype, "shape": shape, "gpu": GPU}
+    if INTERPRETING and dtype == "bf16":
+        return [{**about, "ok": "skipped", "note": "Triton's interpreter truncates to bf16 instead of rounding"}]
+    try:
+        rows = EXTRAS[name]() if name in EXTRAS else _compared(_case(name), dtype, shape)
+    except (fp.StrictError, _Refused) as e:
+        rows = [{"ok": "refused", "note": str(e).rpartition("triton: ")[2]}]
+    except Exception as e:
+        rows = [{"ok": "false", "note": f"{type(e).__name__}: {e}"[:500]}]
+    return [{**about, **row} for row in rows]
+
+
+class _Refused(ValueError):
+    """A config that fits no layer of the shape."""
+
+
+def _case(name: str) -> Case:
+    return next(c for c in CASES if c.name == name)
+
+
+def _layer(case: Case, dtype: str, shape: Shape) -> fp.PeftLinear:
+    """The oracle's layer; a half-precision one with fp32 adapters, others rounded from fp64."""
+    half = DTYPES[dtype].itemsize == 2
+    try:
+        layer = oracle.build(case, shape, dtype=DTYPES[dtype] if half else torch.float64)
+    except ValueError as e:
+        raise _Refused(str(e)) from e
+    return layer.to(DEVICE) if half else layer.to(DEVICE, DTYPES[dtype])
+
+
+def _compared(case: Case, dtype: str, shape: Shape) -> list[dict]:
+    layer = _layer(case, dtype, shape)
+    x, dy = (t.to(DEVICE, DTYPES[dtype]) for t in oracle.inputs(shape))
+    named = lambda results: {n if n == "y" else f"d{n}": t for n, t in results.items()}  # noqa: E731
+    got, again = (named(oracle.layer_results(layer, x, dy)) for _ in range(2))
+    same = {n: torch.equal(_bits(t), _bits(again[n])) for n, t in got.items()}
+    small, found = shape.K * shape.N <= PAPER_SIZE, []
+    if dtype in PAPER and small:
+        for n, reference in named(_paper(case, layer, x, dy)).items():
+            off, size = (got[n].double().cpu() - reference).norm().item(), reference.norm().item()
+            found.append((n, "paper", off / size if size else off, PAPER[dtype], None))
+    if DTYPES[dtype] in verify.LIMITS and x.numel():
+        draws, sizes = 6 if small else 2, (math.prod(shape.lead), shape.K, shape.N)
+        errors = verify.measure(case.make(shape.r), DTYPES[dtype], DEVICE, shape=sizes, draws=draws)
+        for n, (error, plain) in errors.items():
+            few = draws * got[n].numel() < POOLED
+            found.append((n, "expression", error, _limit(case, layer, dtype, n, plain, few), plain))
+    return [
+        {"tensor": n, "against": against, "error": error, "limit": limit, "plain": plain,
+         "ok": _word(error <= limit and same[n]), "repeat": _word(same[n])}
+        for n, against, error, limit, plain in found or [(n, "itself", 0.0, 0.0, None) for n in same]
+    ]  # fmt: skip
+
+
+def _limit(case: Case, layer: fp.PeftLinear, dtype: str, tensor: str, plain: float, few: bool) -> float:
+    """verify's limit, or plain PyTorch's error where that is larger."""
+    row = verify.Row(case.method, DTYPES[dtype], tensor, 0.0, plain)
+    limit = max(row.limit, verify.EAGER_FACTOR * plain) * (SLACK if few else 1)
+    kinked = getattr(layer.config, "nonlinearity", "") == "relu" and tensor != "y" and DTYPES[dtype].itemsize == 2
+    return max(limit, KINK) if kinked else limit
+
+
+def _paper(case: Case, layer: fp.PeftLinear, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    """The formula's results in fp64 on the CPU, with the dropout seed that the layer draws on its device."""
+    twin = copy.deepcopy(layer).double().cpu()
+    torch.manual_seed(7)
+    seed = new_seed(x.device).cpu()
+    with patch.object(oracle, "new_seed", lambda device: seed):
+        return oracle.paper_results(case, twin, x.double().cpu(), dy.double().cpu())
+
+
+def _word(holds: bool) -> str:
+    return "true" if holds else "false"
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.contiguous().reshape(-1).view(torch.uint8)
+
+
+def masks() -> list[dict]:
+    """The kernels' dropout mask against PyTorch's, bit for bit, and the fraction kept."""
+    rows = []
+    for n, p in ((1023, 0.5), (4099 if INTERPRETING else (1 << 22) + 3, 0.1), (2048, 0.9)):
+        seed, out = new_seed(torch.device(DEVICE)), torch.empty(n, dtype=torch.int8, device=DEVICE)
+        kernel.keep_mask[(triton.cdiv(n, 1024),)](out, seed, n, threshold(p), BLOCK=1024)
+        differ = (out.bool() != keep_mask(seed, (n,), p)).double().mean().item()
+        rows.append({"shape": n, "tensor": f"p={p}", "against": "PyTorch's", "error": differ, "limit": 0.0})
+        off, limit = abs(out.double().mean().item() - (1 - p)), 5 * (p * (1 - p) / n) ** 0.5 + 2**-16
+        rows.append({"shape": n, "tensor": f"kept, p={p}", "against": "1 - p", "error": off, "limit": limit})
+    return [{**row, "ok": _word(row["error"] <= row["limit"])} for row in rows]
+
+
+def replayed() -> list[dict]:
+    """A captured LoRA forward + backward, replayed on new inputs, against the same step launched anew."""
+    if INTERPRETING:
+        return [{"ok": "skipped", "note": "no GPU"}]
+    layer = shaken(fp.PeftLinear(512, 384, config=config("lora", 16), device=DEVICE, dtype=torch.bfloat16))
+    x, dy = (torch.randn(128, n, device=DEVICE, dtype=torch.bfloat16) for n in (512, 384))
+    leaves, found = [x.requires_grad_(), layer.lora_A, layer.lora_B], []
+    step = lambda: (y := layer(x), *torch.autograd.grad(y, leaves, dy))  # noqa: E731
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()
+        replay = captured(lambda i: found.extend(step()), 1)
+        with torch.no_grad():
+            x.normal_()
+            dy.normal_()
+        replay(0)
+        same = [torch.equal(a, b) for a, b in zip(found, step(), strict=True)]
+    about = {"dtype": "bf16", "shape": "128-512-384-r16", "against": "launches"}
+    return [{**about, "tensor": n, "ok": _word(ok)} for n, ok in zip(("y", "dx", "dA", "dB"), same, strict=True)]
+
+
+EXTRAS = {"dropout mask": masks, "CUDA graph": replayed}
+
+
+def tiny() -> None:
+    """What compute-sanitizer watches: forward and backward through the kernels, at edges inside tiles."""
+    ready()
+    dtype = torch.float32 if INTERPRETING else torch.bfloat16
+    for name in ("lora", "lora+dropout", "dora+dropout", "ssb", "liera"):
+        for M, K, N in ((5, 24, 40), ODD[0]):
+            layer = fp.PeftLinear(K, N, config=config(name, 4), device=DEVICE, dtype=dtype)
+            layer(torch.randn(M, K, device=DEVICE, dtype=dtype, requires_grad=True)).float().sum().backward()
+
+
+def memcheck(seconds: float) -> dict:
+    """The row of compute-sanitizer's memcheck over ``tiny``."""
+    tool = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
+    about = {"case": "compute-sanitizer", "tensor": "memcheck", "gpu": GPU}
+    if INTERPRETING or tool is None:
+        return {**about, "ok": "skipped", "note": "no GPU" if INTERPRETING else "compute-sanitizer is not installed"}
+    here = Path(__file__).resolve().parent
+    env = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = ["timeout", "-k", "5", f"{seconds:.0f}", tool, *MEMCHECK, sys.executable, "-c"]
+    command.append("import correctness; correctness.tiny()")
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    late = done.returncode in (124, 137)
+    last = " | ".join((done.stdout + done.stderr).splitlines()[-4:])[-400:]
+    return {**about, "ok": "skipped" if late else _word(done.returncode == 0), "note": "out of time; " * late + last}
+
+
+def prove(table: Table, workers, deadline: float) -> list[str]:
+    """Every row of the proof; what was left out."""
+    ready()
+    with ThreadPoolExecutor(1) as beside:
+        watched = beside.submit(memcheck, max(1.0, min(120.0, deadline - time.time())))
+        asked, done = jobs(), set()
+        for job, rows in each(workers, check, asked, deadline):
+            done.add(job)
+            for row in rows:
+                table.add(**row)
+        table.add(**watched.result())
+    missing = Counter(str(job[2] or job[0]) for job in asked if job not in done)
+    return [f"correctness: {n} cases and dtypes on {shape}" for shape, n in missing.items()]

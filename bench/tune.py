@@ -1,0 +1,209 @@
+"""Offline tuning of the kernels' tile sizes.
+
+    python bench/tune.py [--seconds 300] [--out out/h200/tuned.json] [--kinds gemm_lowrank_tma outer ...] [--dry-run]
+
+A key of the table is tuned on the launches that forward and backward of real layers make under it (r = 16). Around the
+closed form's config, and then around the best found, legal configs that differ in at most two fields are compiled side
+by side, held to the closed form's results, and timed against it. --out gets the winners for kernels/tuned.json,
+tuning.csv beside it every candidate. Without a GPU: tiny shapes in Triton's interpreter, and keys that match nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, replace
+from functools import partial
+from itertools import combinations_with_replacement, product
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+from correctness import config as config_of
+from correctness import ready, shaken
+from fused_peft.kernels import configs, launch
+from fused_peft.kernels.configs import Config
+from timing import DEVICE, GPU, INTERPRETING, Table, captured, copies_of, each, interleaved, pool
+from torch import Tensor
+
+import fused_peft as fp
+
+GAIN = 0.98  # a config is kept below this multiple of the closed form's time
+CLOSE = 2e-2  # relative Frobenius distance between the results under two configs
+R = 16
+DTYPE = torch.float16 if INTERPRETING else torch.bfloat16
+MOST = 2 if INTERPRETING else 24  # candidates around one config
+COLUMNS = "kind key config ms_p50 default_ms ratio_p50 note gpu"
+TILES = {
+    "BM": (16, 32, 64, 128, 256), "BN": (32, 64, 128, 256), "BK": (32, 64, 128, 256), "warps": (4, 8),
+    "stages": (2, 3, 4, 5), "group": (4, 8, 16), "late": (True, False), "flatten": (True, False),
+}  # fmt: skip
+BANDED = ("gemm_lowrank", "gemm_lowrank_tma", "hadamard", "hadamard_grads")  # read ``group``
+METHOD = dict.fromkeys(("hadamard", "form", "hadamard_grads"), "liera") | {"row_norm": "dora"}
+LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096), (1024, 1024))  # K, N
+ORDER = (
+    ("gemm_lowrank_tma", 8192), ("gemm_lowrank_tma", 1024), ("outer", 8192), ("outer", 1024), ("down", 8192),
+    ("down", 1024), ("back", 8192), ("back", 1024), ("gemm_lowrank", 16), ("row_norm", 16), ("hadamard", 16),
+    ("hadamard_grads", 8192), ("form", 8192), ("hadamard", 128), ("gemm_lowrank_tma", 128),
+)  # fmt: skip
+TARGETS = [(kind, M, *layer) for kind, M in ORDER for layer in LAYERS]
+SMALL = {"gemm_lowrank_tma": (64, 64, 72), "form": (130, 24, 40)}
+TINY = [(kind, *SMALL.get(kind, (5, 24, 40))) for kind in dict(ORDER)]
+
+
+def fields(kind: str, c: Config) -> list[str]:
+    """What may differ: a size that is 0 is not the kernel's, and back's BM decides what another launch adds up."""
+    sizes = [f for f in ("BM", "BN", "BK") if getattr(c, f) and (kind, f) != ("back", "BM")]
+    return [*sizes, "warps", "stages", *(("group",) * (kind in BANDED)), *(("late", "flatten") * kind.endswith("tma"))]
+
+
+def legal(kind: str, c: Config, rows: int) -> bool:
+    """Whether the accumulator fits the registers, the stages fit shared memory, and the rows are not mostly padding."""
+    by_rows = {"outer": (c.BN, R, c.BM), "hadamard_grads": (c.BN, c.BK, c.BM), "back": (c.BM, R, c.BN)}
+    a, b, depth = by_rows.get(kind, (c.BM, c.BN or R, c.BK))
+    fits = c.stages * (a + b) * depth * 2 <= 1024 * configs.shared_kib((9, 0))
+    return fits and a * b <= 128 * 32 * c.warps and max(16, rows) >= c.BM
+
+
+def candidates(key: str, around: Config) -> Iterator[Config]:
+    """Legal configs that differ from one in one field, then in two."""
+    kind, rows = key.split()[0], int(key.split()[3])
+    pairs = combinations_with_replacement(fields(kind, around), 2)
+    found = {replace(around, **{a: u, b: v}): None for a, b in pairs for u, v in product(TILES[a], TILES[b])}
+    change = lambda c: sum(u != v for u, v in zip(astuple(c), astuple(around), strict=True))  # noqa: E731
+    yield from sorted((c for c in found if c != around and legal(kind, c, rows)), key=change)
+
+
+@contextmanager
+def using(kind: str, key: str = "", config: Config | None = None) -> Iterator[SimpleNamespace]:
+    """Kernels of the kind run with the closed form's config, but under the key with the one given. Yields ``asked``,
+    {key: closed form's config}, and ``made``, what launches again each kernel that ran under the key."""
+    seen, choose_, submit_ = SimpleNamespace(asked={}, made=[], at=""), configs.choose, launch.submit
+
+    def choose(k, arch, bits, M, N, K, r=16):
+        seen.at = configs.key(k, arch, bits, M, N, K)
+        if k != kind:
+            return choose_(k, arch, bits, M, N, K, r)
+        form = seen.asked[seen.at] = configs.default(k, arch, bits, M, N, K, r)
+        return config if config and seen.at == key else form
+
+    def submit(kernel, *args):
+        submit_(kernel, *args)
+        if seen.at == key and kernel.__name__ in (kind, "add_up"):
+            seen.made.append(partial(submit_, kernel, *args))
+
+    with patch.object(configs, "choose", choose), patch.object(launch, "submit", submit):
+        yield seen
+
+
+def work(kind: str, M: int, K: int, N: int) -> Callable[[], list[Tensor]]:
+    """Forward and backward of a layer and of its mirror image, on inputs of their own; a call returns every result."""
+    torch.manual_seed(0)
+    calls = []
+    for a, b in ((K, N), (N, K)):
+        method = config_of(METHOD.get(kind, "lora"), R)
+        layer = shaken(fp.PeftLinear(a, b, config=method, device=DEVICE, dtype=DTYPE))
+        x, dy = (torch.randn(M, n, device=DEVICE, dtype=DTYPE) for n in (a, b))
+        calls.append((layer, [x.requires_grad_(), *layer.adapter_tensors()], dy))
+    both = lambda layer, leaves, dy: (y := layer(leaves[0]), *torch.autograd.grad(y, leaves, dy))  # noqa: E731
+    return lambda: [t.detach() for call in calls for t in both(*call)]
+
+
+def attempt(kind: str, M: int, K: int, N: int, key: str, config: Config) -> str:
+    """Why the config cannot be used: it does not compile or launch, or its results are off; empty when it can."""
+    try:
+        run = work(kind, M, K, N)
+        with using(kind):
+            want = run()
+        with using(kind, key, config):
+            got = run()
+        off = max(((g - w).float().norm() / w.float().norm()).item() for g, w in zip(got, want, strict=True))
+    except Exception as e:  # out of resources, or the compiler's
+        return f"{type(e).__name__}: {e}".splitlines()[0][:160]
+    return "" if off <= CLOSE else f"off by {off:.1e}"
+
+
+def times(target: tuple, key: str, chosen: list[Config]) -> dict[Config, list[float]]:
+    """Seconds that the key's launches take with each config in every round; on a GPU as CUDA graphs."""
+    kind, M, K, N = target
+    copies = 1 if INTERPRETING else copies_of((M * K + M * N + K * N) * DTYPE.itemsize)
+    runs = [work(*target) for _ in range(copies)]
+
+    def step(config: Config) -> Callable[[int], None]:
+        made = []
+        for run in runs:
+            with using(kind, key, config) as seen:
+                run()
+            made.append(seen.made)
+        return lambda i: [again() for again in made[i % copies]]
+
+    if INTERPRETING:
+        return interleaved({c: step(c) for c in chosen})
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        found = interleaved({c: captured(step(c), copies) for c in chosen}, seconds=0.5)
+    return {c: [s / copies for s in seconds] for c, seconds in found.items()}
+
+
+def tune(target: tuple, key: str, form: Config, table: Table, workers, deadline: float) -> Config:
+    """The best config for the key: the closed form's, or one that beats it by enough."""
+    best, gain, tried = form, GAIN, {form}
+    for _ in range(1 if INTERPRETING else 2):
+        around = best
+        jobs = [(*target, key, c) for c in candidates(key, around) if c not in tried][:MOST]
+        tried |= {job[-1] for job in jobs}
+        notes = {job[-1]: note for job, note in each(workers, attempt, jobs, deadline)}
+        found = times(target, key, [form, *(c for c, note in notes.items() if not note)])
+        for c, note in notes.items():
+            row = {"kind": target[0], "key": key, "config": " ".join(map(str, astuple(c))), "note": note, "gpu": GPU}
+            if c in found:
+                ratio = statistics.median(a / b for a, b in zip(found[c], found[form], strict=True))
+                row |= {"ms_p50": 1e3 * statistics.median(found[c]), "ratio_p50": ratio}
+                best, gain = (c, ratio) if ratio < gain else (best, gain)
+            table.add(**row, default_ms=1e3 * statistics.median(found[form]))
+        if best == around:
+            break
+    return best
+
+
+def sweep(seconds: float, out: Path, kinds=configs.KINDS, workers=None) -> list[str]:
+    """Tune for so many seconds: winners to ``out``, every candidate to tuning.csv beside it; what was left out."""
+    ready()
+    deadline, table, done, left = time.time() + seconds, Table(out.with_name("tuning.csv"), COLUMNS), {}, []
+    for target in (t for t in (TINY if INTERPRETING else TARGETS) if t[0] in kinds):
+        try:
+            with using(target[0]) as seen:
+                work(*target)()
+            for key, form in list(seen.asked.items())[: 1 if INTERPRETING else None]:
+                if time.time() >= deadline:
+                    left.append(f"tuning {key}")
+                elif key not in done:
+                    done[key] = form, tune(target, key, form, table, workers, deadline)
+        except Exception as e:
+            left.append(f"tuning {target}: {type(e).__name__}: {e}"[:300])
+        mark = "interpreter " if INTERPRETING else ""
+        tuned = {f"{mark}{key}": astuple(best) for key, (form, best) in done.items() if best != form}
+        out.write_text(json.dumps(tuned, indent=1) + "\n")
+    return left
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--out", type=Path, default=Path("out/h200/tuned.json"))
+    parser.add_argument("--kinds", nargs="+", choices=configs.KINDS, default=configs.KINDS)
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter")
+    args = parser.parse_args()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with pool(ready) or nullcontext() as workers:
+        left = sweep(args.seconds, args.out, args.kinds, workers)
+    print("\n".join(f"left out: {what}" for what in left))
+
+
+if __name__ == "__main__":
+    main()
