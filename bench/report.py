@@ -85,7 +85,7 @@ def gpu() -> str:
     by = {(r["method"], r["N"], r["step"]): r for r in predicted}
     header = ["predicted: ours (eager, HF PEFT)"]
     header += [f"N = {N}, {step.replace('forward + backward', 'f + b')} | measured" for N, step in columns]
-    body = [[m, *(cell(by[m, *c]) for c in columns)] for m in dict.fromkeys(r["method"] for r in predicted)]
+    body = [[m, *(cell(by[(m, *c)]) for c in columns)] for m in dict.fromkeys(r["method"] for r in predicted)]
     return markdown([cell for part in header for cell in part.split(" | ")], body)
 
 

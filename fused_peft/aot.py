@@ -107,6 +107,11 @@ def problems(arch: str) -> Iterator[tuple[str, Operands]]:
     odd = _operands(1000, 333, 777, 12, bf16, fp32, "w A B")  # what TMA cannot address: the pointer kernel
     yield "lora-odd", odd
     yield "ssb-odd", _operands(1000, 333, 777, 12, bf16, fp32, "w bias d_in d_out")
+    for label in ("lora-bias-dropout", "adapter", "ssb", "dora-dropout", "hadamard"):  # ones become constants
+        names, options = VARIANTS[label]
+        yield f"{label}-ones", _operands(1, 33, 1, 1, bf16, fp32, names, **options)
+        yield f"{label}-one-in", _operands(70, 1, 33, 1, fp16, fp16, names, **options)
+    yield "lora-tf32", _operands(8192, 4096, 4096, 16, fp32, fp32, "w A B")
     for entry in _kernels().configs.tuned():
         kind, where, bits, M, N, K = entry.split()
         if where == arch:
@@ -122,7 +127,7 @@ def launches(arch: str) -> dict[str, object]:
     found: dict[str, object] = {}
     seen, backend = set(), Triton()
     for label, o in problems(arch):
-        for phase, launch in _recorded(backend, o, ARCHES[arch]):
+        for phase, launch in _recorded(backend, o, ARCHES[arch], "tf32" in label):
             signature = _signature(launch)
             identity = (launch.kernel.__name__, launch.config, repr(signature))
             if identity in seen:
@@ -135,15 +140,19 @@ def launches(arch: str) -> dict[str, object]:
     return found
 
 
-def _recorded(backend: Triton, o: Operands, arch: tuple[int, int]) -> Iterator[tuple[str, object]]:
-    k = _kernels()
+def _recorded(backend: Triton, o: Operands, arch: tuple[int, int], tf32: bool = False) -> Iterator[tuple[str, object]]:
+    k, before = _kernels(), torch.backends.cuda.matmul.allow_tf32
     need = tuple(t is not None and n not in ("w", "seed", "c") for n, t in zip(o._fields, o[:TENSORS], strict=False))
-    with k.launch.record(arch) as forward:
-        y, T, z = backend.forward(o, o.d_out is not None)
-        if o.d_out is not None and o.A is not None:
-            backend.row_norm(o.w, torch.empty(o.w.shape[0], device="meta"), o.A, o.B, o.s)
-    with k.launch.record(arch) as backward:
-        backend.backward(torch.empty_like(y), o, T, z, need)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    try:
+        with k.launch.record(arch) as forward:
+            y, T, z = backend.forward(o, o.d_out is not None)
+            if o.d_out is not None and o.A is not None:
+                backend.row_norm(o.w, torch.empty(o.w.shape[0], device="meta"), o.A, o.B, o.s)
+        with k.launch.record(arch) as backward:
+            backend.backward(torch.empty_like(y), o, T, z, need)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
     yield from (("forward", found) for found in forward)
     yield from (("backward", found) for found in backward)
 

@@ -92,7 +92,9 @@ def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int,
             return Config(64, 64, 0, 8, 3)
         return Config(32 if wide or r > 32 else 64, 64, 0, 4, 2 if wide or r > 64 else 3)
     if kind == "hadamard_grads":
-        return Config(64, 64, 32, 8, 2) if wide else Config(64, 128, 128, 8, 3)  # BM: rows summed over
+        if wide or arch < (9, 0):
+            return Config(64, 64, 32 if wide else 64, 8, 2)  # BM: rows summed over
+        return Config(64, 128, 128, 8, 3)
     if kind == "hadamard":
         return Config(min(bucket(M), 64), 64, 32, 4, 2)
     if kind == "form":

@@ -221,11 +221,11 @@ def _aligned(t: Tensor) -> bool:
 
 
 def fits_tma(x: Tensor, w: Tensor | None, c: Tensor | None, N: int) -> bool:
-    """Whether the TMA kernel can take the operands: 16-bit, aligned, on sm_90 or newer, at least one full tile row."""
+    """Whether the TMA kernel can take the operands: 16-bit, aligned, on sm_90, at least 64 rows."""
     if w is None or c is not None or x.dtype not in (torch.float16, torch.bfloat16) or x.shape[0] < 64:
         return False
     arch = launch.arch_of(x.device)
-    if arch[0] not in (9, 10) or N * x.element_size() % 16 or min(N, x.shape[1]) < 64:
+    if arch != (9, 0) or N * x.element_size() % 16 or min(N, x.shape[1]) < 64:
         return False
     return _describable(x) and _aligned(w)
 
