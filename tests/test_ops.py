@@ -303,7 +303,7 @@ def test_opcheck(present, G, h, with_c):
     w, c = (None, rand(2, M, N, dtype=torch.float32)) if with_c else (rand(N, K, dtype=torch.float32), None)
     names = ("bias", "d_in", "d_out", "A", "a", "G", "B")
     seed = new_seed(x.device)
-    args = (x, w, c, *(t.get(n) for n in names), seed, 1.5, 0.3, h, True, False, t.get("d_out") is not None)
+    args = (x, w, c, *(t.get(n) for n in names), seed, 1.5, 0.3, h, True, False, False, t.get("d_out") is not None)
     torch.library.opcheck(torch.ops.fused_peft.linear.default, args)
 
 
