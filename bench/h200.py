@@ -42,7 +42,6 @@ from timing import DEVICE, GPU, GRACE, INTERPRETING, Step, Table, captured, copi
 from torch import Tensor, nn
 
 import fused_peft as fp
-from fused_peft.backends.triton import MAX_RANK
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"correctness": 0.35, "speed": 0.45, "tune": 0.2}
@@ -193,9 +192,8 @@ def measured_key(method: str, layer: Layer) -> str | None:
         return None
     f, arch = model.factors(), launch.arch_of(torch.device(DEVICE, 0))
     kind = "hadamard" if f.hadamard else "low rank" if f.rank else "scales"
-    key = configs.key(kind, arch, 8 * DTYPES[TIMED].itemsize, layer.M, layer.N, layer.K)
-    tile = configs.rank_tile(f.rank, MAX_RANK) if f.rank else 0
-    return f"{'interpreter ' if INTERPRETING else ''}{key} {tile}"
+    key = configs.key(kind, arch, 8 * DTYPES[TIMED].itemsize, layer.M, layer.N, layer.K, f.rank)
+    return f"{'interpreter ' if INTERPRETING else ''}{key}"
 
 
 def speed(table: Table, workers, deadline: float, measured: Path) -> list[str]:

@@ -86,7 +86,7 @@ def using(kind: str, key: str = "", config: Config | None = None) -> Iterator[Si
     seen, choose_, submit_ = SimpleNamespace(asked={}, made=[], at=""), configs.choose, launch.submit
 
     def choose(k, arch, bits, M, N, K, r=16):
-        seen.at = configs.key(k, arch, bits, M, N, K)
+        seen.at = configs.key(k, arch, bits, M, N, K, r)
         if k != kind:
             return choose_(k, arch, bits, M, N, K, r)
         form = seen.asked[seen.at] = configs.default(k, arch, bits, M, N, K, r)

@@ -113,12 +113,12 @@ def problems(arch: str) -> Iterator[tuple[str, Operands]]:
         yield f"{label}-one-in", _operands(70, 1, 33, 1, fp16, fp16, names, **options)
     yield "lora-tf32", _operands(8192, 4096, 4096, 16, fp32, fp32, "w A B")
     for entry in _kernels().configs.tuned():
-        kind, where, bits, M, N, K = entry.split()
+        kind, where, bits, M, N, K, r = entry.split()
         if where == arch:
             dtype = {"16": bf16, "32": fp32}[bits]
             label = "hadamard" if kind.startswith("hadamard") else "dora" if kind == "row_norm" else "lora"
             names, options = VARIANTS[label]
-            yield f"{label}-tuned", _operands(int(M), int(K) or 4096, int(N), 16, dtype, fp32, names, **options)
+            yield f"{label}-tuned", _operands(int(M), int(K) or 4096, int(N), int(r), dtype, fp32, names, **options)
 
 
 def launches(arch: str) -> dict[str, object]:

@@ -1,6 +1,6 @@
 """Which tile sizes a kernel runs with: a committed table of measured choices, and a closed form for everything else.
 
-Nothing is tuned while a model runs. ``tuned.json`` holds {"kernel arch bits bucket": [fields of Config]}; it is written
+Nothing is tuned while a model runs. ``tuned.json`` holds {key(...): [fields of Config]}; it is written
 by ``bench/tune.py`` on the GPU it names.
 """
 
@@ -65,15 +65,15 @@ def tuned() -> list[str]:
     return list(_table())
 
 
-def key(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int) -> str:
-    """The table's key: columns and depth exact, rows by bucket."""
-    return f"{kind} sm_{arch[0]}{arch[1]} {bits} {bucket(M)} {N} {K}"
+def key(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> str:
+    """The table's key: columns and depth exact, rows and rank by the power of two at or above them."""
+    return f"{kind} sm_{arch[0]}{arch[1]} {bits} {bucket(M)} {N} {K} {rank_tile(r, 512) if r else 0}"
 
 
 @cache
 def choose(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int = 16) -> Config:
     """The measured config of the shape's bucket, else the closed form; bits: of an element of x."""
-    return _table().get(key(kind, arch, bits, M, N, K)) or default(kind, arch, bits, M, N, K, r)
+    return _table().get(key(kind, arch, bits, M, N, K, r)) or default(kind, arch, bits, M, N, K, r)
 
 
 def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:

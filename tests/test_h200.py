@@ -122,7 +122,7 @@ def test_the_main_table_is_measured_first():
 @pytest.mark.parametrize("kind", configs.KINDS)
 def test_candidates_are_legal_and_near(kind):
     form = configs.default(kind, (9, 0), 16, 8192, 4096, 4096, 16)
-    found = list(tune.candidates(configs.key(kind, (9, 0), 16, 8192, 4096, 4096), form))
+    found = list(tune.candidates(configs.key(kind, (9, 0), 16, 8192, 4096, 4096, 16), form))
     assert len(found) == len(set(found)) > 4
     assert form not in found
     for c in found:

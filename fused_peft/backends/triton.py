@@ -238,5 +238,4 @@ def _measured(p: Problem) -> float | None:
         return None
     configs = _kernels().configs
     kind = "hadamard" if p.hadamard else "low rank" if p.r else "scales"
-    key = configs.key(kind, p.arch, 8 * p.dtype.itemsize, p.M, p.N, p.K)
-    return _table().get(f"{key} {configs.rank_tile(p.r, MAX_RANK) if p.r else 0}")
+    return _table().get(configs.key(kind, p.arch, 8 * p.dtype.itemsize, p.M, p.N, p.K, p.r))
