@@ -363,9 +363,11 @@ def explain(model: nn.Module, tokens: int = 2048, dtype: torch.dtype | None = No
                 why += f": {formed:.3g} GFLOP instead of {factored:.3g} factored"
             out.append(LayerExplanation(name, method.name, "weight", "torch", why))
         else:
-            choice = dispatch.choose(_problem(layer, tokens, dtype or layer.weight.dtype))
-            form = "output" if method.output else "factors"
-            out.append(LayerExplanation(name, method.name, form, choice.backend.name, choice.why()))
+            problem = _problem(layer, tokens, dtype or layer.weight.dtype)
+            choice = dispatch.choose(problem)
+            form = "output" if method.output else "product" if problem.hadamard else "factors"
+            why = "W ⊙ (1 + s·B A) is formed once each way; " if problem.hadamard else ""
+            out.append(LayerExplanation(name, method.name, form, choice.backend.name, why + choice.why()))
     return out
 
 

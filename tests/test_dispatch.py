@@ -93,3 +93,9 @@ def test_problem_describes_the_call():
     assert problem.p == 0.0  # no seed, no dropout
     assert problem.present == {"x", "w", "A", "B", "G"}
     assert hash(problem) == hash(dispatch.Problem.of(dispatch.Operands(x, w, A=A, B=B, G=G, h="relu", p=0.5)))
+
+
+def test_a_product_of_weights_says_so():
+    (row,) = fp.explain(torch.nn.Sequential(fp.PeftLinear(16, 8, config=fp.LieraConfig(r=2))))
+    assert (row.form, row.backend) == ("product", "eager")
+    assert row.why.startswith("W ⊙ (1 + s·B A) is formed once each way")
