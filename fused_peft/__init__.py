@@ -61,6 +61,20 @@ from .prompt import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig 
 from .schedule import lora_plus_groups, on_step  # noqa: E402
 
 
+def accelerate(model):
+    """An existing Hugging Face PEFT model on the fused call, in place; see ``fused_peft.integrations.peft``."""
+    from .integrations import peft
+
+    return peft.accelerate(model)
+
+
+def restore(model):
+    """Undo ``accelerate``, in place."""
+    from .integrations import peft
+
+    return peft.restore(model)
+
+
 def source_dir(name: str) -> _Path:
     """The folder of ``kernels`` or ``csrc``, in a wheel or in a checkout. Raises FileNotFoundError."""
     for parent in (_Path(__file__).parent, _root):
@@ -70,6 +84,7 @@ def source_dir(name: str) -> _Path:
 
 
 __all__ = [
+    "accelerate",
     "AdaLoraConfig",
     "AdapterFormatError",
     "BitFitConfig",
@@ -116,6 +131,7 @@ __all__ = [
     "on_step",
     "orthogonality_penalty",
     "print_trainable_parameters",
+    "restore",
     "save_pretrained",
     "set_backend",
     "set_strict",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -351,6 +352,9 @@ def explain(model: nn.Module, tokens: int = 2048, dtype: torch.dtype | None = No
     ``print(fp.explain(model))`` shows a table. In strict mode, raises StrictError as the forward would.
     """
     out = Explanation()
+    accelerated = sys.modules.get("fused_peft.integrations.peft")
+    if accelerated and (rows := accelerated.explanations(model, tokens, dtype)):
+        return Explanation(LayerExplanation(*row) for row in rows)
     for name, layer in _found(model):
         method = layer.method
         if layer.merged or not layer.enabled:
@@ -377,12 +381,7 @@ def _problem(layer: PeftLinear, tokens: int, dtype: torch.dtype) -> dispatch.Pro
         f = (layer.method.output or layer.method.factors)(layer)
     behind = layer.method.output is not None
     width = layer.out_features if behind else layer.in_features
-    x = torch.empty(1, device="meta", dtype=dtype).expand(tokens, width)
     w = None if behind or layer.method.replaces_weight else layer.matrix
     bias = f.bias if f.bias is not None or behind else layer.bias
-    seed = x if f.p and layer.training else None
-    o = dispatch.Operands(
-        x, w, x if behind else None, bias, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed,
-        f.s, f.p, f.h, f.scale_bias, f.drop_base, f.hadamard,
-    )  # fmt: skip
-    return replace(dispatch.Problem.of(o), elsewhere=frozenset(), **dispatch.place(layer.weight.device))
+    x = torch.empty(1, device="meta", dtype=dtype).expand(tokens, width)
+    return dispatch.foreseen(f, x, w, bias, x if behind else None, layer.training, layer.weight.device)

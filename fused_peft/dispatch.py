@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from .factors import Factors
 
 
 class Operands(NamedTuple):
@@ -95,6 +97,15 @@ class Problem:
                 if v is not None and v.device != x.device
             ),
         )
+
+
+def foreseen(f: Factors, x: Tensor, w: Tensor | None, bias, c, training: bool, device: torch.device) -> Problem:
+    """The Problem of a call on ``device`` with these factors, without making it; x and c may be on the meta device."""
+    seed = x if f.p and training else None
+    o = Operands(
+        x, w, c, bias, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed, f.s, f.p, f.h, f.scale_bias, f.drop_base, f.hadamard
+    )
+    return replace(Problem.of(o), elsewhere=frozenset(), **place(device))
 
 
 class Backend(Protocol):

@@ -48,6 +48,11 @@ def bucket(M: int) -> int:
     return min(max(16, 1 << (M - 1).bit_length() if M > 1 else 16), 16384)
 
 
+def tiles(n: int, size: int) -> int:
+    """How many tiles of a size cover n; triton.cdiv costs the host four times as much."""
+    return -(-n // size)
+
+
 def rank_tile(r: int, most: int = 128) -> int:
     """Columns of a rank tile: a power of two, at least 16 (tensor cores' least)."""
     return min(max(16, 1 << (r - 1).bit_length()), most)
@@ -100,12 +105,12 @@ def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int,
     if kind == "form":
         return Config(0, 32 if wide else 64, 64, 4, 1)
     if kind == "gemm_lowrank_tma":
-        if M > 64 and N >= 256 and r <= 64 and -(-M // 128) * -(-N // 256) >= 132:
+        if M > 64 and N >= 256 and r <= 64 and tiles(M, 128) * tiles(N, 256) >= 132:
             return Config(128, 256, 64, 8, 3, late=True, flatten=True)
         return Config(128 if M > 64 else 64, 128, 64, 8 if M > 64 else 4, 4, late=True, flatten=True)
     if wide:
         return UNALIGNED
-    tall = bucket(M) if M <= 64 else 64 if -(-M // 128) * -(-N // 128) < 64 else 128
+    tall = bucket(M) if M <= 64 else 64 if tiles(M, 128) * tiles(N, 128) < 64 else 128
     depth = 64 if tall < 128 else 32
     return _fitting(Config(tall, 128 if tall >= 64 else 64, depth, 8 if tall == 128 else 4, 4), arch, bits)
 
@@ -118,7 +123,7 @@ def narrow(config: Config) -> Config:
 def one_read(M: int, N: int, r: int, processors: int) -> bool:
     """Whether dT and dB in one read of dy beat two: their slots, written and read, must cost fewer bytes than dy, and
     their row tiles keep a good third of the processors busy."""
-    return rank_tile(r) < 32 and processors <= 3 * -(-M // 128) and N >= 64
+    return rank_tile(r) < 32 and processors <= 3 * tiles(M, 128) and N >= 64
 
 
 def _fitting(config: Config, arch: tuple[int, int], bits: int) -> Config:

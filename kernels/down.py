@@ -63,7 +63,7 @@ def _submit(x, d, A, bias, G, T, out, seed, threshold, scale, h, backward):
         "H": h, "GATE": 0 if G is None else G.dim(), "BACKWARD": backward,
         "PRECISION": launch.precision(x.dtype), "ACC": launch.acc(x.dtype), "BM": config.BM, "BK": config.BK, "BR": BR,
     }  # fmt: skip
-    launch.submit(down, (triton.cdiv(M, config.BM), triton.cdiv(R, BR)), args, config, x.device)
+    launch.submit(down, (configs.tiles(M, config.BM), configs.tiles(R, BR)), args, config, x.device)
 
 
 def project(

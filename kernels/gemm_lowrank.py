@@ -263,7 +263,7 @@ def gemm(
     config = configs.choose(kind, arch, bits, M, N, K, R) if aligned else configs.UNALIGNED
     if inline or dual or u is not None:
         config = configs.narrow(config)
-    tiles_m, tiles_n = triton.cdiv(M, config.BM), triton.cdiv(N, config.BN)
+    tiles_m, tiles_n = configs.tiles(M, config.BM), configs.tiles(N, config.BN)
     sums = None if u is None else torch.empty(tiles_m, N, dtype=torch.promote_types(base.dtype, torch.float32),
                                               device=base.device)  # fmt: skip
     T = base.new_empty(M, R) if inline else None

@@ -123,7 +123,7 @@ def product(x: Tensor, w: Tensor, left: Tensor, right: Tensor, scale: float, bia
             "left_ptr": left, "right_ptr": right, "bias_ptr": bias, "y_ptr": y,
             "left_n": left.stride(0), "left_r": left.stride(1), "right_r": right.stride(0), "right_k": right.stride(1),
         }  # fmt: skip
-        grid = (triton.cdiv(M, config.BM) * triton.cdiv(N, config.BN),)
+        grid = (configs.tiles(M, config.BM) * configs.tiles(N, config.BN),)
         launch.submit(hadamard, grid, args, config, x.device)
     return y
 
@@ -139,7 +139,7 @@ def formed(w: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
         "left_ptr": left, "right_ptr": right, "out_ptr": out,
         "left_n": left.stride(0), "left_r": left.stride(1), "right_r": right.stride(0), "right_k": right.stride(1),
     }  # fmt: skip
-    launch.submit(form, (triton.cdiv(N, config.BN), triton.cdiv(K, config.BK)), args, config, w.device)
+    launch.submit(form, (configs.tiles(N, config.BN), configs.tiles(K, config.BK)), args, config, w.device)
     return out
 
 
@@ -150,7 +150,7 @@ def gradients(dy: Tensor, x: Tensor, w: Tensor, A: Tensor, B: Tensor, scale: flo
     if not M:
         return torch.zeros(R, K, **wide), torch.zeros(N, R, **wide)
     config, args = _common(x, w, scale, M, R, "hadamard_grads")
-    tiles_n, tiles_k = triton.cdiv(N, config.BN), triton.cdiv(K, config.BK)
+    tiles_n, tiles_k = configs.tiles(N, config.BN), configs.tiles(K, config.BK)
     da, db = torch.empty(tiles_n, R * K, **wide), torch.empty(tiles_k, N * R, **wide)
     args |= {
         "dy_ptr": dy, "a_ptr": A, "b_ptr": B, "da_ptr": da, "db_ptr": db, "dy_m": dy.stride(0), "dy_n": dy.stride(1),

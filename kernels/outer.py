@@ -181,11 +181,11 @@ def added_up(*parts: Tensor) -> list[Tensor]:
     for (part, sums), (other, others) in zip_longest(jobs[::2], jobs[1::2], fillvalue=(None, None)):
         (shares0, n0), (shares1, n1) = part.shape, (0, 0) if other is None else other.shape
         args = {
-            "part0_ptr": part, "out0_ptr": sums, "n0": n0, "shares0": shares0, "blocks0": triton.cdiv(n0, BLOCK),
+            "part0_ptr": part, "out0_ptr": sums, "n0": n0, "shares0": shares0, "blocks0": configs.tiles(n0, BLOCK),
             "part1_ptr": other, "out1_ptr": others, "n1": n1, "shares1": shares1,
             "ACC": launch.acc(part.dtype), "BLOCK": BLOCK, "DEEP": 16,
         }  # fmt: skip
-        grid = (triton.cdiv(n0, BLOCK) + triton.cdiv(n1, BLOCK),)
+        grid = (configs.tiles(n0, BLOCK) + configs.tiles(n1, BLOCK),)
         launch.submit(add_up, grid, args, configs.Config(0, 0, 0, 4, 1), part.device)
     return out
 
@@ -196,7 +196,7 @@ def project_back(
     """(dT (M, R), partial sums of dB (row tiles, N·R)) in one read of dy; arguments as ``down.project_back``."""
     (M, N), R = dy.shape, B.shape[1]
     config = configs.choose("back", launch.arch_of(dy.device), 8 * dy.element_size(), M, N, 0, R)
-    tiles = triton.cdiv(M, config.BM)
+    tiles = configs.tiles(M, config.BM)
     dT, part = dy.new_empty(M, R), dy.new_empty(tiles, N * R, dtype=torch.promote_types(dy.dtype, torch.float32))
     g_in, g_out = (0, 0) if G is None or G.dim() == 1 else G.stride()
     args = {
@@ -240,11 +240,11 @@ def reduce_rows(first: OverDy | None, second: OverX | None, *parts: Tensor) -> t
     config = configs.choose("outer", arch, 8 * some.element_size(), M, max(C0, C1), 0, R)
     BR, BC = configs.rank_tile(R), config.BN
     product0, product1 = "dB" in shapes, second is not None
-    tiles_0 = triton.cdiv(C0, BC) * (triton.cdiv(R, BR) if product0 else 1)
-    tiles = tiles_0 + (triton.cdiv(C1, BC) * triton.cdiv(R, BR) if product1 else 0)
-    shares = max(1, min(triton.cdiv(M, 4 * config.BM), triton.cdiv(4 * launch.processors(device), tiles)))
-    rows_each = triton.cdiv(triton.cdiv(M, shares), config.BM) * config.BM
-    shares = triton.cdiv(M, rows_each)
+    tiles_0 = configs.tiles(C0, BC) * (configs.tiles(R, BR) if product0 else 1)
+    tiles = tiles_0 + (configs.tiles(C1, BC) * configs.tiles(R, BR) if product1 else 0)
+    shares = max(1, min(configs.tiles(M, 4 * config.BM), configs.tiles(4 * launch.processors(device), tiles)))
+    rows_each = configs.tiles(configs.tiles(M, shares), config.BM) * config.BM
+    shares = configs.tiles(M, rows_each)
     part = torch.empty(shares, slot, dtype=wide, device=device)
     stride = lambda t: (0, 0) if t is None else t.stride()  # noqa: E731
     f, g = first or OverDy(None), second or OverX(None, None)

@@ -48,5 +48,5 @@ def norm(w: Tensor, squared: Tensor, A: Tensor, B: Tensor, scale: float) -> Tens
         "PRECISION": launch.precision(w.dtype), "ACC": launch.acc(squared.dtype),
         "BN": config.BM, "BK": config.BK, "BR": configs.rank_tile(R),
     }  # fmt: skip
-    launch.submit(row_norm, (triton.cdiv(N, config.BM),), args, config, w.device)
+    launch.submit(row_norm, (configs.tiles(N, config.BM),), args, config, w.device)
     return out

@@ -1,0 +1,219 @@
+"""Existing Hugging Face PEFT models on the fused call: PEFT's own layers get a subclass in place of their class.
+
+``accelerate`` changes nothing but ``__class__``: parameters, keys, checkpoints, merging, adapter switching and every
+other method stay PEFT's; only forward differs, and only where it can be fused. What cannot runs PEFT's forward, and
+``fused_peft.explain`` says why.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+
+import torch
+from peft.tuners import adalora, ia3, lora
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .. import dispatch, ops
+from ..factors import Factors
+from ..linear import is_linear
+
+TESTED = "0.21"  # the PEFT release that the tests ran on
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _called(module: nn.Module, kinds: tuple[type, ...], what: str) -> str | None:
+    """Why the fused call may not bypass a module's own forward, or None."""
+    if type(module) not in kinds:
+        return f"its {what} is a {type(module).__module__}.{type(module).__name__}, whose forward is not a plain one"
+    if _hooked(module) or "forward" in module.__dict__:
+        return f"its {what} has hooks or a forward of its own, which the fused call would bypass"
+    return None
+
+
+class _Fused:
+    """PEFT's layer with a fused forward. Subclasses say what the active adapters are in terms of ``Factors``."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if args or kwargs or self.disable_adapters or self.merged or self.unfused(x):
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        weight = base.weight.t() if not isinstance(base, nn.Linear) else base.weight
+        found = self.fused_factors(weight)
+        if not found:
+            return ops.plain_linear(x, weight, base.bias)
+        y = ops.linear(x, weight, found[0], base.bias, None, self.training)
+        for f in found[1:]:
+            y = ops.linear(x, None, f, None, y, self.training)
+        return y
+
+    def unfused(self, x: Tensor | None = None) -> str | None:
+        """Why a call, on x where one is given, takes PEFT's forward; None where it is fused."""
+        base = self.base_layer
+        if not is_linear(base):
+            return f"its base is a {type(base).__module__}.{type(base).__name__}, not a plain linear layer"
+        reason = _called(base, (nn.Linear, type(base)) if not isinstance(base, nn.Linear) else (nn.Linear,), "base")
+        if reason is None and not base.weight.dtype.is_floating_point:
+            reason = f"its base weight has dtype {base.weight.dtype}"
+        if (
+            reason is None
+            and x is not None
+            and x.dtype != base.weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
+            reason = f"x has dtype {x.dtype}, the weight {base.weight.dtype}"
+        return reason or self._adapters_unfused()
+
+    def _used(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in getattr(self, self.adapter_layer_names[0])]
+
+    def _dropped(self, name: str) -> float:
+        return getattr(self.lora_dropout[name], "p", 0.0)
+
+    def _get_name(self) -> str:
+        return type(self).__mro__[2].__name__  # the repr is PEFT's
+
+
+class FusedLoraLinear(_Fused, lora.Linear):
+    """LoRA, rsLoRA, lora_bias and DoRA."""
+
+    def _adapters_unfused(self) -> str | None:
+        used = self._used()
+        for name in used:
+            variant = self.lora_variant.get(name)
+            if variant is not None and not isinstance(variant, DoraLinearVariant) and variant is not DoraLinearVariant:
+                return f"adapter {name!r} is a variant of LoRA ({getattr(variant, '__name__', type(variant).__name__)})"
+            if variant is not None and (len(used) > 1 or self.ephemeral_gpu_offload or self.lora_bias[name]):
+                return f"adapter {name!r} is DoRA with other adapters, a bias or offloading beside it"
+            for part in (self.lora_A[name], self.lora_B[name]):
+                if reason := _called(part, (nn.Linear,), "A or B"):
+                    return reason
+            if reason := _called(self.lora_dropout[name], (nn.Identity, nn.Dropout), "dropout"):
+                return reason
+        return None
+
+    def fused_factors(self, weight: Tensor) -> list[Factors]:
+        return [self._one(name, weight, i == 0) for i, name in enumerate(self._used())]
+
+    def _one(self, name: str, weight: Tensor, first: bool) -> Factors:
+        A, B, s = self.lora_A[name].weight, self.lora_B[name], self.scaling[name]
+        bias = None
+        if B.bias is not None:
+            bias = s * B.bias
+            base = self.base_layer.bias if first else None
+            bias = bias if base is None else bias + base
+        p, B = self._dropped(name), B.weight
+        if name not in self.lora_variant:
+            return Factors(A=A, B=B, bias=bias, s=s, p=p)
+        with torch.no_grad():
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            squared = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
+            norm = ops.row_norm(weight, squared, A, B, s)
+        return Factors(A=A, B=B, d_out=self.lora_magnitude_vector[name].weight / norm, s=s, p=p, drop_base=True)
+
+
+class FusedSVDLinear(_Fused, adalora.SVDLinear):
+    """AdaLoRA."""
+
+    def _adapters_unfused(self) -> str | None:
+        reasons = (_called(self.lora_dropout[n], (nn.Identity, nn.Dropout), "dropout") for n in self._used())
+        return next(filter(None, reasons), None)
+
+    def fused_factors(self, weight: Tensor) -> list[Factors]:
+        found = []
+        for name in self._used():
+            E = self.lora_E[name].flatten() * (self.scaling[name] / (self.ranknum[name] + 1e-5))
+            found.append(Factors(A=self.lora_A[name], B=self.lora_B[name], G=E, p=self._dropped(name)))
+        return found
+
+
+class FusedIA3Linear(_Fused, ia3.Linear):
+    """(IA)³, on the output or, in feed-forward layers, on the input."""
+
+    def _adapters_unfused(self) -> str | None:
+        return None
+
+    def fused_factors(self, weight: Tensor) -> list[Factors]:
+        scale = None
+        for name in self._used():
+            scale = self.ia3_l[name].flatten() if scale is None else scale * self.ia3_l[name].flatten()
+        if scale is None:
+            return []
+        return [Factors(d_in=scale) if self.is_feedforward else Factors(d_out=scale, scale_bias=True)]
+
+
+FUSED = {lora.Linear: FusedLoraLinear, adalora.SVDLinear: FusedSVDLinear, ia3.Linear: FusedIA3Linear}
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Put the LoRA, DoRA, AdaLoRA and (IA)³ layers of a PEFT model on the fused call, in place; returns the model.
+
+    Keys, checkpoints and the whole of PEFT's interface stay as they are; results differ from PEFT's by rounding, and
+    dropout draws other masks. Layers that cannot be fused keep PEFT's forward (``fused_peft.explain`` names the
+    reason). Once more after adapters on further modules were added; twice does no harm. Raises TypeError when model is
+    no module, ValueError when it has no PEFT layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} must be a torch.nn.Module")
+    layers = _layers(model)
+    if not layers:
+        raise ValueError(
+            f"model={type(model).__name__} has no Hugging Face PEFT layer; adapt it with peft.get_peft_model first, or "
+            "use fused_peft.get_peft_model"
+        )
+    version = importlib.metadata.version("peft")
+    if version.split(".")[:2] != TESTED.split("."):
+        warnings.warn(f"PEFT {version} is outside the tested range, {TESTED}.x; compare results", stacklevel=2)
+    for _, layer in layers:
+        if type(layer) in FUSED:
+            layer.__class__ = FUSED[type(layer)]
+    return model
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo ``accelerate``, in place; returns the model. Layers that were not accelerated stay as they are."""
+    back = {fused: own for own, fused in FUSED.items()}
+    for _, layer in _layers(model):
+        if type(layer) in back:
+            layer.__class__ = back[type(layer)]
+    return model
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def explanations(model: nn.Module, tokens: int, dtype: torch.dtype | None) -> list[tuple[str, str, str, str, str]]:
+    """(name, method, form, backend, why) of every PEFT layer: fused, or PEFT's own and why."""
+    rows = []
+    for name, layer in _layers(model):
+        method = type(layer).__mro__[2 if isinstance(layer, _Fused) else 0].__module__.split(".")[2]
+        if not isinstance(layer, _Fused):
+            kind = f"{type(layer).__module__}.{type(layer).__name__}"
+            why = "accelerate has not run on it" if type(layer) in FUSED else f"{kind} has no fused form"
+            rows.append((name, method, "PEFT's", "peft", why))
+            continue
+        state = "disabled" if layer.disable_adapters else "merged" if layer.merged else None
+        reason = state or layer.unfused()
+        if reason:
+            rows.append((name, method, "PEFT's", "peft", reason))
+            continue
+        base = layer.base_layer
+        weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
+        found = layer.fused_factors(weight)
+        if not found:
+            rows.append((name, method, "plain", "torch", "no adapter of this layer is active"))
+            continue
+        x = torch.empty(1, device="meta", dtype=dtype or weight.dtype).expand(tokens, weight.shape[1])
+        problem = dispatch.foreseen(found[0], x, weight, base.bias, None, layer.training, weight.device)
+        choice = dispatch.choose(problem)
+        rows.append((name, method, "factors", choice.backend.name, choice.why()))
+    return rows

@@ -1,0 +1,263 @@
+"""fp.accelerate: PEFT's own models on the fused call give PEFT's numbers, and everything else of theirs stays."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+import fused_peft as fp  # noqa: E402
+from fused_peft import dropout, ops  # noqa: E402
+from fused_peft.integrations import peft as bridge  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+R = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
+ADA = {"init_r": 3, "target_r": 2, "total_step": 10, "tinit": 1, "tfinal": 1, "init_lora_weights": False}
+CONFIGS = {
+    "lora": lambda **k: peft.LoraConfig(**R, **k),
+    "rslora": lambda **k: peft.LoraConfig(**R, use_rslora=True, **k),
+    "lora-bias": lambda **k: peft.LoraConfig(**R, lora_bias=True, **k),
+    "lora-dropout": lambda **k: peft.LoraConfig(**R, lora_dropout=0.3, **k),
+    "dora": lambda **k: peft.LoraConfig(**R, use_dora=True, **k),
+    "dora-dropout": lambda **k: peft.LoraConfig(**R, use_dora=True, lora_dropout=0.3, **k),
+    "adalora": lambda **k: peft.AdaLoraConfig(**ADA, **k),
+    "adalora-dropout": lambda **k: peft.AdaLoraConfig(**ADA, lora_dropout=0.3, **k),
+    "ia3": lambda **k: peft.IA3Config(feedforward_modules=["2"], init_ia3_weights=False, **k),
+}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5, bias=False))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def build(name, dtype=torch.float32, seed=0, **options):
+    torch.manual_seed(seed)
+    options = {"target_modules": ["layers.0", "layers.2"], **options}
+    if name == "ia3":
+        options["target_modules"] = ["0", "2"]
+    model = peft.get_peft_model(Net().to(dtype), CONFIGS[name](**options))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.mul_(0.3).add_(torch.rand_like(p) * 0.1)
+    return model
+
+
+@pytest.fixture
+def same_masks(monkeypatch):
+    """PEFT's dropout draws the fused call's mask: both from seeds counted up, a seed a call, in each model anew."""
+    count = [0]
+
+    def new_seed(device):
+        count[0] += 1
+        return torch.tensor([count[0], 7], dtype=torch.int32)
+
+    def drop(x, p=0.5, training=True, inplace=False):
+        if not training or not p:
+            return x
+        return x * dropout.keep_mask(new_seed(x.device), x.shape, p).to(x.dtype) / (1 - p)
+
+    monkeypatch.setattr(ops, "new_seed", new_seed)
+    monkeypatch.setattr(torch.nn.functional, "dropout", drop)
+    return lambda: count.__setitem__(0, 0)
+
+
+def results(model, x):
+    """y, dx and every gradient of one step."""
+    x = x.detach().requires_grad_()
+    y = model(x)
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad(y.float().square().sum(), [x, *named.values()])
+    return {"y": y.detach(), **dict(zip(["x", *named], grads, strict=True))}
+
+
+def fused_calls(monkeypatch):
+    calls = []
+    linear = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *a, **k: calls.append(a) or linear(*a, **k))
+    return calls
+
+
+def close(got, want, rtol):
+    assert got.keys() == want.keys()
+    for name, reference in want.items():
+        scale = reference.abs().max().clamp_min(1e-6).item()
+        torch.testing.assert_close(got[name], reference, rtol=rtol, atol=rtol * scale, msg=name)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_same_numbers_as_peft(name, dtype, rtol, training, same_masks, monkeypatch):
+    model = build(name, dtype).train(training)
+    x = torch.randn(2, 7, 8).to(dtype)
+    want = results(model, x)
+    same_masks()
+    calls = fused_calls(monkeypatch)
+    got = results(fp.accelerate(model), x)
+    assert len(calls) == 2
+    close(got, want, rtol)
+    calls.clear()
+    same_masks()
+    again = results(fp.restore(model), x)
+    assert not calls
+    assert all(torch.equal(again[n], want[n]) for n in want)
+
+
+@pytest.mark.parametrize("name", ["lora-dropout", "dora", "adalora", "ia3"])
+def test_losses_over_32_steps(name, same_masks):
+    curves, start = [], build(name)
+    for fused in (False, True):
+        same_masks()
+        model = copy.deepcopy(start)
+        model = fp.accelerate(model) if fused else model
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        torch.manual_seed(1)
+        losses = []
+        for _ in range(32):
+            x = torch.randn(16, 8)
+            loss = (model(x) - x[:, :5]).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0][-1] < curves[0][0]
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_but_the_class_changes(name, tmp_path):
+    # PEFT merges no lora_bias into a layer without a bias
+    options = {"target_modules": ["layers.0"]} if name == "lora-bias" else {}
+    model = build(name, **options).eval()
+    before, shown = {n: id(p) for n, p in model.named_parameters()}, repr(model)
+    keys, x = list(model.state_dict()), torch.randn(3, 8)
+    want = model(x)
+    assert fp.accelerate(fp.accelerate(model)) is model
+    assert {n: id(p) for n, p in model.named_parameters()} == before
+    assert repr(model) == shown
+    assert list(model.state_dict()) == keys
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    stock = peft.PeftModel.from_pretrained(Net(), tmp_path).eval()
+    for other in (stock, fp.accelerate(stock), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(x), want, rtol=1e-5, atol=1e-6)
+    fused = {type(m) for m in copy.deepcopy(model).modules()} & set(bridge.FUSED.values())
+    assert fused
+    with model.disable_adapter():
+        base = model(x)
+    torch.manual_seed(0)
+    torch.testing.assert_close(base, Net()(x), rtol=0, atol=0)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    assert type(model.merge_and_unload().layers[0]) is nn.Linear
+
+
+def test_several_adapters(same_masks, monkeypatch):
+    model = build("lora-dropout")
+    model.add_adapter("other", peft.LoraConfig(**{**R, "r": 2}, target_modules=["layers.0"]))
+    x = torch.randn(5, 8)
+    for active in ("other", "default", ["default", "other"]):
+        model.base_model.set_adapter(active)
+        same_masks()
+        want = results(model, x)
+        same_masks()
+        close(results(fp.accelerate(model), x), want, 1e-5)
+        fp.restore(model)
+    fp.accelerate(model)
+    model.delete_adapter("default")
+    model.base_model.set_adapter("other")
+    calls = fused_calls(monkeypatch)
+    model(x)
+    assert len(calls) == 1  # layers.2 has no adapter any more
+    assert "no adapter of this layer is active" in str(fp.explain(model))
+
+
+def test_what_cannot_be_fused_keeps_peft_s_forward(monkeypatch):
+    model = fp.accelerate(build("lora"))
+    x = torch.randn(2, 8)
+    calls = fused_calls(monkeypatch)
+    layer = model.base_model.model.layers[0]
+    layer(x, adapter_names=["default", "__base__"])
+    handle = layer.lora_A["default"].register_forward_hook(lambda *a: None)
+    layer(x)
+    assert "its A or B has hooks" in str(fp.explain(model))
+    handle.remove()
+    layer.base_layer = nn.Sequential(layer.base_layer)
+    layer(x)
+    assert not calls
+    assert "its base is a torch.nn.modules.container.Sequential" in str(fp.explain(model))
+
+
+def test_conv1d_and_other_layers():
+    config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16, resid_pdrop=0.0,
+                                     embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(**R, target_modules=["c_attn", "c_proj", "wte"], fan_in_fan_out=True)
+    model = peft.get_peft_model(transformers.GPT2LMHeadModel(config), lora)
+    ids = torch.randint(32, (2, 6))
+    want = model(ids, labels=ids).loss
+    torch.testing.assert_close(fp.accelerate(model)(ids, labels=ids).loss, want, rtol=1e-5, atol=0)
+    rows = {row.name: row for row in fp.explain(model)}
+    assert rows["base_model.model.transformer.wte"].why == "peft.tuners.lora.layer.Embedding has no fused form"
+    assert rows["base_model.model.transformer.h.0.attn.c_attn"].backend == "eager"
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
+def test_autocast(name):
+    model, x = build(name), torch.randn(4, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        want = results(model, x)
+        got = results(fp.accelerate(model), x)
+    assert got["y"].dtype == want["y"].dtype
+    for n, reference in want.items():
+        assert (got[n].float() - reference.float()).norm() <= 2e-2 * reference.float().norm(), n
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "limit"),
+    [("lora", torch.bfloat16, 1.1), ("lora-dropout", torch.bfloat16, 1.1), ("dora", torch.bfloat16, 2.1)],
+)
+def test_bytes_saved_for_backward(name, dtype, limit):
+    """A 1024 x 1024 layer on 512 tokens, in multiples of its input: what PEFT keeps shrinks to x (and z for DoRA)."""
+    kept = {}
+    for fused in (False, True):
+        torch.manual_seed(0)
+        options = {"target_modules": ["0"]}
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(1024, 1024, dtype=dtype)), CONFIGS[name](**options))
+        model = fp.accelerate(model) if fused else model
+        x = torch.randn(512, 1024, dtype=dtype, requires_grad=True)
+        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            model(x)
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        kept[fused] = sum(n for at, n in sizes.items() if at not in own) / x.nbytes
+    assert kept[True] <= limit < kept[False]
+
+
+def test_bad_calls(monkeypatch):
+    with pytest.raises(
+        ValueError, match=r"model=Net has no Hugging Face PEFT layer; adapt it with peft\.get_peft_model"
+    ):
+        fp.accelerate(Net())
+    with pytest.raises(TypeError, match=r"model=3 must be a torch\.nn\.Module"):
+        fp.accelerate(3)
+    monkeypatch.setattr(bridge, "TESTED", "0.1")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fp.accelerate(build("lora"))
+    assert any("outside the tested range, 0.1.x" in str(w.message) for w in caught)
