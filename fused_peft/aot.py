@@ -141,9 +141,9 @@ def launches(arch: str) -> dict[str, object]:
 
 
 def _recorded(backend: Triton, o: Operands, arch: tuple[int, int], tf32: bool = False) -> Iterator[tuple[str, object]]:
-    k, before = _kernels(), torch.backends.cuda.matmul.allow_tf32
+    k, before = _kernels(), torch.backends.cuda.matmul.fp32_precision
     need = tuple(t is not None and n not in ("w", "seed", "c") for n, t in zip(o._fields, o[:TENSORS], strict=False))
-    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         with k.launch.record(arch) as forward:
             y, T, z = backend.forward(o, o.d_out is not None)
@@ -152,7 +152,7 @@ def _recorded(backend: Triton, o: Operands, arch: tuple[int, int], tf32: bool = 
         with k.launch.record(arch) as backward:
             backend.backward(torch.empty_like(y), o, T, z, need)
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.fp32_precision = before
     yield from (("forward", found) for found in forward)
     yield from (("backward", found) for found in backward)
 

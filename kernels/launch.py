@@ -88,7 +88,8 @@ def processors(device: torch.device) -> int:
 def precision(dtype: torch.dtype) -> str:
     """How products of a dtype are taken: fp32 in full unless torch allows tf32."""
     if dtype == torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        # not allow_tf32: reading it raises once a user has set the newer fp32_precision
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return "widen" if dtype == torch.bfloat16 and interpreting() else "ieee"
 
 

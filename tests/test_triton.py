@@ -193,6 +193,18 @@ def launches(config, M, backward=False, K=4096, N=4096):
     return [one.kernel.__name__ for one in (second if backward else first)]
 
 
+def test_tf32_follows_torch():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for allowed in ("tf32", "ieee"):
+            matmul.fp32_precision = allowed
+            assert k.launch.precision(torch.float32) == allowed
+        assert k.launch.precision(torch.float16) == "ieee"
+    finally:
+        matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_launches_of_lora(p):
     config = fp.LoraConfig(r=16, lora_dropout=p)
