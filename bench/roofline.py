@@ -146,7 +146,7 @@ def _ours_forward(q: Schedule) -> None:
         q.torch(NORM)
     q.torch("randint -> seed")
     if q.low and not q.dual and M <= configs.INLINE_ROWS and r <= gemm_lowrank.INLINE_RANK:
-        tiles = ceil(N / configs.narrow(q.tile("gemm_lowrank", M, N, K)).BN)  # each makes S
+        tiles = ceil(N / configs.narrow(q.tile("gemm_lowrank", M, N, K), 64).BN)  # each makes S
         flops = q.base + tiles * (q.down + q.gate) + q.up
         return q.fused("gemm_lowrank", "x w A a G M B d_out seed -> y z T", flops)
     if q.low:

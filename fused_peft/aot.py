@@ -47,6 +47,7 @@ class Report:
     tma_store: int
     local: int
     multiplies: bool = True
+    serialised: int = 0  # ptxas warnings C75xx: wgmma that waits for the one before
 
     def faults(self) -> list[str]:
         """What the gate refuses: spills, too much shared memory, a half-precision product without tensor cores."""
@@ -56,6 +57,8 @@ class Report:
             found.append(f"{self.stack} bytes of stack and {self.local} local loads and stores: registers spill")
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, {limit} are there")
+        if self.serialised and self.kernel.startswith("gemm"):  # the others wait for memory, not for wgmma
+            found.append("ptxas serialises its wgmma (C75xx)")
         if self.multiplies and self.dtype != "fp32" and not self.wgmma + self.mma:
             found.append("no tensor-core instruction")
         return found
@@ -104,6 +107,10 @@ def problems(arch: str) -> Iterator[tuple[str, Operands]]:
         names, options = VARIANTS[label]
         for M, K, N in SHAPES[:1] if r > 64 or wide == fp32 == dtype else (SHAPES[0], SHAPES[2]):
             yield f"{label}-r{r}", _operands(M, K, N, r, dtype, wide, names, **options)
+    for r, M in product((8, 24, 64), (64, 100, 8192)):  # small and odd ranks, and rows that fill no tile
+        for label in ("lora", "dora", "dora-dropout"):
+            names, options = VARIANTS[label]
+            yield f"{label}-r{r}-M{M}", _operands(M, 4096, 4096, r, bf16, fp32, names, **options)
     odd = _operands(1000, 333, 777, 12, bf16, fp32, "w A B")  # what TMA cannot address: the pointer kernel
     yield "lora-odd", odd
     yield "ssb-odd", _operands(1000, 333, 777, 12, bf16, fp32, "w bias d_in d_out")
@@ -191,9 +198,22 @@ def _signature(launch) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
+def _ptxas(ptx: str) -> str:
+    """What the ptxas in Triton's wheel says about sm_90a code; the newer of its two knows every PTX version."""
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
+    tool = folder / ("ptxas-blackwell" if "\n.version 9" in ptx else "ptxas")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [tool, "-arch=sm_90a", "-o", os.devnull, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
 def _multiplies(launch) -> bool:
     """Whether the launch takes matrix products: not when only slots or columns are summed."""
-    if launch.kernel.__name__ == "add_up":
+    if launch.kernel.__name__ in ("add_up", "split"):
         return False
     return any(launch.args.get(flag, True) for flag in ("PRODUCT0", "PRODUCT1"))
 
@@ -224,10 +244,13 @@ def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report
         code = _dump(file, "--dump-sass")
     opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", code, re.M))
     counts = {k: sum(n for op, n in opcodes.items() if re.fullmatch(pattern, op)) for k, pattern in COUNTED.items()}
-    c = launch.config
+    c, serialised = launch.config, 0
+    if counts["wgmma"]:
+        serialised = len(re.findall(r"C75\d\d", _ptxas(result.asm["ptx"])))
     return Report(
         name, launch.kernel.__name__, arch, _dtype(launch), f"{c.BM}x{c.BN}x{c.BK} warps {c.warps} stages {c.stages}",
         int(usage["REG"]), int(usage["STACK"]), result.metadata.shared, **counts, multiplies=_multiplies(launch),
+        serialised=serialised,
     )  # fmt: skip
 
 

@@ -40,6 +40,7 @@ class Operands(NamedTuple):
     hadamard: bool = False
 
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 TENSORS = 11  # the leading fields of Operands that are tensors
 
 
@@ -71,11 +72,13 @@ class Problem:
     drop_base: bool = False
     hadamard: bool = False
     elsewhere: frozenset[str] = frozenset()  # operands on another device than x
+    subclasses: frozenset[str] = frozenset()  # operands that are no plain tensors (DTensor, quantised weights)
 
     @classmethod
     def of(cls, o: Operands) -> Problem:
         x, factor = o.x, next((t for t in (o.A, o.d_in, o.d_out) if t is not None), None)
         K = next(t for t in (o.w, o.A, x) if t is not None).shape[-1]
+        given = [(n, v) for n, v in zip(o._fields, o[:TENSORS], strict=False) if v is not None]
         return cls(
             **place(x.device),
             dtype=x.dtype,
@@ -84,18 +87,15 @@ class Problem:
             K=K,
             N=next(t for t in (o.w, o.B) if t is not None).shape[0] if o.c is None else o.c.shape[-1],
             r=0 if o.A is None else o.A.shape[0],
-            present=frozenset(n for n, v in zip(o._fields[:TENSORS], o[:TENSORS], strict=True) if v is not None),
+            present=frozenset(n for n, _ in given),
             G="none" if o.G is None else ("vector", "matrix")[o.G.dim() - 1],
             h=o.h,
             p=o.p if o.seed is not None else 0.0,
             scale_bias=o.scale_bias,
             drop_base=o.drop_base and o.seed is not None,
             hadamard=o.hadamard,
-            elsewhere=frozenset(
-                f"{n} on {v.device}"
-                for n, v in zip(o._fields[:TENSORS], o[:TENSORS], strict=False)
-                if v is not None and v.device != x.device
-            ),
+            elsewhere=frozenset(f"{n} on {v.device}" for n, v in given if v.device != x.device),
+            subclasses=frozenset(f"{n} is a {type(v).__name__}" for n, v in given if type(v) not in _PLAIN),
         )
 
 

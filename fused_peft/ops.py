@@ -106,7 +106,8 @@ def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tens
 
 
 def _row_norm_op_body(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    return backend_for(Operands(x=W, A=A, B=B, s=s)).row_norm(W, squared, A, B, s)
+    with _no_autocast(W.device.type):  # the norm is summed in fp32
+        return backend_for(Operands(x=W, A=A, B=B, s=s)).row_norm(W, squared, A, B, s)
 
 
 def plain_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

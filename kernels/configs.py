@@ -88,7 +88,9 @@ def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int,
         return Config(16, 0, 32 if wide else 64 if r > 64 else 128, 4, 2 if wide or r > 64 else 3)
     if kind == "down":
         depth = 32 if wide and r > 64 else 64 if wide or r > 32 else 128
-        tall = 16 if M < 4096 or (wide and r > 64) else 32 if wide or r > 32 else 64  # programs enough for the memory
+        tall = (
+            16 if M < 4096 or (wide and r > 64) else 32 if wide or r > 32 or M < 8192 else 64
+        )  # programs enough for the memory
         return Config(tall, 0, depth, 8 if wide and r > 64 else 4, 2 if wide or r > 64 else 3)
     if kind == "back":
         return Config(128, 128 if arch >= (9, 0) and not wide else 64, 0, 8, 3)
@@ -105,19 +107,19 @@ def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int,
     if kind == "form":
         return Config(0, 32 if wide else 64, 64, 4, 1)
     if kind == "gemm_lowrank_tma":
-        if M > 64 and N >= 256 and r <= 64 and tiles(M, 128) * tiles(N, 256) >= 132:
+        if M > 64 and N >= 256 and r <= 16 and tiles(M, 128) * tiles(N, 256) >= 132:
             return Config(128, 256, 64, 8, 3, late=True, flatten=True)
         return Config(128 if M > 64 else 64, 128, 64, 8 if M > 64 else 4, 4, late=True, flatten=True)
     if wide:
         return UNALIGNED
     tall = bucket(M) if M <= 64 else 64 if tiles(M, 128) * tiles(N, 128) < 64 else 128
     depth = 64 if tall < 128 else 32
-    return _fitting(Config(tall, 128 if tall >= 64 else 64, depth, 8 if tall == 128 else 4, 4), arch, bits)
+    return _fitting(Config(tall, 128 if tall >= 64 else 64, depth, 8 if tall >= 64 else 4, 4), arch, bits)
 
 
-def narrow(config: Config) -> Config:
-    """The config for a kernel that carries a second accumulator: at most 128 columns, 64 where rows are few."""
-    return replace(config, BN=min(config.BN, 64 if config.BM >= 128 else 128))
+def narrow(config: Config, most: int) -> Config:
+    """The config for a tile that makes two results: at most 128 columns, ``most`` from 64 rows on."""
+    return replace(config, BN=min(config.BN, most if config.BM >= 64 else 128))
 
 
 def one_read(M: int, N: int, r: int, processors: int) -> bool:

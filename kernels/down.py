@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, launch
-from .dropout import keep
+from .dropout import keep_tile
 from .tile import activate, dot, gate, matrix, put, slope, vector
 
 
@@ -17,12 +17,12 @@ def down(
     x_ptr, d_ptr, a_ptr, bias_ptr, g_ptr, t_ptr, out_ptr, seed_ptr, threshold, scale,
     M, K, R, x_m, x_k, a_r, a_k, g_in, g_out,
     H: tl.constexpr, GATE: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    EVEN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Forward: t (M, R) is written, and out where h or G follows. Backward: t is read, out written."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     m, r = tl.program_id(0) * BM, tl.program_id(1) * BR
-    rows = m + tl.arange(0, BM)
     acc = tl.zeros((BM, BR), ACC)
     for k0 in range(0, K, BK):
         k = k0 + tl.arange(0, BK)
@@ -30,8 +30,7 @@ def down(
         if d_ptr is not None:
             x = (x.to(ACC) * vector(d_ptr, k, K).to(ACC)[None, :]).to(DTYPE)
         if seed_ptr is not None:
-            element = rows.to(tl.uint32)[:, None] * K + k.to(tl.uint32)[None, :]
-            x = tl.where(keep(seed_ptr, element, threshold), x, 0.0)
+            x = tl.where(keep_tile(seed_ptr, m, k0, K, threshold, EVEN, BM, BK), x, 0.0)
         a = matrix(a_ptr, k0, r, K, R, a_k, a_r, BK, BR).to(DTYPE)
         acc = dot(x, a, acc, PRECISION)
     acc *= scale
@@ -60,7 +59,7 @@ def _submit(x, d, A, bias, G, T, out, seed, threshold, scale, h, backward):
         "x_ptr": x, "d_ptr": d, "a_ptr": A, "bias_ptr": bias, "g_ptr": G, "t_ptr": T, "out_ptr": out, "seed_ptr": seed,
         "threshold": threshold, "scale": scale, "M": M, "K": K, "R": R,
         "x_m": x.stride(0), "x_k": x.stride(1), "a_r": A.stride(0), "a_k": A.stride(1), "g_in": g_in, "g_out": g_out,
-        "H": h, "GATE": 0 if G is None else G.dim(), "BACKWARD": backward,
+        "EVEN": K % 2 == 0, "H": h, "GATE": 0 if G is None else G.dim(), "BACKWARD": backward,
         "PRECISION": launch.precision(x.dtype), "ACC": launch.acc(x.dtype), "BM": config.BM, "BK": config.BK, "BR": BR,
     }  # fmt: skip
     launch.submit(down, (configs.tiles(M, config.BM), configs.tiles(R, BR)), args, config, x.device)

@@ -4,7 +4,7 @@ The same computation serves backward: dx = d_in ⊙ ((dy ⊙ d_out) W + drop(dT 
 update alone, and the column sums of x ⊙ dx̂ (the gradient of d_in) taken from the accumulator. Three forms:
 
 ``gemm_lowrank``      any strides, every option; INLINE also accumulates T = drop(x ⊙ d_in) Aᵀ: one launch in all;
-                      DUAL carries a second accumulator for dropout on the base term (DoRA as Hugging Face PEFT has it).
+                      DUAL carries a second accumulator, for dx where dropout acts on the base term too (DoRA).
 ``gemm_lowrank_tma``  sm_90: tensor descriptors, a persistent grid, the store through TMA.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, launch
-from .dropout import keep
+from .dropout import keep_tile
 from .tile import activate, dot, gate, matrix, place, put, vector
 
 INLINE_RANK = 64  # above it the extra accumulator costs more than a launch
@@ -41,30 +41,24 @@ def _update(
 
 
 @triton.jit
-def _kept(seed_ptr, rows, cols, width, threshold):
-    element = rows.to(tl.uint32)[:, None] * width + cols.to(tl.uint32)[None, :]
-    return keep(seed_ptr, element, threshold)
-
-
-@triton.jit
 def gemm_lowrank(
     x_ptr, w_ptr, s_ptr, b_ptr, c_ptr, d_in_ptr, d_out_ptr, bias_ptr, seed_ptr, u_ptr, y_ptr, z_ptr, sums_ptr,
     a_ptr, a_bias_ptr, g_ptr, t_ptr, threshold, scale, rescale,
     M, N, K, R, x_m, x_k, w_n, w_k, b_n, b_r, c_m, c_n, u_m, u_n, a_r, a_k, g_in, g_out,
-    BIAS_INSIDE: tl.constexpr, MASK: tl.constexpr, DUAL: tl.constexpr, INLINE: tl.constexpr,
+    BIAS_INSIDE: tl.constexpr, MASK: tl.constexpr, DUAL: tl.constexpr, INLINE: tl.constexpr, EVEN: tl.constexpr,
     H: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """MASK: dropout acts on the update. DUAL 1: the K loop runs over drop(x)·rescale and x less that; DUAL 2: over
-    x ⊙ d_in and x, and y = past + drop(acc − past)·rescale. INLINE: S is made here, from a_ptr on, and T stored."""
+    """MASK: dropout acts on the update. DUAL: the K loop also runs over x as it is, into past, and y = past +
+    drop(acc − past)·rescale. INLINE: S is made here, from a_ptr on, and T stored."""
     i_m, i_n = place(tl.program_id(0), M, N, BM, BN, GROUP)
     m, n = i_m * BM, i_n * BN
-    rows, cols = m + tl.arange(0, BM), n + tl.arange(0, BN)
+    cols = n + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), ACC)
     if b_ptr is not None and not INLINE:
         acc = _update(s_ptr, b_ptr, m, n, M, N, R, b_n, b_r, DTYPE, ACC, PRECISION, BM, BN, BR) * scale
         if MASK:
-            acc = tl.where(_kept(seed_ptr, rows, cols, N, threshold), acc, 0.0)
+            acc = tl.where(keep_tile(seed_ptr, m, n, N, threshold, EVEN, BM, BN), acc, 0.0)
     if DUAL:
         past = tl.zeros((BM, BN), ACC)
     if INLINE:
@@ -75,18 +69,14 @@ def gemm_lowrank(
             k = k0 + tl.arange(0, BK)
             x = matrix(x_ptr, m, k0, M, K, x_m, x_k, BM, BK)
             w = matrix(w_ptr, k0, n, K, N, w_k, w_n, BK, BN)
-            if DUAL == 2:
+            if DUAL:
                 past = dot(x, w, past, PRECISION)
             if d_in_ptr is not None:
                 x = (x.to(ACC) * vector(d_in_ptr, k, K).to(ACC)[None, :]).to(DTYPE)
-            if DUAL == 1:
-                dropped = (tl.where(_kept(seed_ptr, rows, k, K, threshold), x, 0.0).to(ACC) * rescale).to(DTYPE)
-                past = dot(x - dropped, w, past, PRECISION)
-                x = dropped
             acc = dot(x, w, acc, PRECISION)
             if INLINE:
                 if seed_ptr is not None:
-                    x = tl.where(_kept(seed_ptr, rows, k, K, threshold), x, 0.0)
+                    x = tl.where(keep_tile(seed_ptr, m, k0, K, threshold, EVEN, BM, BK), x, 0.0)
                 a = matrix(a_ptr, k0, 0, K, R, a_k, a_r, BK, BR).to(DTYPE)
                 inner = dot(x, a, inner, PRECISION)
     if INLINE:
@@ -96,8 +86,8 @@ def gemm_lowrank(
         if i_n == 0:
             put(t_ptr, inner.to(DTYPE), m, 0, M, R, R, 1, BM, BR)
         s = gate(activate(inner, H), g_ptr, 0, R, g_in, g_out, GATE, DTYPE, PRECISION, BR)
-        b = matrix(b_ptr, 0, n, R, N, b_r, b_n, BR, BN).to(DTYPE)
-        acc = dot((s * scale).to(DTYPE), b, acc, PRECISION)
+        b = matrix(b_ptr, 0, n, R, N, b_r, b_n, BR, BN)
+        acc = dot(s.to(DTYPE), (b.to(ACC) * scale).to(DTYPE), acc, PRECISION)
 
     if c_ptr is not None:
         acc += matrix(c_ptr, m, n, M, N, c_m, c_n, BM, BN).to(ACC)
@@ -107,8 +97,8 @@ def gemm_lowrank(
             acc += bias
     if z_ptr is not None:
         put(z_ptr, acc.to(DTYPE), m, n, M, N, N, 1, BM, BN)
-    if DUAL == 2:
-        acc = past + tl.where(_kept(seed_ptr, rows, cols, N, threshold), (acc - past) * rescale, 0.0)
+    if DUAL:
+        acc = past + tl.where(keep_tile(seed_ptr, m, n, N, threshold, EVEN, BM, BN), (acc - past) * rescale, 0.0)
     if sums_ptr is not None:
         u = matrix(u_ptr, m, n, M, N, u_m, u_n, BM, BN).to(ACC)
         tl.store(sums_ptr + i_m * N + cols, tl.sum(acc * u, 0), mask=cols < N)
@@ -118,8 +108,6 @@ def gemm_lowrank(
         if bias_ptr is not None:
             if not BIAS_INSIDE:
                 acc += bias
-        if DUAL == 1:
-            acc += past
         put(y_ptr, acc.to(DTYPE), m, n, M, N, N, 1, BM, BN)
 
 
@@ -127,21 +115,21 @@ def gemm_lowrank(
 def gemm_lowrank_tma(
     x_desc, w_desc, y_desc, z_desc, s_ptr, b_ptr, d_in_ptr, d_out_ptr, bias_ptr, seed_ptr, u_ptr, sums_ptr,
     threshold, scale, M, N, K, R, b_n, b_r, u_m, u_n,
-    BIAS_INSIDE: tl.constexpr, MASK: tl.constexpr, TRANSPOSED: tl.constexpr,
+    BIAS_INSIDE: tl.constexpr, MASK: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     LATE: tl.constexpr, FLATTEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """TRANSPOSED: w is stored (K, N), as W is for dx. LATE: the update follows the K loop, s scaled in its own tile."""
+    """TRANSPOSED: w is stored (K, N), as W is for dx. LATE: the update follows the K loop, the scale in B's tile."""
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, BM) * tl.cdiv(N, BN), tl.num_programs(0), flatten=FLATTEN):
         i_m, i_n = place(tile, M, N, BM, BN, GROUP)
         m, n = i_m * BM, i_n * BN
-        rows, cols = m + tl.arange(0, BM), n + tl.arange(0, BN)
+        cols = n + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), tl.float32)
         if b_ptr is not None and not LATE:
             acc = _update(s_ptr, b_ptr, m, n, M, N, R, b_n, b_r, DTYPE, tl.float32, PRECISION, BM, BN, BR) * scale
             if MASK:
-                acc = tl.where(_kept(seed_ptr, rows, cols, N, threshold), acc, 0.0)
+                acc = tl.where(keep_tile(seed_ptr, m, n, N, threshold, EVEN, BM, BN), acc, 0.0)
         for i_k in range(tl.cdiv(K, BK)):
             x = x_desc.load([m, i_k * BK])
             if d_in_ptr is not None:
@@ -153,8 +141,9 @@ def gemm_lowrank_tma(
                 acc = dot(x, w_desc.load([n, i_k * BK]).T, acc, PRECISION)
         if b_ptr is not None and LATE:
             for r0 in tl.range(0, R, BR, num_stages=1):
-                s = (matrix(s_ptr, m, r0, M, R, R, 1, BM, BR).to(tl.float32) * scale).to(DTYPE)
-                acc = dot(s, matrix(b_ptr, r0, n, R, N, b_r, b_n, BR, BN).to(DTYPE), acc, PRECISION)
+                s = matrix(s_ptr, m, r0, M, R, R, 1, BM, BR)
+                b = matrix(b_ptr, r0, n, R, N, b_r, b_n, BR, BN)
+                acc = dot(s, (b.to(tl.float32) * scale).to(DTYPE), acc, PRECISION)
         if bias_ptr is not None:
             bias = vector(bias_ptr, cols, N).to(tl.float32)[None, :]
             if BIAS_INSIDE:
@@ -212,7 +201,8 @@ class Result(NamedTuple):
 
 def _describable(t: Tensor) -> bool:
     """Whether TMA can address a matrix: rows contiguous, 16-byte aligned."""
-    return t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.shape[1] > 0
+    row = t.stride(0)
+    return t.stride(1) == 1 and row >= t.shape[1] > 0 and row * t.element_size() % 16 == t.data_ptr() % 16 == 0
 
 
 def _aligned(t: Tensor) -> bool:
@@ -241,7 +231,7 @@ def gemm(
     bias: Tensor | None = None,
     bias_inside: bool = True,
     mask: Mask | None = None,
-    dual: int = 0,
+    dual: bool = False,
     u: Tensor | None = None,
     want_y: bool = True,
     want_z: bool = False,
@@ -261,8 +251,9 @@ def gemm(
     kind = "gemm_lowrank_tma" if tma else "gemm_lowrank"
     aligned = all(_aligned(t) for t in (x if K else None, w) if t is not None)
     config = configs.choose(kind, arch, bits, M, N, K, R) if aligned else configs.UNALIGNED
-    if inline or dual or u is not None:
-        config = configs.narrow(config)
+    if inline or dual or u is not None or (want_z and update is not None):
+        config = configs.narrow(config, 128 if tma else 64)
+    BR = configs.rank_tile(R, INLINE_RANK if inline or bits == 16 else 32)
     tiles_m, tiles_n = configs.tiles(M, config.BM), configs.tiles(N, config.BN)
     sums = None if u is None else torch.empty(tiles_m, N, dtype=torch.promote_types(base.dtype, torch.float32),
                                               device=base.device)  # fmt: skip
@@ -281,7 +272,7 @@ def gemm(
         "u_ptr": u, "sums_ptr": sums, "BIAS_INSIDE": bias_inside, "MASK": masked,
         "PRECISION": launch.precision(base.dtype), "DTYPE": launch.TL[base.dtype],
         "BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP": config.group,
-        "BR": configs.rank_tile(R, INLINE_RANK if inline or bits == 16 else 32),
+        "BR": BR, "EVEN": N % 2 == 0 and (not inline or K % 2 == 0),
     }  # fmt: skip
     if tma:
         transposed = not _describable(w)
@@ -294,7 +285,9 @@ def gemm(
             "x_desc": describe(x, [config.BM, config.BK]), "w_desc": describe(stored, block),
             "y_desc": describe(result.y, tiles) if want_y else None,
             "z_desc": describe(result.z, tiles) if want_z else None,
-            "TRANSPOSED": transposed, "LATE": config.late and not masked, "FLATTEN": config.flatten,
+            "TRANSPOSED": transposed, "LATE": config.late and not masked,
+            # with d_in, whose tile passes through registers, Triton 3.6 serialises the flattened loop's wgmma (C7515)
+            "FLATTEN": config.flatten and d_in is None,
         }  # fmt: skip
         launch.submit(gemm_lowrank_tma, (programs,), {**common, **special}, config, base.device)
         return result

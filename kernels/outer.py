@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, launch
-from .dropout import keep
+from .dropout import keep_tile
 from .tile import activate, dot, gate, matrix, put, slope, vector
 
 BLOCK = 256  # sums a program of add_up
@@ -27,6 +27,7 @@ def _job(
     pid, share, part_ptr, u_ptr, v_ptr, d_ptr, z_ptr, seed_ptr, threshold, scale,
     M, C, R, rows_each, u_m, u_c, z_m, z_c, product_at, usum_at, dot_at, vsum_at, out_c, out_r,
     H: tl.constexpr, PRODUCT: tl.constexpr, USUM: tl.constexpr, SCALED_SUM: tl.constexpr, VSUM: tl.constexpr,
+    EVEN: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Columns of tile pid, rows of one share: uᵀ h(v), Σ u, Σ u ⊙ z and Σ v into the share's slot."""
@@ -46,8 +47,7 @@ def _job(
             dsum += tl.sum(u.to(ACC) * matrix(z_ptr, m0, c, last, C, z_m, z_c, BM, BC).to(ACC), 0)
         if PRODUCT:
             if seed_ptr is not None:
-                element = (m0 + tl.arange(0, BM)).to(tl.uint32)[:, None] * C + cols.to(tl.uint32)[None, :]
-                u = tl.where(keep(seed_ptr, element, threshold), u, 0.0)
+                u = tl.where(keep_tile(seed_ptr, m0, c, C, threshold, EVEN, BM, BC), u, 0.0)
             v = matrix(v_ptr, m0, r, last, R, R, 1, BM, BR)
             if VSUM:
                 vsum += tl.sum(v.to(ACC), 0)
@@ -78,7 +78,7 @@ def outer(
     u0_ptr, v0_ptr, d0_ptr, z0_ptr, scale0, C0, u0_m, u0_c, z0_m, z0_c, product0_at, usum_at, dot_at,
     u1_ptr, v1_ptr, d1_ptr, seed_ptr, threshold, scale1, C1, u1_m, u1_c, product1_at, vsum_at,
     H: tl.constexpr, PRODUCT0: tl.constexpr, PRODUCT1: tl.constexpr, USUM: tl.constexpr, SCALED_SUM: tl.constexpr,
-    VSUM: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    VSUM: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """Job 0 over dy: dB (C0, R), Σ dy (bias), Σ dy ⊙ z (d_out). Job 1 over x: dA (R, C1), Σ dT (a)."""
@@ -89,13 +89,13 @@ def outer(
             _job(
                 pid, share, part_ptr, u0_ptr, v0_ptr, d0_ptr, z0_ptr, None, 0, scale0,
                 M, C0, R, rows_each, u0_m, u0_c, z0_m, z0_c, product0_at, usum_at, dot_at, 0, R, 1,
-                H, PRODUCT0, USUM, SCALED_SUM, False, PRECISION, ACC, BM, BC, BR,
+                H, PRODUCT0, USUM, SCALED_SUM, False, False, PRECISION, ACC, BM, BC, BR,
             )  # fmt: skip
     elif PRODUCT1:
         _job(
             pid - tiles_0, share, part_ptr, u1_ptr, v1_ptr, d1_ptr, None, seed_ptr, threshold, scale1,
             M, C1, R, rows_each, u1_m, u1_c, 0, 0, product1_at, 0, 0, vsum_at, 1, C1,
-            "identity", True, False, False, VSUM, PRECISION, ACC, BM, BC, BR,
+            "identity", True, False, False, VSUM, EVEN, PRECISION, ACC, BM, BC, BR,
         )  # fmt: skip
 
 
@@ -257,6 +257,7 @@ def reduce_rows(first: OverDy | None, second: OverX | None, *parts: Tensor) -> t
         "u1_ptr": g.x, "v1_ptr": g.dT, "d1_ptr": g.d, "seed_ptr": g.seed, "threshold": g.threshold, "scale1": g.scale,
         "C1": C1, "u1_m": u1_m, "u1_c": u1_c, "product1_at": offsets.get("dA", 0), "vsum_at": offsets.get("da", 0),
         "H": f.h, "PRODUCT0": product0, "PRODUCT1": product1, "USUM": f.sums, "SCALED_SUM": f.scaled, "VSUM": g.sums,
+        "EVEN": C1 % 2 == 0,
         "PRECISION": launch.precision(some.dtype), "ACC": launch.acc(some.dtype),
         "BM": config.BM, "BC": BC, "BR": BR,
     }  # fmt: skip

@@ -28,7 +28,7 @@ def tanh(t):
 def activate(t, H: tl.constexpr):
     """h(t), exact (erf) gelu."""
     if H == "relu":
-        return tl.where(t > 0, t, 0.0)
+        return tl.where(t <= 0, 0.0, t)  # NaN stays NaN
     elif H == "silu":
         return t / (1 + tl.exp(-t))
     elif H == "gelu":
@@ -43,7 +43,7 @@ def activate(t, H: tl.constexpr):
 def slope(t, H: tl.constexpr):
     """h'(t)."""
     if H == "relu":
-        return tl.where(t > 0, 1.0, 0.0).to(t.dtype)
+        return tl.where(t <= 0, 0.0, 1.0).to(t.dtype)
     elif H == "silu":
         sigmoid = 1 / (1 + tl.exp(-t))
         return sigmoid * (1 + t * (1 - sigmoid))

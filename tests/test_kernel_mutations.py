@@ -77,10 +77,10 @@ MUTANTS = {
         "if seed_ptr is not None and BM < 0:",
         ("lora+dropout",),
     ),
-    "mask transposed": Mutant(
+    "mask of other rows": Mutant(
         "gemm_lowrank",
-        "rows.to(tl.uint32)[:, None] * width",
-        "rows.to(tl.uint32)[:, None] * 7",
+        "keep_tile(seed_ptr, m, n, N",
+        "keep_tile(seed_ptr, m + 1, n, N",
         ("lora+dropout",),
     ),
     "d_in dropped": Mutant(
@@ -134,9 +134,12 @@ MUTANTS = {
     ),
     "past dropped": Mutant(
         "gemm_lowrank",
-        "            acc += past\n",
-        "            acc += 0\n",
+        "acc = past + tl.where(",
+        "acc = tl.where(",
         ("dora+dropout",),
+    ),
+    "rest not what is dropped": Mutant(
+        "dropout", "tl.store(rest_ptr + element, x - kept", "tl.store(rest_ptr + element, x", ("dora+dropout",)
     ),
     "column sums of dx": Mutant(
         "gemm_lowrank",

@@ -128,6 +128,81 @@ def test_a_weight_that_trains(path):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+@interpreted
+@pytest.mark.parametrize("config", [fp.LoraConfig(r=3), fp.IA3Config(), fp.LieraConfig(r=3), fp.SSLConfig()])
+def test_x_that_does_not_fit_is_refused(config, path):
+    layer = fp.PeftLinear(32, 24, config=config)
+    for shape in ((5, 40), (100, 40), (100, 16)):
+        with pytest.raises(ValueError, match="last dimension must be in_features=32"):
+            layer(torch.randn(shape))
+    with pytest.raises(TypeError, match=r"x has dtype torch\.float16 but the weight has torch\.float32"):
+        layer(torch.randn(5, 32, dtype=torch.float16))
+
+
+@interpreted
+def test_results_may_be_changed_in_place():
+    layer = fp.PeftLinear(8, 6, config=fp.LoraConfig(r=2))
+    y = layer(torch.randn(2, 3, 8, requires_grad=True))
+    y.mul_(2).add_(1)
+    y.sum().backward()
+
+
+@interpreted
+@pytest.mark.parametrize("frozen", ["A", "a", "B", "d_in", "d_out", "bias"])
+def test_any_gradient_may_be_unwanted(frozen, path):
+    f = _factors(40, 24, 5, ("A", "a", "B", "d_in", "d_out", "bias"), h="gelu", p=0.5)
+    getattr(f, frozen).requires_grad_(False)
+    x, w, dy = (torch.randn(*s, dtype=torch.float64) for s in ((70, 40), (24, 40), (70, 24)))
+    leaves = [t for n in FULL if (t := getattr(f, n)) is not None and t.requires_grad]
+    got = []
+    for backend in ("triton", "eager"):
+        fp.set_backend(backend)
+        torch.manual_seed(1)
+        got.append(torch.autograd.grad(ops.linear(x, w, f), leaves, dy))
+    for a, b in zip(*got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+def test_strides_that_no_tile_takes(dtype):
+    layer = fp.PeftLinear(16, 24, config=fp.LoraConfig(r=3, init_lora_weights=False), dtype=dtype)
+    narrow, odd = torch.randn(70, 33).to(dtype)[:, :16], torch.randn(16, 70).to(dtype).t()
+    for x in (narrow, odd, torch.randn(1, 16).to(dtype).expand(70, 16)):
+        for reduce in (lambda y: y.sum(), lambda y: y.sum(0).square().sum()):
+            results = []
+            for backend in ("triton", "eager"):
+                fp.set_backend(backend)
+                leaf = x.detach().requires_grad_()
+                results.append(torch.autograd.grad(reduce(layer(leaf)), [leaf, *layer.adapter_tensors()]))
+            for a, b in zip(*results, strict=True):
+                assert (a - b).norm() <= (5e-3 if dtype == torch.float16 else 1e-6) * b.norm()
+
+
+@interpreted
+def test_relu_shows_nan_and_fp16_does_not_overflow_early():
+    f = _factors(16, 8, 2, ("A", "B"), torch.float16, h="relu")
+    x = torch.full((3, 16), float("nan"), dtype=torch.float16)
+    assert ops.linear(x, torch.zeros(8, 16, dtype=torch.float16), f).isnan().all()
+    big = Factors(A=torch.full((1, 16), 60.0), B=torch.full((80, 1), 1e-4), s=2.0)
+    x, w = torch.full((70, 16), 40.0, dtype=torch.float16), torch.zeros(80, 16, dtype=torch.float16)
+    for rows in (3, 70):  # one launch, and two
+        y = ops.linear(x[:rows], w, big)
+        torch.testing.assert_close(y.float(), torch.full((rows, 80), 7.68), rtol=1e-2, atol=0)
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+def test_tensor_subclasses_are_refused():
+    problem = Problem.of(dispatch.Operands(x=torch.randn(2, 4), w=torch.randn(3, 4).as_subclass(Wrapped)))
+    assert problem.subclasses == {"w is a Wrapped"}
+    assert (
+        "w is a Wrapped: a tensor subclass" in backend_file.Triton().reasons(_problem(subclasses=problem.subclasses))[0]
+    )
+
+
 HALF = [
     "lora",
     "lora+dropout",
@@ -149,6 +224,8 @@ DTYPES = [torch.float16, torch.float32, pytest.param(torch.bfloat16, id="bf16")]
 def test_accuracy(name, dtype, arch, monkeypatch):
     if arch == (9, 0) and dtype == torch.float32:
         pytest.skip("fp32 takes the pointer kernel")
+    if arch == (9, 0) and GPU and torch.cuda.get_device_capability() != arch:
+        pytest.skip("the TMA kernel is sm_90's")
     used = []
     submit = k.launch.submit
     monkeypatch.setattr(k.launch, "submit", lambda kernel, *a: used.append(kernel.__name__) or submit(kernel, *a))
@@ -305,6 +382,7 @@ def test_graph_capture():
     x.requires_grad_()
     step = lambda: torch.autograd.grad(layer(x), [x, *layer.adapter_tensors()], dy)  # noqa: E731
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         want = [g.clone() for g in step()]
     torch.cuda.current_stream().wait_stream(side)

@@ -14,6 +14,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dropout
@@ -24,15 +25,23 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_RANK = 512
 MARGIN = 1.03  # eager runs where it was measured faster by more than this
 _eager = eager.Eager()
+_aten = torch.ops.aten
 
 
 @cache
 def _kernels() -> SimpleNamespace:
     """The kernel modules, imported on first use: Triton reads TRITON_INTERPRET then."""
-    from ..kernels import configs, down, gemm_lowrank, hadamard, launch, outer, row_norm
+    from ..kernels import configs, down, dropout, gemm_lowrank, hadamard, launch, outer, row_norm
 
     return SimpleNamespace(
-        configs=configs, down=down, gemm=gemm_lowrank, hadamard=hadamard, launch=launch, outer=outer, row_norm=row_norm
+        configs=configs,
+        down=down,
+        dropout=dropout,
+        gemm=gemm_lowrank,
+        hadamard=hadamard,
+        launch=launch,
+        outer=outer,
+        row_norm=row_norm,
     )
 
 
@@ -47,7 +56,21 @@ def _missing() -> str | None:
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
-    return t if t is None or t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    """t as a matrix whose rows the kernels read fast: copied where its rows overlap (an expanded gradient), are not
+    contiguous or aligned though a copy's are, or lie so far apart that offsets in a tile exceed 32 bits."""
+    if t is None:
+        return None
+    t = t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
+    row, col = t.stride()
+    fine = col == 1 and t.shape[1] <= row < 1 << 23 and (row * t.itemsize % 16 == 0 or t.shape[1] * t.itemsize % 16)
+    return t if fine or t.shape[0] <= 1 else t.contiguous()
+
+
+def _fits(o: Operands) -> None:
+    """RuntimeError where x does not fit, before a kernel reads beyond an operand; ``ops`` words it."""
+    w = o.A if o.w is None else o.w
+    if w is not None and (o.x.shape[-1] != w.shape[1] or (o.w is not None and o.x.dtype != o.w.dtype)):
+        raise RuntimeError(f"x {tuple(o.x.shape)} {o.x.dtype} does not fit the weight {tuple(w.shape)} {w.dtype}")
 
 
 def _dense(o: Operands) -> Operands:
@@ -81,6 +104,8 @@ class Triton:
             found.append(f"x is on {problem.device}, the kernels run on cuda; move the model and its inputs with .to()")
         if problem.elsewhere:
             found.append(f"x is on {problem.device} but {', '.join(sorted(problem.elsewhere))}; move them with .to()")
+        if problem.subclasses:
+            found.append(f"{', '.join(sorted(problem.subclasses))}: a tensor subclass has no memory of its own to read")
         if problem.arch is not None and problem.arch < (8, 0):
             found.append(f"sm_{problem.arch[0]}{problem.arch[1]} is older than sm_80")
         if problem.dtype not in _FLOATS and not (interpreting and problem.dtype == torch.float64):
@@ -104,20 +129,24 @@ class Triton:
     def forward(self, o: Operands, keep_z: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if _plain(o):
             return _eager.forward(o, keep_z)
+        _fits(o)
         k, o = _kernels(), _dense(o)
         x, c = _rows(o.x), _rows(o.c)
         lead = (x if c is None else c).shape[0] if o.x.dim() == 2 else o.x.shape[:-1]
         if o.hadamard:
             y = k.hadamard.product(x, o.w, o.B, o.A, o.s, o.bias)
-            return y if o.x.dim() == 2 else y.view(*lead, y.shape[1]), None, None
+            return y if o.x.dim() == 2 else _aten._unsafe_view(y, (*lead, y.shape[1])), None, None
         N = next(t for t in (o.w, o.B) if t is not None).shape[0] if c is None else c.shape[1]
-        mask, dual, T, update = None, 0, None, None
+        mask, rest, T, update = None, None, None, None
         if o.seed is not None:
             mask = k.gemm.Mask(o.seed, dropout.threshold(o.p), 1 / (1 - o.p))
-            dual = int(o.drop_base and o.w is not None)
+            if o.drop_base and o.w is not None:  # two GEMMs: what is kept goes on, what is dropped joins at the end
+                x = x if o.d_in is None else x * o.d_in.to(x.dtype)
+                x, rest = k.dropout.parts(x.contiguous(), *mask)
+                o, mask = o._replace(d_in=None, seed=None), None
         if o.A is not None:
             rank, rows = o.A.shape[0], x.shape[0]
-            if o.w is not None and not dual and rows <= k.configs.INLINE_ROWS and rank <= k.gemm.INLINE_RANK:
+            if o.w is not None and rest is None and rows <= k.configs.INLINE_ROWS and rank <= k.gemm.INLINE_RANK:
                 update = k.gemm.Inline(o.A, o.a, o.G, o.h, o.B, o.s)
             else:
                 threshold, rescale = (0, 1.0) if mask is None else mask[1:]
@@ -125,9 +154,11 @@ class Triton:
                 update = k.gemm.Update(S, o.B, o.s)
         result = k.gemm.gemm(
             x, o.w, (x.shape[0], N), update, c, o.d_in, o.d_out, o.bias, o.d_out is None or o.scale_bias,
-            mask if dual or isinstance(update, k.gemm.Inline) else None, dual, want_z=keep_z,
+            mask if isinstance(update, k.gemm.Inline) else None, want_z=keep_z,
         )  # fmt: skip
-        y = result.y if o.x.dim() == 2 else result.y.view(*lead, N)
+        if rest is not None:
+            result.y.add_(F.linear(rest, o.w))
+        y = result.y if o.x.dim() == 2 else _aten._unsafe_view(result.y, (*lead, N))  # a view of nothing
         return y, result.T if T is None else T, result.z
 
     def backward(
@@ -148,10 +179,10 @@ class Triton:
         if o.hadamard:
             return self._hadamard_backward(k, dy, lead, x, o, want, grads)[: len(need)]
 
-        M, mask, dual, dT = dy.shape[0], None, 0, None
+        M, mask, dual, dT = dy.shape[0], None, False, None
         if o.seed is not None:
             mask = k.gemm.Mask(o.seed, dropout.threshold(o.p), 1 / (1 - o.p))
-            dual = 2 * int(o.drop_base and o.w is not None)
+            dual = o.drop_base and o.w is not None
         parts: dict[str, Tensor] = {}  # partial sums, (shares, n): what each becomes
         if o.A is not None and (into_x or want.A or want.a):
             alone = (want.B or want.G) and not (want.bias or want.d_out)  # else dy is read again anyway
@@ -186,7 +217,10 @@ class Triton:
                 dy, T if into_dy else None, o.h, o.d_out, o.s, want.bias, o.scale_bias and o.d_out is not None,
                 z if want.d_out else None,
             )  # fmt: skip
-        if want.A or want.a:
+        da = torch.sum(dT, 0, dtype=o.a.dtype) if want.a and not want.A else None  # x is not kept then
+        if da is not None:
+            grads = grads._replace(a=da)
+        if want.A:
             seed = () if mask is None else mask
             second = k.outer.OverX(x, dT, o.d_in, *seed, sums=want.a)
         sums, others = k.outer.reduce_rows(first, second, *parts.values())
