@@ -32,7 +32,7 @@ from fused_peft.kernels import configs, gemm_lowrank, hadamard, row_norm
 
 GEMM, FP32, MEMORY = 790e12, 54e12, 4.3e12  # FLOP/s achieved in bf16, and in fp32 without tf32; bytes/s
 PROCESSORS, MATRIX_GATE = 132, 128  # streaming multiprocessors; the largest G (r, r) our kernels take
-KERNELS = {*configs.KINDS, "add_up"}
+KERNELS = {*configs.KINDS, "add_up", "split"}
 ROWS, RANKS = (1, 16, 128, 1024, 8192), (8, 16, 64, 256)
 WIDTHS = ((4096, 4096), (4096, 14336), (14336, 4096), (1024, 1024))  # K, N
 # method: its operands beside x and W, and options, both as fused_peft.aot writes them
@@ -149,10 +149,13 @@ def _ours_forward(q: Schedule) -> None:
         tiles = ceil(N / configs.narrow(q.tile("gemm_lowrank", M, N, K), 64).BN)  # each makes S
         flops = q.base + tiles * (q.down + q.gate) + q.up
         return q.fused("gemm_lowrank", "x w A a G M B d_out seed -> y z T", flops)
+    if q.dual:
+        q.fused("split", "x seed -> x x", 0)
     if q.low:
-        q.fused("down", f"x A a G M seed -> T {q.S if q.S != 'T' else ''}", q.down + q.gate)
-    seed = "seed" if q.dual else ""
-    q.fused("gemm_lowrank", f"x w {q.S} B d_in d_out {seed} -> y z", q.base * (1 + q.dual) + q.up)
+        seed = "" if q.dual else "seed"
+        q.fused("down", f"x A a G M {seed} -> T {q.S if q.S != 'T' else ''}", q.down + q.gate)
+    q.fused("gemm_lowrank", f"x w {q.S} B d_in d_out -> y z", q.base + q.up)
+    q.torch("mm x w -> y; add y y -> y" if q.dual else "")
 
 
 def _ours_backward(q: Schedule) -> None:
