@@ -1,4 +1,5 @@
-# make test: everything CI checks.  make gate: compile every kernel.  make demo: a fine-tuning run on real weights.  make bench: CPU figures.
+# make test: everything CI checks.  make gate: compile every kernel.
+# make demo: a fine-tuning run on real weights.  make bench: CPU figures.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import os
 import statistics
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import demo
 import peft
+import tables
 import torch
 from cpu import KEEP_MEMORY
 
@@ -64,11 +64,7 @@ def main() -> None:
     found = measure(args.rounds)
     for row in found:
         print(*row.values(), sep="\t")
-    if args.out:
-        with args.out.open("w", newline="") as f:
-            writer = csv.DictWriter(f, found[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
+    tables.write(args.out, found)
 
 
 if __name__ == "__main__":

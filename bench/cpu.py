@@ -11,7 +11,6 @@ method is above 1.02 of HF PEFT's (the run-to-run noise) or LoRA above 1.10 of t
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import platform
 import statistics
@@ -19,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import tables
 import torch
 from baselines import CPU_SHAPES, contenders
 
@@ -84,12 +84,7 @@ def main() -> int:
             failures.append(f"{row['step']} is {row['vs_peft_p50']} of HF PEFT at {row['shape']} {row['dtype']}")
         if row["step"] == "lora ours" and row["shape"] == str(CPU_SHAPES[0]) and row["ratio_p50"] > 1.10:
             failures.append(f"lora is {row['ratio_p50']} of the frozen layer at {row['shape']} {row['dtype']}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as f:
-            writer = csv.DictWriter(f, measured[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(measured)
+    tables.write(args.out, measured)
     print("\n".join(failures))
     return bool(failures and args.check)
 

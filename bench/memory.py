@@ -8,9 +8,9 @@
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
+import tables
 import torch
 from torch import nn
 
@@ -84,12 +84,7 @@ def main() -> None:
     found = rows()
     for row in found:
         print("{method:<18} {ours:>8} {HF PEFT:>8}".format(**row))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as f:
-            writer = csv.DictWriter(f, found[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
+    tables.write(args.out, found)
 
 
 if __name__ == "__main__":

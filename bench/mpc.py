@@ -8,11 +8,11 @@ Forward + backward of the penalty, and of the model without it; medians of inter
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import time
 from pathlib import Path
 
+import tables
 import torch
 from transformers import RobertaConfig, RobertaModel
 
@@ -49,14 +49,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     found = measure(args.rounds)
-    rows = [(name, f"{ms:.2f}", f"{100 * ms / found['model']:.3f}") for name, ms in found.items()]
+    columns = ("forward + backward", "milliseconds", "percent_of_the_model", "torch")
+    rows = [(name, f"{ms:.2f}", f"{100 * ms / found['model']:.3f}", torch.__version__) for name, ms in found.items()]
     for row in rows:
         print(f"{row[0]:<8}{row[1]:>12} ms{row[2]:>10} %")
-    if args.out:
-        with args.out.open("w", newline="") as f:
-            writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(("forward + backward", "milliseconds", "percent_of_the_model", "torch"))
-            writer.writerows((*row, torch.__version__) for row in rows)
+    tables.write(args.out, [dict(zip(columns, row, strict=True)) for row in rows])
 
 
 if __name__ == "__main__":

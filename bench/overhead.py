@@ -9,11 +9,11 @@ autograd path. Medians of interleaved repeats.
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
 import timeit
 from pathlib import Path
 
+import tables
 import torch
 import torch.nn.functional as F
 from baselines import PAIRS, TINY, linear_for
@@ -94,12 +94,10 @@ def main() -> None:
     found = measure(args.repeats)
     for name, value in found.items():
         print(f"{name:<45} {value:8.2f}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as f:
-            writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(("case", "microseconds_or_ratio", "torch"))
-            writer.writerows((name, f"{value:.2f}", torch.__version__) for name, value in found.items())
+    tables.write(
+        args.out,
+        [{"case": n, "microseconds_or_ratio": f"{v:.2f}", "torch": torch.__version__} for n, v in found.items()],
+    )
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ A table stands between `<!-- name -->` and `<!-- /name -->`; nothing between the
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+
+import tables
 
 from fused_peft.__main__ import method_table
 
@@ -18,8 +19,7 @@ RESULTS = ROOT / "bench/results"
 
 
 def rows(name: str) -> list[dict[str, str]]:
-    with (RESULTS / name).open(newline="") as f:
-        return list(csv.DictReader(f))
+    return tables.read(RESULTS / name)
 
 
 def markdown(header: list[str], body: list[list[str]]) -> str:

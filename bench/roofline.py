@@ -20,13 +20,13 @@ computes for longer than it moves data, costs nothing here.
 from __future__ import annotations
 
 import argparse
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import ceil, isqrt, prod
 from pathlib import Path
 
+import tables
 from baselines import Shape
 from fused_peft.kernels import configs, gemm_lowrank, hadamard, row_norm
 
@@ -321,12 +321,7 @@ def main() -> None:
     line = "{:<17}" + "{:>6}" * 3 + "{:>5}  {:<18}" + "{:>8}" * 3 + "{:>12}{:>13}{:>15}"
     for values in (found[0], *(row.values() for row in found)):
         print(line.format(*values))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="") as f:
-            writer = csv.DictWriter(f, found[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
+    tables.write(args.out, found)
 
 
 if __name__ == "__main__":

@@ -94,38 +94,37 @@ VARIANTS = {
 SHAPES = ((8192, 4096, 4096), (1024, 1024, 1024), (16, 4096, 4096))  # M, K, N
 
 
+def _variant(label: str, M: int, K: int, N: int, r: int, dtype, wide) -> Operands:
+    names, options = VARIANTS[label]
+    return _operands(M, K, N, r, dtype, wide, names, **options)
+
+
 def problems(arch: str) -> Iterator[tuple[str, Operands]]:
     """(label, operands): every variant in bf16, some in other dtypes and ranks, and every shape of the tuned table."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    for (names, options), (M, K, N), label in ((VARIANTS[v], s, v) for v, s in product(VARIANTS, SHAPES)):
-        yield label, _operands(M, K, K if "c" in names.split() else N, 16, bf16, fp32, names, **options)
+    for label, (M, K, N) in product(VARIANTS, SHAPES):
+        yield label, _variant(label, M, K, K if label == "bottleneck" else N, 16, bf16, fp32)
     for label, dtype, wide, r in (
         ("lora", fp16, fp16, 16), ("lora-bias-dropout", fp32, fp32, 16), ("dora-dropout", fp16, fp32, 64),
         ("adapter", bf16, bf16, 64), ("lora", bf16, fp32, 256), ("dora", fp32, fp32, 128), ("lora", bf16, fp32, 512),
         ("hadamard", fp32, fp32, 16), ("ssb", fp32, fp32, 16), ("flora", bf16, fp32, 128),
     ):  # fmt: skip
-        names, options = VARIANTS[label]
         for M, K, N in SHAPES[:1] if r > 64 or wide == fp32 == dtype else (SHAPES[0], SHAPES[2]):
-            yield f"{label}-r{r}", _operands(M, K, N, r, dtype, wide, names, **options)
-    for r, M in product((8, 24, 64), (64, 100, 8192)):  # small and odd ranks, and rows that fill no tile
-        for label in ("lora", "dora", "dora-dropout"):
-            names, options = VARIANTS[label]
-            yield f"{label}-r{r}-M{M}", _operands(M, 4096, 4096, r, bf16, fp32, names, **options)
-    odd = _operands(1000, 333, 777, 12, bf16, fp32, "w A B")  # what TMA cannot address: the pointer kernel
-    yield "lora-odd", odd
-    yield "ssb-odd", _operands(1000, 333, 777, 12, bf16, fp32, "w bias d_in d_out")
+            yield f"{label}-r{r}", _variant(label, M, K, N, r, dtype, wide)
+    for r, M, label in product((8, 24, 64), (64, 100, 8192), ("lora", "dora", "dora-dropout")):
+        yield f"{label}-r{r}-M{M}", _variant(label, M, 4096, 4096, r, bf16, fp32)  # ranks and rows that fill no tile
+    for label in ("lora", "ssb"):  # what TMA cannot address: the pointer kernel
+        yield f"{label}-odd", _variant(label, 1000, 333, 777, 12, bf16, fp32)
     for label in ("lora-bias-dropout", "adapter", "ssb", "dora-dropout", "hadamard"):  # ones become constants
-        names, options = VARIANTS[label]
-        yield f"{label}-ones", _operands(1, 33, 1, 1, bf16, fp32, names, **options)
-        yield f"{label}-one-in", _operands(70, 1, 33, 1, fp16, fp16, names, **options)
-    yield "lora-tf32", _operands(8192, 4096, 4096, 16, fp32, fp32, "w A B")
+        yield f"{label}-ones", _variant(label, 1, 33, 1, 1, bf16, fp32)
+        yield f"{label}-one-in", _variant(label, 70, 1, 33, 1, fp16, fp16)
+    yield "lora-tf32", _variant("lora", 8192, 4096, 4096, 16, fp32, fp32)
+    made_by = dict.fromkeys(("hadamard", "form", "hadamard_grads"), "hadamard") | {"row_norm": "dora"}
     for entry in _kernels().configs.tuned():
         kind, where, bits, M, N, K, r = entry.split()
         if where == arch:
-            dtype = {"16": bf16, "32": fp32}[bits]
-            label = "hadamard" if kind.startswith("hadamard") else "dora" if kind == "row_norm" else "lora"
-            names, options = VARIANTS[label]
-            yield f"{label}-tuned", _operands(int(M), int(K) or 4096, int(N), int(r), dtype, fp32, names, **options)
+            label, dtype = made_by.get(kind, "lora"), {"16": bf16, "32": fp32}[bits]
+            yield f"{label}-tuned", _variant(label, int(M), int(K) or 4096, int(N), int(r), dtype, fp32)
 
 
 def launches(arch: str) -> dict[str, object]:

@@ -88,9 +88,8 @@ def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int,
         return Config(16, 0, 32 if wide else 64 if r > 64 else 128, 4, 2 if wide or r > 64 else 3)
     if kind == "down":
         depth = 32 if wide and r > 64 else 64 if wide or r > 32 else 128
-        tall = (
-            16 if M < 4096 or (wide and r > 64) else 32 if wide or r > 32 or M < 8192 else 64
-        )  # programs enough for the memory
+        few = M < 4096 or (wide and r > 64)  # short tiles, so that there are programs enough for the memory
+        tall = 16 if few else 32 if wide or r > 32 or M < 8192 else 64
         return Config(tall, 0, depth, 8 if wide and r > 64 else 4, 2 if wide or r > 64 else 3)
     if kind == "back":
         return Config(128, 128 if arch >= (9, 0) and not wide else 64, 0, 8, 3)

@@ -262,12 +262,12 @@ def gemm(
     if not M or not N:
         return result
     masked = not inline and update is not None and update.masked
+    B = None if update is None else update.B
+    (b_n, b_r), (u_m, u_n) = launch.strides(B), launch.strides(u)
     common = {
         "threshold": 0 if mask is None else mask.threshold, "scale": 1.0 if update is None else update.scale,
-        "b_n": 0 if update is None else update.B.stride(0), "b_r": 0 if update is None else update.B.stride(1),
-        "u_m": 0 if u is None else u.stride(0), "u_n": 0 if u is None else u.stride(1),
-        "M": M, "N": N, "K": K, "R": R,
-        "s_ptr": None if inline or update is None else update.S, "b_ptr": None if update is None else update.B,
+        "b_n": b_n, "b_r": b_r, "u_m": u_m, "u_n": u_n, "M": M, "N": N, "K": K, "R": R,
+        "s_ptr": None if inline or update is None else update.S, "b_ptr": B,
         "d_in_ptr": d_in, "d_out_ptr": d_out, "bias_ptr": bias, "seed_ptr": None if mask is None else mask.seed,
         "u_ptr": u, "sums_ptr": sums, "BIAS_INSIDE": bias_inside, "MASK": masked,
         "PRECISION": launch.precision(base.dtype), "DTYPE": launch.TL[base.dtype],
@@ -291,11 +291,10 @@ def gemm(
         }  # fmt: skip
         launch.submit(gemm_lowrank_tma, (programs,), {**common, **special}, config, base.device)
         return result
-    stride = lambda t: (0, 0) if t is None else t.stride()  # noqa: E731
-    (x_m, x_k), (w_n, w_k), (c_m, c_n) = stride(x if K else None), stride(w), stride(c)
+    (x_m, x_k), (w_n, w_k), (c_m, c_n) = launch.strides(x if K else None), launch.strides(w), launch.strides(c)
     A, a, G, h = update[:4] if inline else (None, None, None, "identity")
-    a_r, a_k = stride(A)
-    g_out, g_in = stride(G) if G is not None and G.dim() == 2 else (0, 0)
+    a_r, a_k = launch.strides(A)
+    g_out, g_in = launch.strides(G if G is not None and G.dim() == 2 else None)
     special = {
         "x_ptr": x if K else None, "w_ptr": w, "c_ptr": c, "y_ptr": result.y, "z_ptr": result.z, "t_ptr": T,
         "a_ptr": A, "a_bias_ptr": a, "g_ptr": G, "rescale": 1.0 if mask is None else mask.rescale,

@@ -111,6 +111,15 @@ def _common(x: Tensor, w: Tensor, scale: float, M: int, R: int, kind: str):
     return config, args
 
 
+def _two(left: Tensor, right: Tensor) -> dict:
+    """The arguments of the two factors."""
+    (left_n, left_r), (right_r, right_k) = left.stride(), right.stride()
+    return {
+        "left_ptr": left, "right_ptr": right,
+        "left_n": left_n, "left_r": left_r, "right_r": right_r, "right_k": right_k,
+    }  # fmt: skip
+
+
 def product(x: Tensor, w: Tensor, left: Tensor, right: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """x (M, K) times (w ⊙ (1 + scale·left right))ᵀ, w (N, K) in any strides, left (N, R), right (R, K) -> (M, N)."""
     (M, _), N = x.shape, w.shape[0]
@@ -119,10 +128,7 @@ def product(x: Tensor, w: Tensor, left: Tensor, right: Tensor, scale: float, bia
     y = x.new_empty(M, N)
     if M:
         config, args = _common(x, w, scale, M, left.shape[1], "hadamard")
-        args |= {
-            "left_ptr": left, "right_ptr": right, "bias_ptr": bias, "y_ptr": y,
-            "left_n": left.stride(0), "left_r": left.stride(1), "right_r": right.stride(0), "right_k": right.stride(1),
-        }  # fmt: skip
+        args |= _two(left, right) | {"bias_ptr": bias, "y_ptr": y}
         grid = (configs.tiles(M, config.BM) * configs.tiles(N, config.BN),)
         launch.submit(hadamard, grid, args, config, x.device)
     return y
@@ -135,10 +141,7 @@ def formed(w: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
     (N, K), R = w.shape, left.shape[1]
     out = w.new_empty(N, K)
     config, args = _common(w, w, scale, N, R, "form")
-    args |= {
-        "left_ptr": left, "right_ptr": right, "out_ptr": out,
-        "left_n": left.stride(0), "left_r": left.stride(1), "right_r": right.stride(0), "right_k": right.stride(1),
-    }  # fmt: skip
+    args |= _two(left, right) | {"out_ptr": out}
     launch.submit(form, (configs.tiles(N, config.BN), configs.tiles(K, config.BK)), args, config, w.device)
     return out
 

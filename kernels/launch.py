@@ -98,6 +98,11 @@ def acc(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+def strides(t: torch.Tensor | None) -> tuple[int, int]:
+    """Of a matrix; zeros for an absent one."""
+    return (0, 0) if t is None else t.stride()
+
+
 def submit(kernel, grid: tuple[int, ...], args: dict[str, Any], config: Config, device: torch.device) -> None:
     """Start the kernel on the current stream of ``device``, or write the launch down while recording. Of ``args`` the
     kernel takes those it names."""

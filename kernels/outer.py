@@ -246,9 +246,8 @@ def reduce_rows(first: OverDy | None, second: OverX | None, *parts: Tensor) -> t
     rows_each = configs.tiles(configs.tiles(M, shares), config.BM) * config.BM
     shares = configs.tiles(M, rows_each)
     part = torch.empty(shares, slot, dtype=wide, device=device)
-    stride = lambda t: (0, 0) if t is None else t.stride()  # noqa: E731
     f, g = first or OverDy(None), second or OverX(None, None)
-    (u0_m, u0_c), (z0_m, z0_c), (u1_m, u1_c) = stride(f.dy), stride(f.z), stride(g.x)
+    (u0_m, u0_c), (z0_m, z0_c), (u1_m, u1_c) = (launch.strides(t) for t in (f.dy, f.z, g.x))
     args = {
         "part_ptr": part, "slot": slot, "rows_each": rows_each, "tiles_0": tiles_0, "M": M, "R": R,
         "u0_ptr": f.dy, "v0_ptr": f.T, "d0_ptr": f.d, "z0_ptr": f.z, "scale0": f.scale, "C0": C0,

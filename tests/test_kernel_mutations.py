@@ -6,16 +6,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cases import CASES, Shape
-from oracle import build, disagreements, inputs
+from cases import CASES, WIDE
+from oracle import INTERPRETED, build, disagreements, inputs
 
 import fused_peft as fp
+from fused_peft import verify
 from fused_peft.backends import triton as backend_file
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="fp64 runs in the interpreter only")
-TOLERANCE = 2e-7
-SHAPE = Shape((300,), 65, 72, 5)  # several tiles each way and several row shares
 k = backend_file._kernels()
 
 
@@ -176,6 +175,18 @@ MUTANTS = {
 MODULES = {"gemm_lowrank": "gemm"}
 
 
+def mutated(file, before, after, monkeypatch, tmp_path):
+    """Put the kernel file in force with one text replaced."""
+    source = (fp.source_dir("kernels") / f"{file}.py").read_text()
+    assert before in source
+    (tmp_path / "mutant.py").write_text(source.replace(before, after))
+    spec = importlib.util.spec_from_file_location(f"fused_peft.kernels.mutant_{file}", tmp_path / "mutant.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(k, MODULES.get(file, file), module)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_kernel_mutant_is_caught(name, monkeypatch, tmp_path):
     mutant = MUTANTS[name]
@@ -183,13 +194,47 @@ def test_kernel_mutant_is_caught(name, monkeypatch, tmp_path):
     monkeypatch.setattr(k.configs, "INLINE_ROWS", 0)
     one_read = "one read" in name or "N block" in name
     monkeypatch.setattr(k.configs, "one_read", lambda *shape: one_read)
-    source = (fp.source_dir("kernels") / f"{mutant.file}.py").read_text()
-    assert mutant.before in source
-    (tmp_path / "mutant.py").write_text(source.replace(mutant.before, mutant.after))
-    spec = importlib.util.spec_from_file_location(f"fused_peft.kernels.mutant_{mutant.file}", tmp_path / "mutant.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(k, MODULES.get(mutant.file, mutant.file), module)
+    mutated(mutant.file, mutant.before, mutant.after, monkeypatch, tmp_path)
     for case in (c for c in CASES if c.name in mutant.cases):
-        assert disagreements(case, build(case, SHAPE), *inputs(SHAPE), TOLERANCE), case.name
+        assert disagreements(case, build(case, WIDE), *inputs(WIDE), INTERPRETED), case.name
+
+
+class TmaMutant(NamedTuple):
+    config: str  # verify's name
+    before: str
+    after: str | None = None  # None: the branch that ``before`` opens is never taken
+
+
+# of the TMA kernel, which takes 16-bit operands
+TMA_MUTANTS = {
+    "last K block dropped": TmaMutant("ssb", "range(tl.cdiv(K, BK))", "range(tl.cdiv(K, BK) - 1)"),
+    "late phase skipped": TmaMutant("lora", "if b_ptr is not None and LATE:"),
+    "late scale dropped": TmaMutant("lora", "(b.to(tl.float32) * scale)", "(b.to(tl.float32))"),
+    "late scale doubled": TmaMutant("lora", "(b.to(tl.float32) * scale)", "(b.to(tl.float32) * (2 * scale))"),
+    "mask dropped": TmaMutant("lora+dropout", "            if MASK:"),
+    "early scale dropped": TmaMutant("lora+dropout", "PRECISION, BM, BN, BR) * scale", "PRECISION, BM, BN, BR)"),
+    "d_in dropped": TmaMutant("ssb", "            if d_in_ptr is not None:"),
+    "d_out dropped": TmaMutant("ia3", "            if d_out_ptr is not None:"),
+    "bias dropped": TmaMutant("lora", "            if BIAS_INSIDE:"),
+    "outer bias dropped": TmaMutant("ssb", "                if not BIAS_INSIDE:"),
+    "z not written": TmaMutant("dora", "            z_desc.store([m, n], acc.to(DTYPE))", "            pass"),
+    "column sums of x": TmaMutant("ssb", "tl.sum(acc * u, 0)", "tl.sum(u, 0)"),
+}
+
+
+def tma_faults(config):
+    """Results of a layer through the TMA kernel that are above their limit, in fp16."""
+    fp.set_backend("triton")
+    with k.launch.pretend((9, 0)):
+        errors = verify.measure(verify.configs()[config], torch.float16, shape=(130, 136, 72), draws=1)
+    rows = [verify.Row(config, torch.float16, tensor, *pair) for tensor, pair in errors.items()]
+    return [row for row in rows if not row.error <= row.limit]
+
+
+@pytest.mark.parametrize("name", TMA_MUTANTS)
+def test_tma_mutant_is_caught(name, monkeypatch, tmp_path, poison):
+    mutant = TMA_MUTANTS[name]
+    assert not tma_faults(mutant.config)
+    after = mutant.before.replace(":", " and BM < 0:") if mutant.after is None else mutant.after
+    mutated("gemm_lowrank", mutant.before, after, monkeypatch, tmp_path)
+    assert tma_faults(mutant.config)

@@ -8,8 +8,8 @@ import re
 
 import pytest
 import torch
-from cases import CASES, SHAPES, Shape
-from oracle import build, disagreements, inputs
+from cases import CASES, SHAPES, WIDE
+from oracle import INTERPRETED, build, disagreements, inputs
 
 import fused_peft as fp
 from fused_peft import dispatch, ops, verify
@@ -20,8 +20,6 @@ from fused_peft.factors import Factors
 pytest.importorskip("triton", reason="Triton runs on Linux")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-TOLERANCE = 2e-7
-WIDE = Shape((300,), 65, 72, 5)  # several tiles each way, none of them full, and several row shares
 interpreted = pytest.mark.skipif(GPU, reason="fp64 runs in the interpreter only")
 k = backend_file._kernels()
 
@@ -44,14 +42,14 @@ def path(request, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_every_method_is_its_formula(case, shape, poison):
-    assert not disagreements(case, build(case, shape), *inputs(shape), TOLERANCE)
+    assert not disagreements(case, build(case, shape), *inputs(shape), INTERPRETED)
 
 
 @interpreted
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_several_tiles_and_strided_inputs(case, path, poison):
     layer, (x, dy) = build(case, WIDE), inputs(WIDE)
-    assert not disagreements(case, layer, x.t().contiguous().t(), dy.repeat(1, 2)[:, : WIDE.N], TOLERANCE)
+    assert not disagreements(case, layer, x.t().contiguous().t(), dy.repeat(1, 2)[:, : WIDE.N], INTERPRETED)
 
 
 FULL = ("A", "a", "G", "B", "d_in", "d_out", "bias")
@@ -63,7 +61,7 @@ def _factors(K, N, r, names, dtype=torch.float64, **options):
     return Factors(**{n: t.requires_grad_() for n, t in made.items()}, **options)
 
 
-def _compare(f, M=9, K=40, N=24, w=True, c=False, tolerance=TOLERANCE):
+def _compare(f, M=9, K=40, N=24, w=True, c=False, tolerance=INTERPRETED):
     """The op against the written-out expression: y and every gradient."""
     dtype = next(t for t in (f.A, f.d_in, f.d_out) if t is not None).dtype
     x, dy = (torch.randn(M, n, dtype=dtype, device=DEVICE) for n in (K, N))

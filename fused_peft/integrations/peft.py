@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import warnings
+from functools import reduce
+from operator import mul
 
 import torch
 from peft.tuners import adalora, ia3, lora
@@ -44,22 +46,26 @@ class _Fused:
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if args or kwargs or self.disable_adapters or self.merged or self.unfused(x):
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        weight = base.weight.t() if not isinstance(base, nn.Linear) else base.weight
+        weight, bias = self.base_matrix(), self.base_layer.bias
         found = self.fused_factors(weight)
         if not found:
-            return ops.plain_linear(x, weight, base.bias)
-        y = ops.linear(x, weight, found[0], base.bias, None, self.training)
+            return ops.plain_linear(x, weight, bias)
+        y = ops.linear(x, weight, found[0], bias, None, self.training)
         for f in found[1:]:
             y = ops.linear(x, None, f, None, y, self.training)
         return y
+
+    def base_matrix(self) -> Tensor:
+        """The base weight as (out, in); Conv1D stores it the other way round."""
+        base = self.base_layer
+        return base.weight if isinstance(base, nn.Linear) else base.weight.t()
 
     def unfused(self, x: Tensor | None = None) -> str | None:
         """Why a call, on x where one is given, takes PEFT's forward; None where it is fused."""
         base = self.base_layer
         if not is_linear(base):
             return f"its base is a {type(base).__module__}.{type(base).__name__}, not a plain linear layer"
-        reason = _called(base, (nn.Linear, type(base)) if not isinstance(base, nn.Linear) else (nn.Linear,), "base")
+        reason = _called(base, (nn.Linear if isinstance(base, nn.Linear) else type(base),), "base")
         if reason is None and not base.weight.dtype.is_floating_point:
             reason = f"its base weight has dtype {base.weight.dtype}"
         if (
@@ -89,8 +95,8 @@ class FusedLoraLinear(_Fused, lora.Linear):
         used = self._used()
         for name in used:
             variant = self.lora_variant.get(name)
-            if variant is not None and not isinstance(variant, DoraLinearVariant) and variant is not DoraLinearVariant:
-                return f"adapter {name!r} is a variant of LoRA ({getattr(variant, '__name__', type(variant).__name__)})"
+            if variant is not None and not isinstance(variant, DoraLinearVariant):
+                return f"adapter {name!r} is a variant of LoRA ({type(variant).__name__})"
             if variant is not None and (len(used) > 1 or self.ephemeral_gpu_offload or self.lora_bias[name]):
                 return f"adapter {name!r} is DoRA with other adapters, a bias or offloading beside it"
             for part in (self.lora_A[name], self.lora_B[name]):
@@ -142,11 +148,10 @@ class FusedIA3Linear(_Fused, ia3.Linear):
         return None
 
     def fused_factors(self, weight: Tensor) -> list[Factors]:
-        scale = None
-        for name in self._used():
-            scale = self.ia3_l[name].flatten() if scale is None else scale * self.ia3_l[name].flatten()
-        if scale is None:
+        scales = [self.ia3_l[name].flatten() for name in self._used()]
+        if not scales:
             return []
+        scale = reduce(mul, scales)
         return [Factors(d_in=scale) if self.is_feedforward else Factors(d_out=scale, scale_bias=True)]
 
 
@@ -206,14 +211,13 @@ def explanations(model: nn.Module, tokens: int, dtype: torch.dtype | None) -> li
         if reason:
             rows.append((name, method, "PEFT's", "peft", reason))
             continue
-        base = layer.base_layer
-        weight = base.weight if isinstance(base, nn.Linear) else base.weight.t()
+        weight, bias = layer.base_matrix(), layer.base_layer.bias
         found = layer.fused_factors(weight)
         if not found:
             rows.append((name, method, "plain", "torch", "no adapter of this layer is active"))
             continue
         x = torch.empty(1, device="meta", dtype=dtype or weight.dtype).expand(tokens, weight.shape[1])
-        problem = dispatch.foreseen(found[0], x, weight, base.bias, None, layer.training, weight.device)
+        problem = dispatch.foreseen(found[0], x, weight, bias, None, layer.training, weight.device)
         choice = dispatch.choose(problem)
         rows.append((name, method, "factors", choice.backend.name, choice.why()))
     return rows

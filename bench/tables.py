@@ -1,0 +1,22 @@
+"""Result tables as CSV files: a header, then a line a row."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def write(file: Path | None, rows: list[dict]) -> None:
+    """The rows, all of the same columns, into the file, its folder made; nothing where no file is asked for."""
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
