@@ -264,6 +264,12 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     model = unwrap(model)
     found = _found(model)
     refuse_while_disabled(model, "merge_and_unload")
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp and any(isinstance(m, fsdp.FSDPModule) for m in model.modules()):
+        raise RuntimeError(
+            "merge_and_unload would replace layers whose parameters fully_shard manages; merge(model) works, or "
+            "save_pretrained, then load_adapter and merge_and_unload on a model that is not sharded"
+        )
     if not any(layer.merged for _, layer in found):
         merge(model, safe_merge)
     else:

@@ -172,4 +172,4 @@ class Factors:
 
 def _gate(f: Factors) -> Tensor:
     """s·G of one summand, so that the sum has s = 1."""
-    return torch.full((f.rank,), f.s, dtype=f.A.dtype, device=f.A.device) if f.G is None else f.s * f.G
+    return f.A.new_full((f.rank,), f.s) if f.G is None else f.s * f.G

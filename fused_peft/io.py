@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from . import convert, prompt
 from .linear import PeftLinear
 from .methods import METHODS, PeftConfig
+from .sharded import is_sharded, placed_as, whole
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -106,7 +107,7 @@ def _shared(layers: dict[str, PeftLinear]) -> dict[str, Tensor]:
             key, own = f"base_model.{name}", getattr(layer, name)
             if key not in found or own.numel() > found[key].numel():
                 found[key] = own
-    return {key: t.detach().contiguous().cpu() for key, t in found.items()}
+    return {key: whole(t.detach()).contiguous().cpu() for key, t in found.items()}
 
 
 def _finder(model: nn.Module) -> Callable[[str], Tensor]:
@@ -126,6 +127,7 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
 
     Stock PEFT loads it for the methods it has. Raises ValueError when the model has no adapter and
     FileExistsError when ``path`` is a file. Each file is written aside and renamed, so a crash leaves the old one.
+    Where parameters are sharded (FSDP2, tensor parallel) every process must call it, and the first one writes.
     """
     model = convert.unwrap(model)
     state = convert.state_of(model)
@@ -137,7 +139,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
     if hasattr(model, "soft_prompt"):
         P = model.soft_prompt.prompt()
         slots["prompt_embeddings"] = (P, tuple(P.shape))
-    tensors = {key: t.detach().reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
+    together = any(is_sharded(t) for t, _ in slots.values())
+    tensors = {key: whole(t.detach()).reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
     if getattr(state.config, "save_projection", False):
         tensors |= _shared(dict(convert.layers(model)))
     config = {k: v for k, v in state.config.stored().items() if v is not None}
@@ -151,6 +154,15 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
         )
         config |= foreign
     config = {"peft_type": state.config.peft_type, **config, "inference_mode": True}
+    try:
+        if not together or torch.distributed.get_rank() == 0:
+            _write(path, tensors, config)
+    finally:
+        if together:
+            torch.distributed.barrier()  # nobody reads the files before they are there
+
+
+def _write(path: Path, tensors: dict[str, Tensor], config: dict) -> None:
     path.mkdir(parents=True, exist_ok=True)
     aside = path / f".{WEIGHTS_NAME}.{os.getpid()}"
     save_file({k: t.clone() for k, t in tensors.items()}, aside, metadata={"format": "pt"})
@@ -274,11 +286,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool =
             slots |= _prompt_slot(planned.state.config, model.soft_prompt.embedding.weight)
     with torch.no_grad():
         for key, (tensor, _) in slots.items():
-            tensor.copy_(stored[key].reshape(tensor.shape))
+            tensor.copy_(placed_as(stored[key].reshape(tensor.shape), tensor))
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(is_trainable)
         for tensor, value in shared:
-            tensor.copy_(value)
+            tensor.copy_(placed_as(value, tensor))
     return model
 
 

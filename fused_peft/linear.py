@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .factors import Factors, NotMergeableError
 from .methods import Init, Method, PeftConfig, method_of
+from .sharded import is_sharded, placed_as, whole
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -42,6 +43,8 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         )
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "its shape is not known yet; run one batch through the model first"
+    if is_sharded(module.weight):
+        return "its weight is sharded over several processes; adapt the model before parallelising or sharding it"
     if not module.weight.dtype.is_floating_point:
         return f"its weight has dtype {module.weight.dtype}, but a floating dtype is needed; dequantise it first"
     if hasattr(module, "parametrizations"):
@@ -57,6 +60,34 @@ class _With:
 
     def __getattr__(self, name: str):
         return getattr(self._layer, name)
+
+
+class Gathered(_With):
+    """A layer as one process sees all of it: its sharded tensors whole, gradients too. Collective where any is."""
+
+    def __init__(self, layer: PeftLinear):
+        tensors = {n: getattr(layer, n) for n in (*layer.adapter_names, *layer.buffer_names, "bias")}
+        super().__init__(layer, {n: self._whole(t) for n, t in tensors.items() if t is not None})
+
+    @staticmethod
+    def _whole(t: Tensor) -> Tensor:
+        if not is_sharded(t):
+            return t
+        copy = whole(t.detach())
+        copy.grad = None if t.grad is None else whole(t.grad)
+        return copy
+
+    @property
+    def matrix(self) -> Tensor:
+        return self._layer._matrix(whole(self._layer.weight.detach()))
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Write the values of the copies into the layer's own tensors."""
+        for name in (*self._layer.adapter_names, *self._layer.buffer_names):
+            own, value = getattr(self._layer, name), getattr(self, name)
+            if own is not value:
+                own.copy_(placed_as(value, own))
 
 
 class PeftLinear(nn.Linear):
@@ -160,7 +191,7 @@ class PeftLinear(nn.Linear):
     @torch.no_grad()
     def _start(self, method: Method, config: PeftConfig, dtype: torch.dtype) -> Init:
         """What the method starts this layer from; a new layer and a reset one share it."""
-        weight = self._matrix(self.weight.detach())
+        weight = self._matrix(whole(self.weight.detach()))
         start = method.init(weight, self.bias, config, lambda *shape: weight.new_empty(shape, dtype=dtype))
         return start if isinstance(start, Init) else Init(start)
 
@@ -191,7 +222,8 @@ class PeftLinear(nn.Linear):
             self.weight.data = self._base_plus(1.0)
         start = self._start(self.method, self.config, getattr(self, self.adapter_names[0]).dtype)
         for name, value in (start.params | start.buffers).items():
-            getattr(self, name).copy_(value)
+            own = getattr(self, name)
+            own.copy_(placed_as(value, own, source=0))
         self.take_from_base()
         self.awaits_weight = self.method.from_weight and self.weight.is_meta
 
@@ -224,15 +256,25 @@ class PeftLinear(nn.Linear):
             return ops.linear(x, weight, method.factors(self), bias, None, self.training)
         if self.merged and not self.enabled:
             weight, bias = self._matrix(self._base_weight), self._base_bias
+            if is_sharded(weight) and not is_sharded(x):
+                weight, bias = whole(weight), None if bias is None else whole(bias)
         if self.method.taken is not None and not self.enabled:
             return ops.linear(x, weight, self.method.taken(self), bias)
         return ops.plain_linear(x, weight, bias)
 
     def forms_weight(self, rows: int) -> bool:
-        """Whether a call on that many rows forms its weight, by FLOPs where the method has both forms."""
+        """Whether a call on that many rows forms its weight, by FLOPs where the method has both forms.
+
+        One graph for every number of rows (torch.compile, torch.export) cannot choose by it, and is factored: that
+        costs a third more at most, where a formed weight costs a single row as much as thousands.
+        """
         if self.method.weight is None or self.method.factors is None:
             return self.method.weight is not None
         factored, formed = self.method.cost(self, rows)
+        if torch.compiler.is_compiling():
+            from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+            return statically_known_true(formed < factored)
         return formed < factored
 
     def adapter_tensors(self) -> tuple[Tensor, ...]:
@@ -244,23 +286,26 @@ class PeftLinear(nn.Linear):
 
     @torch.no_grad()
     def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) of the equivalent plain layer, in the weight's dtype and layout; computed in at least fp32.
+        """(weight, bias) of the equivalent plain layer, in the weight's dtype and layout, whole where that is sharded;
+        computed in at least fp32.
 
         Raises NotMergeableError when the method has no equivalent weight.
         """
-        weight, bias, method = self.weight, self.bias, self.method
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        method, dtype, layer = self.method, self.weight.dtype, Gathered(self)
+        bias, wide = layer.bias, torch.promote_types(dtype, torch.float32)
         if method.output is not None:
             raise NotMergeableError(
                 f"{method.name} has a non-linearity behind the layer, so no weight equals it; keep the layer unmerged"
             )
         if method.weight is not None:
-            merged = self.formed_weight(*(t.to(wide) for t in self.adapter_tensors()))
+            merged = method.weight(_With(layer, {n: getattr(layer, n).to(wide) for n in self.adapter_names}))
         else:
-            f = self.factors().to(wide)
-            merged, bias = f.merged(self.matrix.to(wide)), f.merged_bias(bias)
-        merged = self._matrix(merged.to(weight.dtype)).contiguous()
-        return merged, None if bias is None else bias.to(weight.dtype, copy=True)
+            f = method.factors(layer).to(wide)
+            merged, bias = f.merged(layer.matrix.to(wide)), f.merged_bias(bias)
+        if bias is not None and self.bias is None and is_sharded(self.weight):
+            raise NotMergeableError("the merged layer has a bias and the sharded one none; merge before sharding")
+        merged = self._matrix(merged.to(dtype)).contiguous()
+        return merged, None if bias is None else bias.to(dtype, copy=True)
 
     def merge(self, safe_merge: bool = False) -> None:
         """Fold the adapter into ``weight`` and ``bias`` and keep the base beside them, so that unmerge is exact.
@@ -279,9 +324,9 @@ class PeftLinear(nn.Linear):
             kept = None if self.bias is None else self.bias.detach().clone()
             self.register_buffer("_base_weight", self.weight.detach().clone(), persistent=False)
             self.register_buffer("_base_bias", kept, persistent=False)
-            self.weight.copy_(weight)  # in place: the Parameter stays, and autograd notices
+            self.weight.copy_(placed_as(weight, self.weight))  # in place: the Parameter stays, and autograd notices
             if self.bias is not None:
-                self.bias.copy_(bias)
+                self.bias.copy_(placed_as(bias, self.bias))
             elif bias is not None:
                 self.bias = nn.Parameter(bias.clone(), requires_grad=False)
         self.merged = True

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .convert import layers
 from .ops import squared_residual
+from .sharded import whole
 
 
 def _stacks(model: nn.Module, kind: str) -> list[tuple[Tensor, bool]]:
@@ -25,7 +26,7 @@ def _stacks(model: nn.Module, kind: str) -> list[tuple[Tensor, bool]]:
             raise ValueError(
                 f"kind={kind!r}: MPC needs factors A and B, but {layer.method.name} (on {name}) trains none"
             )
-        for P, is_b in ((A, False), (B, True)):
+        for P, is_b in ((whole(A), False), (whole(B), True)):
             groups[P.shape, P.dtype, P.device, is_b].append(P)
     if not groups:
         raise ValueError(f"model={type(model).__name__} has no adapted layer; call get_peft_model first")
@@ -37,8 +38,8 @@ def mpc_penalty(model: nn.Module, kind: str = "o") -> Tensor:
     """The matrix-preserving constraint summed over layers: a scalar to add to the loss, differentiable once.
 
     kind: "o" (A and B orthonormal) or "d" (A orthonormal, B orthogonal). One batched product a distinct shape,
-    forward and backward, however many layers. Raises ValueError for another kind, and for a model with a method
-    without A and B.
+    forward and backward, however many layers; sharded factors are gathered first. Raises ValueError for another
+    kind, and for a model with a method without A and B.
     """
     if kind not in ("o", "d"):
         hint = "; MPC_n is the config field nonlinearity" if kind == "n" else ""

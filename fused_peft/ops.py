@@ -36,17 +36,25 @@ def linear(
     bias: Tensor | None = None,
     c: Tensor | None = None,
     training: bool = True,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """y (..., N) of the expression in ``factors``, differentiable once in every tensor.
 
     x (..., K) in any floating dtype and any strides; w (N, K) in x's dtype, any strides, or None when c (..., N) takes
-    the place of x̂Wᵀ; bias (N,) is used unless ``f.bias`` is given. Dropout is on when ``f.p`` > 0 and ``training``.
+    the place of x̂Wᵀ; bias (N,) is used unless ``f.bias`` is given. Dropout is on when ``f.p`` > 0 and ``training``; its
+    seed is ``seed``, int32 (2,), or a new one. On DTensors each process computes its part (``fused_peft.parallel``).
     Under autocast x, w and c are cast to the autocast dtype. Factors may have another floating dtype than x; their
     gradients come out in their own. Raises ValueError or TypeError when shapes, dtypes or devices do not fit.
     """
+    if _distributed(x):
+        return _parallel().linear(x, w, f, bias, c, training)
     if torch._C._is_any_autocast_enabled():
         x, w, c = _autocast(x, w, c)
-    p, seed = (f.p, new_seed(x.device)) if training and f.p else (0.0, None)
+        if f.hadamard and torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):  # B A is formed in its own dtype
+                return linear(x, w, f, bias, c, training, seed)
+    p = f.p if training else 0.0
+    seed = None if not p else new_seed(x.device) if seed is None else seed
     o = Operands(
         x,
         w,
@@ -97,6 +105,8 @@ def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tens
     2402.09353, whose norm is not differentiated).
     """
     A, B = A.detach(), B.detach()
+    if _distributed(W):
+        return _parallel().row_norm(W, squared, A, B, s)
     if is_compiling() and not _transforming():
         return torch.ops.fused_peft.row_norm(W, squared, A, B, s)
     if _transforming():
@@ -124,9 +134,11 @@ def formed_linear(x: Tensor, form: Callable[..., Tensor], tensors: Sequence[Tens
 
     x (..., K), bias (N,) or None; gradients in x, the tensors and bias, once differentiable.
     """
-    if torch._C._is_any_autocast_enabled():
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         (x,) = _autocast(x)
-    if is_compiling() or _transforming() or not torch.is_grad_enabled():
+        with torch.autocast(x.device.type, enabled=False):  # W' is formed in its own dtype and rounded once
+            return formed_linear(x, form, tensors, bias)
+    if is_compiling() or _transforming() or not torch.is_grad_enabled() or _distributed(x):
         w = form(*tensors).to(x.dtype)
         return plain_linear(x, w, bias if bias is None else bias.to(x.dtype))
     try:
@@ -169,6 +181,17 @@ def _formed_gradients(form, bias_dtype, dy, x, tensors, want_x, want_bias, *want
         dw = torch.mm(rows.t(), x.reshape(-1, x.shape[-1]))
         grads = iter(torch.autograd.grad(w, [t for t, need in zip(leaves, wanted, strict=True) if need], dw))
     return dx, dbias, *(next(grads) if need else None for need in wanted)
+
+
+def _distributed(t: Tensor) -> bool:
+    """Whether t is a DTensor."""
+    return type(t) is not Tensor and hasattr(t, "device_mesh")
+
+
+def _parallel():
+    from . import parallel  # torch.distributed.tensor is not imported before it is needed
+
+    return parallel
 
 
 def _no_autocast(device: str):

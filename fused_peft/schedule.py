@@ -7,6 +7,8 @@ from collections import defaultdict
 from torch import nn
 
 from .convert import layers
+from .linear import Gathered
+from .sharded import is_sharded
 
 
 def on_step(model: nn.Module, step: int) -> None:
@@ -14,7 +16,8 @@ def on_step(model: nn.Module, step: int) -> None:
 
     Call it once a training step, after ``optimizer.step()`` and before ``optimizer.zero_grad()``, with step counted
     from 0; other methods cost nothing. Their state lives in buffers, so it is part of ``state_dict``. Raises
-    RuntimeError when a method needs gradients that are gone, ValueError for a negative step.
+    RuntimeError when a method needs gradients that are gone, ValueError for a negative step. With sharded parameters
+    every process calls it, and each sees them whole while it acts.
     """
     if step < 0:
         raise ValueError(f"step={step} must not be negative; count training steps from 0")
@@ -23,7 +26,14 @@ def on_step(model: nn.Module, step: int) -> None:
         if layer.method.on_step is not None:
             by_method[layer.method.name].append((name, layer))
     for found in by_method.values():
-        found[0][1].method.on_step(found, step)
+        act = found[0][1].method.on_step
+        if not any(is_sharded(p) for _, layer in found for p in layer.parameters()):
+            act(found, step)
+            continue
+        copies = [(name, Gathered(layer)) for name, layer in found]
+        act(copies, step)
+        for _, copy in copies:
+            copy.put_back()
 
 
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_decay: float = 0.0) -> list[dict]:

@@ -2,7 +2,7 @@
 
 SAM-PARSER, arXiv 2308.14604; SVDiff, arXiv 2303.11305; reconstruction group of arXiv 2407.05417. k = min(in, out); U
 (out, k), S (k,), Vh (k, in) are kept beside W. Factored, a call costs 4Mk(in + out) FLOPs forward and backward; with
-the weight formed, 6M·in·out + 4k·in·out. Each call takes the cheaper.
+the weight formed, 6M·in·out + 4k·in·out. Each call takes the cheaper, a graph for every M the factored.
 """
 
 from __future__ import annotations
@@ -78,16 +78,16 @@ def factors(layer):
 
 def weight(layer):
     W, change = layer.matrix, _values(layer)[1]
-    return torch.addmm(W, (layer.svd_U * change).to(W.dtype), layer.svd_Vh)  # one product in W's dtype, rounded once
+    U, Vh = (t.to(W.dtype) for t in (layer.svd_U * change, layer.svd_Vh))
+    return torch.addmm(W, U, Vh)  # one product in W's dtype, rounded once
 
 
 def cost(layer, M):
     """(factored, formed) FLOPs of a forward and backward on M rows; in half precision factored is out of the question,
     since three roundings in a row exceed the accuracy that all methods hold."""
-    N, K = layer.out_features, layer.in_features
-    k = min(N, K)
-    factored = 4 * M * k * (N + K) if layer.weight.dtype.itemsize > 2 else float("inf")
-    return factored, 6 * M * N * K + 4 * k * N * K
+    N, K, W = layer.out_features, layer.in_features, layer.weight
+    k, half = min(N, K), W.dtype.itemsize == 2 or torch._C._is_any_autocast_enabled()
+    return float("inf") if half else 4 * M * k * (N + K), 6 * M * N * K + 4 * k * N * K
 
 
 SAM_PARSER, SVDIFF = (

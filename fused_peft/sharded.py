@@ -1,0 +1,26 @@
+"""Tensors that several processes hold together (DTensor: FSDP2, tensor parallel): gathered, and split again.
+
+Both are collective: every process of the tensor's mesh must take part.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def is_sharded(t: Tensor | None) -> bool:
+    return hasattr(t, "full_tensor")
+
+
+def whole(t: Tensor) -> Tensor:
+    """The whole tensor on every process; t itself where it is no DTensor."""
+    return t.full_tensor() if is_sharded(t) else t
+
+
+def placed_as(value: Tensor, like: Tensor, source: int | None = None) -> Tensor:
+    """A whole value split as ``like`` is: this process's own value, or that of the mesh's process ``source``."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=source)
