@@ -57,6 +57,16 @@ def layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
     return ((name, m) for name, m in unwrap(model).named_modules() if isinstance(m, PeftLinear))
 
 
+def active_layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
+    """As ``layers``, and in a Hugging Face PEFT model the active adapters of the methods registered there."""
+    tuners = sys.modules.get("fused_peft.integrations.tuners")
+    for name, m in unwrap(model).named_modules():
+        if isinstance(m, PeftLinear):
+            yield name, m
+        elif tuners and isinstance(m, tuners.FusedTunerLayer) and (layer := m.active()) is not None:
+            yield name, layer
+
+
 def refuse_while_disabled(model: nn.Module, what: str) -> None:
     """RuntimeError inside disable_adapter, where base values stand in for the trained ones."""
     state = getattr(unwrap(model), _STATE, None)
@@ -358,27 +368,32 @@ def explain(model: nn.Module, tokens: int = 2048, dtype: torch.dtype | None = No
     ``print(fp.explain(model))`` shows a table. In strict mode, raises StrictError as the forward would.
     """
     out = Explanation()
-    accelerated = sys.modules.get("fused_peft.integrations.peft")
-    if accelerated and (rows := accelerated.explanations(model, tokens, dtype)):
-        return Explanation(LayerExplanation(*row) for row in rows)
-    for name, layer in _found(model):
-        method = layer.method
-        if layer.merged or not layer.enabled:
-            state = "merged" if layer.merged and layer.enabled else "disabled"
-            out.append(LayerExplanation(name, method.name, "plain", "torch", f"{state}: one plain linear layer"))
-        elif layer.forms_weight(tokens):
-            why = "the weight is formed in each call, then one plain GEMM"
-            if method.cost:
-                factored, formed = (f / 1e9 for f in method.cost(layer, tokens))
-                why += f": {formed:.3g} GFLOP instead of {factored:.3g} factored"
-            out.append(LayerExplanation(name, method.name, "weight", "torch", why))
-        else:
-            problem = _problem(layer, tokens, dtype or layer.weight.dtype)
-            choice = dispatch.choose(problem)
-            form = "output" if method.output else "product" if problem.hadamard else "factors"
-            why = "W ⊙ (1 + s·B A) is formed once each way; " if problem.hadamard else ""
-            out.append(LayerExplanation(name, method.name, form, choice.backend.name, why + choice.why()))
+    if "fused_peft.integrations.tuners" in sys.modules:  # PEFT is in use
+        from .integrations import peft
+
+        if rows := peft.explanations(model, tokens, dtype):
+            return Explanation(LayerExplanation(*row) for row in rows)
+    out.extend(LayerExplanation(name, *explain_layer(layer, tokens, dtype)) for name, layer in _found(model))
     return out
+
+
+def explain_layer(layer: PeftLinear, tokens: int, dtype: torch.dtype | None) -> tuple[str, str, str, str]:
+    """(method, form, backend, why) of one layer."""
+    method = layer.method
+    if layer.merged or not layer.enabled:
+        state = "merged" if layer.merged and layer.enabled else "disabled"
+        return method.name, "plain", "torch", f"{state}: one plain linear layer"
+    if layer.forms_weight(tokens):
+        why = "the weight is formed in each call, then one plain GEMM"
+        if method.cost:
+            factored, formed = (f / 1e9 for f in method.cost(layer, tokens))
+            why += f": {formed:.3g} GFLOP instead of {factored:.3g} factored"
+        return method.name, "weight", "torch", why
+    problem = _problem(layer, tokens, dtype or layer.weight.dtype)
+    choice = dispatch.choose(problem)
+    form = "output" if method.output else "product" if problem.hadamard else "factors"
+    why = "W ⊙ (1 + s·B A) is formed once each way; " if problem.hadamard else ""
+    return method.name, form, choice.backend.name, why + choice.why()
 
 
 def _problem(layer: PeftLinear, tokens: int, dtype: torch.dtype) -> dispatch.Problem:

@@ -143,32 +143,32 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
     tensors = {key: whole(t.detach()).reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
     if getattr(state.config, "save_projection", False):
         tensors |= _shared(dict(convert.layers(model)))
-    config = {k: v for k, v in state.config.stored().items() if v is not None}
-    defaults = {f.name: f.default for f in fields(state.config)}
-    foreign = {k: config.pop(k) for k in state.config.beyond_peft & config.keys()}
-    foreign = {k: v for k, v in foreign.items() if v != defaults[k]}
-    if foreign:
-        warnings.warn(
-            f"Hugging Face PEFT ignores {foreign} of {state.config.peft_type}; it will load another adapter",
-            stacklevel=2,
-        )
-        config |= foreign
-    config = {"peft_type": state.config.peft_type, **config, "inference_mode": True}
     try:
         if not together or torch.distributed.get_rank() == 0:
-            _write(path, tensors, config)
+            path.mkdir(parents=True, exist_ok=True)
+            aside = path / f".{WEIGHTS_NAME}.{os.getpid()}"
+            save_file({k: t.clone() for k, t in tensors.items()}, aside, metadata={"format": "pt"})
+            os.replace(aside, path / WEIGHTS_NAME)
+            write_config(state.config, path)
     finally:
         if together:
             torch.distributed.barrier()  # nobody reads the files before they are there
 
 
-def _write(path: Path, tensors: dict[str, Tensor], config: dict) -> None:
+def write_config(config: PeftConfig, path: Path) -> None:
+    """Write the config into the folder ``path`` as save_pretrained does, for inference."""
+    stored = {k: v for k, v in config.stored().items() if v is not None}
+    defaults = {f.name: f.default for f in fields(config)}
+    foreign = {k: stored.pop(k) for k in config.beyond_peft & stored.keys()}
+    foreign = {k: v for k, v in foreign.items() if v != defaults[k]}
+    if foreign and any(m.disk for m in METHODS.values() if m.config.peft_type == config.peft_type):
+        warnings.warn(
+            f"Hugging Face PEFT ignores {foreign} of {config.peft_type}; it will load another adapter", stacklevel=3
+        )
+    stored = {**stored, **foreign, "peft_type": config.peft_type, "inference_mode": True}
     path.mkdir(parents=True, exist_ok=True)
-    aside = path / f".{WEIGHTS_NAME}.{os.getpid()}"
-    save_file({k: t.clone() for k, t in tensors.items()}, aside, metadata={"format": "pt"})
-    os.replace(aside, path / WEIGHTS_NAME)
     aside = path / f".{CONFIG_NAME}.{os.getpid()}"
-    aside.write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")  # patterns keep their order
+    aside.write_text(json.dumps(dict(sorted(stored.items())), indent=2) + "\n")  # patterns keep their order
     os.replace(aside, path / CONFIG_NAME)
 
 

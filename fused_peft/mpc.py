@@ -11,7 +11,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from .convert import layers
+from .convert import active_layers
 from .ops import squared_residual
 from .sharded import whole
 
@@ -19,7 +19,7 @@ from .sharded import whole
 def _stacks(model: nn.Module, kind: str) -> list[tuple[Tensor, bool]]:
     """[(P stacked over equal shapes, own diagonal)]: A's of one shape share a stack, and so do B's."""
     groups = defaultdict(list)
-    for name, layer in layers(model):
+    for name, layer in active_layers(model):
         A, B = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
         in_layout = A is not None and B is not None and A.shape[1] == layer.in_features
         if not in_layout or not (A.requires_grad or B.requires_grad):
@@ -51,7 +51,8 @@ def orthogonality_penalty(model: nn.Module) -> Tensor:
     """AdaLoRA's term, as Hugging Face PEFT adds it to the loss: orth_reg_weight times the mean over all A and B of ‖A
     Aᵀ − I‖ and ‖Bᵀ B − I‖ (Frobenius, not squared). Raises ValueError for a model without AdaLoRA layers.
     """
-    weight = next((layer.config.orth_reg_weight for _, layer in layers(model) if layer.method.name == "adalora"), None)
+    found = (layer for _, layer in active_layers(model) if layer.method.name == "adalora")
+    weight = next((layer.config.orth_reg_weight for layer in found), None)
     if weight is None:
         raise ValueError(f"model={type(model).__name__} has no AdaLoRA layer; the penalty belongs to AdaLoraConfig")
     stacks = _stacks(model, "o")  # the clamp: at an exactly orthonormal factor the slope of sqrt is infinite

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from torch import nn
 
-from .convert import layers
+from .convert import active_layers
 from .linear import Gathered
 from .sharded import is_sharded
 
@@ -22,7 +22,7 @@ def on_step(model: nn.Module, step: int) -> None:
     if step < 0:
         raise ValueError(f"step={step} must not be negative; count training steps from 0")
     by_method = defaultdict(list)
-    for name, layer in layers(model):
+    for name, layer in active_layers(model):
         if layer.method.on_step is not None:
             by_method[layer.method.name].append((name, layer))
     for found in by_method.values():
@@ -44,7 +44,7 @@ def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_de
     so.
     """
     slow, fast = [], []
-    factors_b = {id(layer.lora_B) for _, layer in layers(model) if hasattr(layer, "lora_B")}
+    factors_b = {id(layer.lora_B) for _, layer in active_layers(model) if hasattr(layer, "lora_B")}
     for p in model.parameters():
         if p.requires_grad:
             (fast if id(p) in factors_b else slow).append(p)

@@ -19,8 +19,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .. import dispatch, ops
+from ..convert import explain_layer
 from ..factors import Factors
 from ..linear import is_linear
+from .tuners import FusedTunerLayer
 
 TESTED = "0.21"  # the PEFT release that the tests ran on
 
@@ -117,6 +119,8 @@ class FusedLoraLinear(_Fused, lora.Linear):
             base = self.base_layer.bias if first else None
             bias = bias if base is None else bias + base
         p, B = self._dropped(name), B.weight
+        if isinstance(s, Tensor):  # PEFT makes it one for hot-swapping in a compiled model
+            B, s = B * s, 1.0
         if name not in self.lora_variant:
             return Factors(A=A, B=B, bias=bias, s=s, p=p)
         with torch.no_grad():
@@ -200,6 +204,17 @@ def explanations(model: nn.Module, tokens: int, dtype: torch.dtype | None) -> li
     """(name, method, form, backend, why) of every PEFT layer: fused, or PEFT's own and why."""
     rows = []
     for name, layer in _layers(model):
+        if isinstance(layer, FusedTunerLayer):
+            active = None if layer.merged else layer.active()
+            state = "merged" if layer.merged else "disabled" if layer.disable_adapters else "no adapter is active"
+            plain = (
+                next(iter(layer.configs.values())).method_name,
+                "plain",
+                "torch",
+                f"{state}: one plain linear layer",
+            )
+            rows.append((name, *(plain if active is None else explain_layer(active, tokens, dtype))))
+            continue
         method = type(layer).__mro__[2 if isinstance(layer, _Fused) else 0].__module__.split(".")[2]
         if not isinstance(layer, _Fused):
             kind = f"{type(layer).__module__}.{type(layer).__name__}"

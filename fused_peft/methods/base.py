@@ -6,9 +6,12 @@ A method file imports ``factors`` and this file, declares one ``Method`` and not
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import re
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -61,6 +64,9 @@ class PeftConfig:
     revision: str | None = None
 
     def __post_init__(self):
+        if "peft" in sys.modules and (registers := "fused_peft.integrations.tuners") not in sys.modules:
+            with suppress(ImportError):  # a PEFT too old for it
+                importlib.import_module(registers)
         self.task_type = getattr(self.task_type, "value", self.task_type)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

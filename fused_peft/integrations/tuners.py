@@ -1,0 +1,201 @@
+"""This library's methods inside Hugging Face PEFT: ``peft.get_peft_model(model, fp.SSBConfig(...))``.
+
+Importing this file registers every method that PEFT lacks with ``peft.utils.register_peft_method``; making a config
+imports it where PEFT is in use. Adapters, checkpoints, switching, merging and Trainer are then PEFT's; each layer computes
+through a ``PeftLinear``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import register_peft_method
+from peft.utils.peft_types import PeftType
+from torch import Tensor, nn
+
+from .. import io
+from ..linear import PeftLinear
+from ..methods import METHODS, PeftConfig, method_of
+from ..targets import resolve
+
+
+class FusedTunerLayer(nn.Module, BaseTunerLayer):
+    """A linear layer with named adapters of one method, one of them active at a time.
+
+    Each adapter tensor lies in a container under its name on disk, where PEFT looks for it; a PeftLinear per adapter
+    computes, is handed the current tensors before each use and registers none of its own.
+    """
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PeftConfig):
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self.adapter_layer_names, self.other_param_names = (), ("configs",)
+        self.configs: dict[str, PeftConfig] = {}
+        self._layers: dict[str, PeftLinear] = {}
+        self._unmerged: list[tuple[Tensor, Tensor | None]] = []
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
+        layer = PeftLinear.around(self.get_base_layer(), config)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        for names, make in ((layer.adapter_names, nn.ParameterDict), (layer.buffer_names, BufferDict)):
+            for name in names:
+                key = layer.method.disk_key(name)
+                if not hasattr(self, key):
+                    kept = {} if make is nn.ParameterDict else {"persistent": name in layer.method.disk_buffers}
+                    setattr(self, key, make(**kept))
+                    part = "adapter_layer_names" if make is nn.ParameterDict else "other_param_names"
+                    setattr(self, part, (*getattr(self, part), key))
+                getattr(self, key)[adapter_name] = getattr(layer, name)
+        self.configs[adapter_name], self._layers[adapter_name] = config, layer
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def layer(self, name: str) -> PeftLinear:
+        """The computation of one adapter, on the tensors that this module holds now."""
+        layer, base = self._layers[name], self.get_base_layer()
+        layer._parameters["weight"], layer._parameters["bias"] = base.weight, base.bias
+        for registry, names in ((layer._parameters, layer.adapter_names), (layer._buffers, layer.buffer_names)):
+            for part in names:
+                registry[part] = getattr(self, layer.method.disk_key(part))[name]
+        layer.training = self.training
+        return layer
+
+    def active(self) -> PeftLinear | None:
+        """The computation of the active adapter; None where this layer has none. ValueError for several at once."""
+        names = [name for name in self.active_adapters if name in self.configs]
+        if len(names) > 1:
+            raise ValueError(
+                f"active_adapters={names}: {self._layers[names[0]].method.name} computes one adapter at a time; "
+                "set_adapter to one of them"
+            )
+        return self.layer(names[0]) if names and not self.disable_adapters else None
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        layer = None if self.merged else self.active()
+        return self.base_layer(x, *args, **kwargs) if layer is None else layer(x, *args, **kwargs)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold the named adapters (default: the active ones) into the base weight, one after the other.
+
+        Raises NotMergeableError, and ValueError with safe_merge for a weight that is not finite, with nothing changed.
+        """
+        base = self.get_base_layer()
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.configs:
+                continue
+            weight, bias = self.layer(name).merged_tensors()
+            if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            self._unmerged.append((base.weight.data, None if base.bias is None else base.bias.data))
+            base.weight.data = weight
+            if base.bias is not None:
+                base.bias.data = bias
+            elif bias is not None:
+                base.bias = nn.Parameter(bias, requires_grad=False)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restore the base weight and bias, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        weight, bias = self._unmerged[0]
+        base.weight.data = weight
+        if bias is None:
+            base.bias = None
+        else:
+            base.bias.data = bias
+        self._unmerged.clear()
+        self.merged_adapters.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._layers.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def __repr__(self) -> str:
+        return (
+            f"{next(iter(self._layers.values())).method.name}.{super().__repr__()}"
+            if self._layers
+            else "FusedTunerLayer()"
+        )
+
+
+class FusedTuner(BaseTuner):
+    """PEFT's tuner model of one registered method; PEFT matches the modules, this replaces them."""
+
+    tuner_layer_cls = FusedTunerLayer
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        if peft_config.target_modules is None:
+            if method_of(peft_config).trains_other_biases:
+                raise ValueError(
+                    "target_modules=None trains the biases of every module, which only fused_peft.get_peft_model does; "
+                    "give target_modules, e.g. 'all-linear'"
+                )
+            peft_config.target_modules = resolve(self.model, peft_config).target_modules
+        return peft_config
+
+    def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None):
+        config = config.for_module(current_key)
+        if isinstance(target, FusedTunerLayer):
+            target.update_layer(adapter_name, config)
+            return
+        new = FusedTunerLayer(target, adapter_name, config)
+        if adapter_name not in self.active_adapters:
+            new.requires_grad_(False)  # a further adapter trains once it is made active
+        self._replace_module(parent, target_name, new, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Adapters of half-precision layers are made in fp32; where that is not wanted they get the layer's dtype."""
+        for layer in self.model.modules():
+            if isinstance(layer, FusedTunerLayer) and not autocast_adapter_dtype:
+                for key in layer.adapter_layer_names:
+                    if adapter_name in (found := getattr(layer, key)):
+                        found[adapter_name].data = found[adapter_name].data.to(layer.weight.dtype)
+
+
+def _to_dict(self) -> dict:
+    return {"peft_type": self.peft_type, **self.stored()}
+
+
+def _save_config(self, save_directory, **kwargs) -> None:
+    io.write_config(self, Path(save_directory))
+
+
+def _load_config(path, subfolder: str | None = None, **kwargs) -> PeftConfig:
+    return io.load_config(Path(path, subfolder or ""))
+
+
+def _register() -> frozenset[str]:
+    """Every peft_type that PEFT does not have, and on the configs what PEFT calls on its own; the types."""
+    PeftConfig.is_prompt_learning = PeftConfig.is_adaption_prompt = False
+    PeftConfig.to_dict, PeftConfig.save_pretrained = _to_dict, _save_config
+    PeftConfig.from_pretrained = staticmethod(_load_config)
+    known = set(PeftType._member_map_)
+    lacking = {m.config.peft_type: m.config for m in METHODS.values() if m.config.peft_type not in known}
+    for peft_type, config in lacking.items():
+        member = str.__new__(PeftType, peft_type)
+        member._name_ = member._value_ = peft_type
+        PeftType._member_names_.append(peft_type)
+        PeftType._member_map_[peft_type] = PeftType._value2member_map_[peft_type] = member
+        type.__setattr__(PeftType, peft_type, member)
+        name = peft_type.lower()
+        model = f"{config.__name__.removesuffix('Config')}Model"
+        globals()[model] = type(model, (FusedTuner,), {"prefix": f"{name}_", "__module__": __name__})  # to be pickled
+        register_peft_method(name=name, config_cls=config, model_cls=globals()[model])
+    return frozenset(lacking)
+
+
+REGISTERED = _register()

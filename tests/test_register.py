@@ -1,0 +1,148 @@
+"""This library's methods under peft.get_peft_model: the numbers of fp.get_peft_model, and PEFT's own interface."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import CASES
+from torch import nn
+
+peft = pytest.importorskip("peft")
+
+import fused_peft as fp  # noqa: E402
+from fused_peft.integrations import tuners  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+OWN = [c for c in CASES if c.make(3).peft_type in tuners.REGISTERED]
+NAMES = ["layers.0", "layers.2"]
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5, bias=False))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def configured(case, **changes):
+    config = case.make(3)
+    config.target_modules = NAMES
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def shaken(model, seed=1):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def both(case, dtype=torch.float64):
+    """The model under PEFT, and under this library."""
+    torch.manual_seed(2)
+    theirs = peft.get_peft_model(Net().to(dtype), configured(case))
+    torch.manual_seed(2)
+    return shaken(theirs), shaken(fp.get_peft_model(Net().to(dtype), configured(case)))
+
+
+def results(model, x):
+    x = x.clone().requires_grad_()
+    torch.manual_seed(3)
+    y = model(x)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return y.detach(), *torch.autograd.grad(y.square().sum(), [x, *trained])
+
+
+def test_all_methods_that_peft_lacks_are_there():
+    assert {"SSL", "SSB", "FLORA", "TRILORA", "MOSLORA", "LIERA", "KASA"} <= tuners.REGISTERED
+    assert {c.make(3).peft_type for c in OWN} == tuners.REGISTERED
+
+
+@pytest.mark.parametrize("case", OWN, ids=lambda c: c.name)
+def test_the_same_numbers_and_checkpoints(case, tmp_path):
+    theirs, ours = both(case)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    for got, want in zip(results(theirs, x), results(ours, x), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    theirs.eval(), ours.eval()
+    want = ours(x)
+    theirs.save_pretrained(tmp_path / "theirs")
+    fp.save_pretrained(ours, tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        for base in (Net().double(), Net().double()):
+            stock = peft.PeftModel.from_pretrained(base, tmp_path / folder).eval()
+            torch.testing.assert_close(stock(x), want, rtol=1e-12, atol=1e-12)
+        loaded = fp.load_adapter(Net().double(), tmp_path / folder).eval()
+        torch.testing.assert_close(loaded(x), want, rtol=1e-12, atol=1e-12)
+    low = peft.PeftModel.from_pretrained(Net().double(), tmp_path / "theirs", low_cpu_mem_usage=True).eval()
+    for other in (low, copy.deepcopy(theirs), pickle.loads(pickle.dumps(theirs))):
+        torch.testing.assert_close(other(x), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", OWN, ids=lambda c: c.name)
+def test_switching_disabling_and_merging(case):
+    model, _ = both(case)
+    x, base = torch.randn(3, 8, dtype=torch.float64), Net().double()
+    model.eval()
+    first = model(x)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), base(x), rtol=0, atol=0)
+    model.add_adapter("other", configured(case))
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "other" in n)
+    model.set_adapter("other")
+    shaken(model, 4)
+    second = model(x)
+    assert not torch.allclose(first, second)
+    model.set_adapter("default")
+    torch.testing.assert_close(model(x), first, rtol=0, atol=0)
+    if model.base_model.model.layers[0].active().method.output is None:
+        try:
+            model.merge_adapter(safe_merge=True)
+        except fp.NotMergeableError:
+            assert "+" in case.name or "parallel" in case.name
+        else:
+            torch.testing.assert_close(model(x), first, rtol=1e-9, atol=1e-9)
+            assert "merged: one plain linear layer" in str(fp.explain(model))
+            model.unmerge_adapter()
+            torch.testing.assert_close(model(x), first, rtol=0, atol=0)
+            plain = copy.deepcopy(model).merge_and_unload()
+            assert type(plain.layers[0]) is nn.Linear
+            torch.testing.assert_close(plain(x), first, rtol=1e-9, atol=1e-9)
+    model.delete_adapter("default")
+    torch.testing.assert_close(model(x), second, rtol=0, atol=0)
+
+
+def test_dtypes_and_seals():
+    case = next(c for c in OWN if c.name == "flora")
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        model = peft.get_peft_model(Net().bfloat16(), configured(case), autocast_adapter_dtype=autocast)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {dtype}
+        y = model(torch.randn(3, 8, dtype=torch.bfloat16))
+        assert y.dtype == torch.bfloat16
+    model.add_adapter("other", configured(case))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="computes one adapter at a time"):
+        model(torch.randn(3, 8, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="target_modules=None trains the biases of every module"):
+        peft.get_peft_model(Net(), fp.BitFitConfig())
+    with pytest.raises(TypeError, match="Tanh is not a linear layer"):
+        peft.get_peft_model(Net(), fp.SSBConfig(target_modules=["layers.1"]))
+
+
+def test_schedules_penalties_and_explanations_see_the_active_adapter():
+    dash = next(c for c in OWN if c.name == "lora_dash")
+    model, _ = both(dash)
+    before = model.base_model.model.layers[0].lora_dash_dash_U["default"].clone()
+    fp.on_step(model, 3)
+    assert not torch.equal(model.base_model.model.layers[0].lora_dash_dash_U["default"], before)
+    assert fp.mpc_penalty(model, "o") > 0
+    rows = fp.explain(model)
+    assert [(r.method, r.form) for r in rows] == [("lora_dash", "factors")] * 2
