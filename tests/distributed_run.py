@@ -16,6 +16,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import peft
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -308,6 +309,35 @@ def dropout():
         problems["row-wise mean"] = f"keeps {kept.mean() / H}"
     if abs(kept.var() - 0.24 * H) > 0.24 * H * 0.3:  # twice that if the processes shared their mask
         problems["row-wise"] = f"variance {kept.var()} for {0.24 * H}"
+    return problems
+
+
+@check
+def accelerated_peft():
+    """PEFT's own layers on the fused call, against PEFT's forward in one process."""
+    names = {"target_modules": ["0", "2"]}
+    configs = {
+        "lora": lambda: peft.LoraConfig(r=3, init_lora_weights=False, **names),
+        "dora": lambda: peft.LoraConfig(r=3, use_dora=True, init_lora_weights=False, **names),
+        "adalora": lambda: peft.AdaLoraConfig(init_r=3, total_step=9, init_lora_weights=False, **names),
+        "ia3": lambda: peft.IA3Config(feedforward_modules=["2"], init_ia3_weights=False, **names),
+    }
+    problems = {}
+    for name, config in configs.items():
+        for spread in (DistributedDataParallel, lambda m: sharded(m.base_model.model) and fully_shard(m)):
+            models = []
+            for _ in range(2):
+                torch.manual_seed(0)
+                model = nn.Sequential(nn.Linear(K, H), nn.Tanh(), nn.Linear(H, N)).double()
+                models.append(peft.get_peft_model(model, config()))
+            spread_out = spread(fp.accelerate(models[1]))
+            optimizers = adamw(models[0]), adamw(spread_out)
+            for i, batch in enumerate(batches()[:2]):
+                want = step(models[0], optimizers[0], share(batch), i)
+                got = step(spread_out, optimizers[1], share(batch, WORLD, RANK), i, scale=WORLD)
+                want |= {n: want[n].chunk(WORLD)[RANK] for n in ("y", "x")}
+                if wrong := differing(got | {"x": got["x"] / WORLD}, want):
+                    problems[name] = f"step {i}: {wrong}"
     return problems
 
 

@@ -118,8 +118,9 @@ def test_every_command_in_the_readme_is_known():
             subprocess.run([sys.executable, "-m", "pytest", "--collect-only", *command[3:]], cwd=ROOT, check=True)
         elif command[0].endswith(".sh"):
             assert (ROOT / command[0]).is_file(), line
-        elif command[0] == "python":
-            subprocess.run([sys.executable, ROOT / command[1], "--help"], check=True, capture_output=True)
+        elif command[0] in ("python", "torchrun"):
+            script = next(ROOT / word for word in command[1:] if word.endswith(".py"))
+            subprocess.run([sys.executable, script, "--help"], check=True, capture_output=True)
         else:
             assert command[:2] == ["pip", "install"], line
 

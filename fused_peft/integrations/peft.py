@@ -87,7 +87,7 @@ class _Fused:
         return getattr(self.lora_dropout[name], "p", 0.0)
 
     def _get_name(self) -> str:
-        return type(self).__mro__[2].__name__  # the repr is PEFT's
+        return peft_class(self).__name__  # the repr is PEFT's
 
 
 class FusedLoraLinear(_Fused, lora.Linear):
@@ -162,6 +162,11 @@ class FusedIA3Linear(_Fused, ia3.Linear):
 FUSED = {lora.Linear: FusedLoraLinear, adalora.SVDLinear: FusedSVDLinear, ia3.Linear: FusedIA3Linear}
 
 
+def peft_class(layer: nn.Module) -> type:
+    """The class of PEFT's that a layer had before it was accelerated, or sharded, or has now."""
+    return next((kind for kind in type(layer).__mro__ if kind in FUSED), type(layer))
+
+
 def accelerate(model: nn.Module) -> nn.Module:
     """Put the LoRA, DoRA, AdaLoRA and (IA)³ layers of a PEFT model on the fused call, in place; returns the model.
 
@@ -215,7 +220,7 @@ def explanations(model: nn.Module, tokens: int, dtype: torch.dtype | None) -> li
             )
             rows.append((name, *(plain if active is None else explain_layer(active, tokens, dtype))))
             continue
-        method = type(layer).__mro__[2 if isinstance(layer, _Fused) else 0].__module__.split(".")[2]
+        method = peft_class(layer).__module__.split(".")[2]
         if not isinstance(layer, _Fused):
             kind = f"{type(layer).__module__}.{type(layer).__name__}"
             why = "accelerate has not run on it" if type(layer) in FUSED else f"{kind} has no fused form"
