@@ -207,6 +207,61 @@ def test_what_cannot_be_fused_keeps_peft_s_forward(monkeypatch):
     assert "its base is a torch.nn.modules.container.Sequential" in str(fp.explain(model))
 
 
+class Packed(torch.Tensor):
+    """A wrapper subclass, as quantised and sharded weights are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, *_):
+        return Packed(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        out = func(*(t.inner if isinstance(t, Packed) else t for t in args), **(kwargs or {}))
+        return Packed(out) if func is torch.ops.aten.detach.default else out
+
+
+def test_quantised_weights_and_replaced_forwards_are_left_alone(monkeypatch):
+    model, x = build("lora"), torch.randn(2, 8)
+    want = model(x)
+    fp.accelerate(model)
+    calls = fused_calls(monkeypatch)
+    first, second = model.base_model.model.layers[0], model.base_model.model.layers[2]
+    weight = first.base_layer.weight
+    first.base_layer.weight = nn.Parameter(Packed(weight.detach()), requires_grad=False)
+    second.forward = peft.tuners.lora.Linear.forward.__get__(second)  # as hooks of a device_map do
+    assert torch.equal(model(x), want)
+    assert not calls
+    rows = [row.why for row in fp.explain(model)]
+    assert rows[0] == "its base weight is a Packed"
+    assert rows[1].startswith("its forward is replaced on the instance")
+
+
+def test_variants_keep_peft_s_forward(monkeypatch):
+    """aLoRA, whose update starts in the middle of the sequence."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                      intermediate_size=32, bos_token_id=0, eos_token_id=1)  # fmt: skip
+    alora = peft.LoraConfig(**R, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    model = peft.get_peft_model(transformers.LlamaForCausalLM(config), alora).eval()
+    ids = torch.tensor([[2, 3, 5, 6, 7, 8], [9, 5, 6, 4, 3, 2]])
+    want = model(input_ids=ids).logits
+    fp.accelerate(model)
+    calls = fused_calls(monkeypatch)
+    assert torch.equal(model(input_ids=ids).logits, want)
+    assert not calls
+    assert "adapter 'default' is a variant of LoRA (ALoraLinearVariant)" in str(fp.explain(model))
+
+
 def test_conv1d_and_other_layers():
     config = transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16, resid_pdrop=0.0,
                                      embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)  # fmt: skip

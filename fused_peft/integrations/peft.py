@@ -17,6 +17,7 @@ from peft.tuners import adalora, ia3, lora
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import dispatch, ops
 from ..convert import explain_layer
@@ -68,15 +69,18 @@ class _Fused:
         if not is_linear(base):
             return f"its base is a {type(base).__module__}.{type(base).__name__}, not a plain linear layer"
         reason = _called(base, (nn.Linear if isinstance(base, nn.Linear) else type(base),), "base")
-        if reason is None and not base.weight.dtype.is_floating_point:
-            reason = f"its base weight has dtype {base.weight.dtype}"
+        weight = base.weight
+        if reason is None and not weight.dtype.is_floating_point:
+            reason = f"its base weight has dtype {weight.dtype}"
+        if reason is None and type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
+            reason = f"its base weight is a {type(weight).__name__}"  # quantised, or sharded over processes
         if (
             reason is None
             and x is not None
-            and x.dtype != base.weight.dtype
+            and x.dtype != weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
         ):
-            reason = f"x has dtype {x.dtype}, the weight {base.weight.dtype}"
+            reason = f"x has dtype {x.dtype}, the weight {weight.dtype}"
         return reason or self._adapters_unfused()
 
     def _used(self) -> list[str]:
@@ -227,6 +231,8 @@ def explanations(model: nn.Module, tokens: int, dtype: torch.dtype | None) -> li
             rows.append((name, method, "PEFT's", "peft", why))
             continue
         state = "disabled" if layer.disable_adapters else "merged" if layer.merged else None
+        if state is None and "forward" in layer.__dict__:
+            state = "its forward is replaced on the instance, as X-LoRA and device_map hooks do"
         reason = state or layer.unfused()
         if reason:
             rows.append((name, method, "PEFT's", "peft", reason))

@@ -1,8 +1,8 @@
 """This library's methods inside Hugging Face PEFT: ``peft.get_peft_model(model, fp.SSBConfig(...))``.
 
 Importing this file registers every method that PEFT lacks with ``peft.utils.register_peft_method``; making a config
-imports it where PEFT is in use. Adapters, checkpoints, switching, merging and Trainer are then PEFT's; each layer computes
-through a ``PeftLinear``.
+imports it where PEFT is in use. Adapters, checkpoints, switching, merging and Trainer are then PEFT's; each layer
+computes through a ``PeftLinear``.
 """
 
 from __future__ import annotations
