@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from . import dispatch, prompt
 from .factors import NotMergeableError
-from .linear import PeftLinear
+from .linear import Gathered, PeftLinear
 from .methods import PeftConfig, method_of
+from .sharded import is_sharded
 from .targets import find_targets, is_target, modules_to_save, resolve
 
 _STATE = "_fused_peft"
@@ -389,10 +390,12 @@ def explain_layer(layer: PeftLinear, tokens: int, dtype: torch.dtype | None) -> 
             factored, formed = (f / 1e9 for f in method.cost(layer, tokens))
             why += f": {formed:.3g} GFLOP instead of {factored:.3g} factored"
         return method.name, "weight", "torch", why
-    problem = _problem(layer, tokens, dtype or layer.weight.dtype)
+    sharded = is_sharded(layer.weight)
+    problem = _problem(Gathered(layer, values=False) if sharded else layer, tokens, dtype or layer.weight.dtype)
     choice = dispatch.choose(problem)
     form = "output" if method.output else "product" if problem.hadamard else "factors"
     why = "W ⊙ (1 + s·B A) is formed once each way; " if problem.hadamard else ""
+    why += f"sharded over {layer.weight.device_mesh.size()} processes; " if sharded else ""
     return method.name, form, choice.backend.name, why + choice.why()
 
 

@@ -63,23 +63,26 @@ class _With:
 
 
 class Gathered(_With):
-    """A layer as one process sees all of it: its sharded tensors whole, gradients too. Collective where any is."""
+    """A layer as one process sees all of it: its sharded tensors whole, gradients too. Collective where any is, unless
+    ``values`` is False: then they are on the meta device."""
 
-    def __init__(self, layer: PeftLinear):
+    def __init__(self, layer: PeftLinear, values: bool = True):
+        self.__dict__["_values"] = values
         tensors = {n: getattr(layer, n) for n in (*layer.adapter_names, *layer.buffer_names, "bias")}
         super().__init__(layer, {n: self._whole(t) for n, t in tensors.items() if t is not None})
 
-    @staticmethod
-    def _whole(t: Tensor) -> Tensor:
+    def _whole(self, t: Tensor) -> Tensor:
         if not is_sharded(t):
-            return t
+            return t if self._values else t.detach().to("meta")
+        if not self._values:
+            return torch.empty(t.shape, dtype=t.dtype, device="meta")
         copy = whole(t.detach())
         copy.grad = None if t.grad is None else whole(t.grad)
         return copy
 
     @property
     def matrix(self) -> Tensor:
-        return self._layer._matrix(whole(self._layer.weight.detach()))
+        return self._layer._matrix(self._whole(self._layer.weight.detach()))
 
     @torch.no_grad()
     def put_back(self) -> None:

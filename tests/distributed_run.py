@@ -122,6 +122,10 @@ def compare(case: Case, spread: Callable, split: int = 1, index: int = 0, scale:
     for act in (fp.merge, fp.unmerge) if mergeable else ():
         act(alone), act(together)
         wrong += [act.__name__] * (not torch.allclose(together(x), alone(x), rtol=1e-9, atol=1e-9))
+    first = convert.unwrap(together)[0]
+    if RANK == 0 and isinstance(first.weight, DTensor) and not first.forms_weight(2048):
+        shown = [e.why for e in fp.explain(together)]  # by one process: it must not communicate
+        wrong += ["explained"] * (not all("sharded over" in why for why in shown))
     with fp.disable_adapter(alone), fp.disable_adapter(together):
         wrong += ["disabled"] * (not torch.allclose(together(x), alone(x), rtol=1e-9, atol=1e-9))
     with torch.no_grad():
