@@ -47,6 +47,7 @@ bench: $(VENV)/dev
 	$(BIN)/python bench/overhead.py --out bench/results/cpu/overhead.csv
 	$(BIN)/python bench/mpc.py --out bench/results/cpu/mpc.csv
 	$(BIN)/python bench/memory.py --out bench/results/cpu/saved_bytes.csv
+	$(BIN)/python bench/estimate.py --out bench/results/estimate.csv
 	$(MAKE) report
 
 report: $(VENV)/dev

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import weakref
 from pathlib import Path
 
 import tables
@@ -53,10 +54,17 @@ def saved(layer: nn.Module) -> float:
     """Bytes kept by one forward beyond x and the layer's own tensors, in multiples of x's bytes."""
     x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     own = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}
-    kept = []  # holds the tensors, so that no address is used twice
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        layer(x)
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    held: list[weakref.ref[torch.Tensor]] = []  # dead once autograd lets go of the tensor
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        held.append(weakref.ref(alias := t.detach()))
+        return alias
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda alias: alias):
+        y = layer(x)  # holds the graph
+    kept = [t.untyped_storage() for ref in held if (t := ref()) is not None]
+    del y
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in kept}
     return sum(n for address, n in sizes.items() if address not in own) / x.nbytes
 
 

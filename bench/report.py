@@ -65,6 +65,12 @@ def saved_bytes() -> str:
     return markdown(["kept for backward beyond x", "ours", "HF PEFT"], [list(r.values()) for r in found])
 
 
+def estimate() -> str:
+    found = rows("estimate.csv")
+    header = ["GiB", "frozen", "trained", "kept: x", "kept beyond x", "total", "HF PEFT: kept", "HF PEFT: total"]
+    return markdown(header, [[f"{r['model']} {r['method']}", *list(r.values())[2:]] for r in found])
+
+
 def gpu() -> str:
     """Predicted ratios at 8192 tokens, K = 4096, r = 16, and the measured ones beside them where there are any."""
     chosen = {"M": "8192", "K": "4096"}
@@ -105,6 +111,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "overhead": overhead,
     "demo": demo,
     "demo-all": demo_all,
+    "estimate": estimate,
     "gpu": gpu,
     "methods": methods,
     "mpc": mpc,

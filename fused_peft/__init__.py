@@ -25,6 +25,7 @@ from .convert import (  # noqa: E402
     unmerge,
 )
 from .dispatch import StrictError, set_backend, set_strict  # noqa: E402
+from .estimate import estimate  # noqa: E402
 from .factors import Factors, NotMergeableError  # noqa: E402
 from .io import AdapterFormatError, load_adapter, load_config, save_pretrained  # noqa: E402
 from .linear import PeftLinear  # noqa: E402
@@ -120,6 +121,7 @@ __all__ = [
     "VeraConfig",
     "bottleneck",
     "disable_adapter",
+    "estimate",
     "explain",
     "get_peft_model",
     "load_adapter",

@@ -9,9 +9,12 @@ from cases import CASES
 from torch import nn
 
 peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
 
 import fused_peft as fp  # noqa: E402
 from fused_peft.integrations import tuners  # noqa: E402
+from fused_peft.integrations.transformers import FusedPeftCallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OWN = [c for c in CASES if c.make(3).peft_type in tuners.REGISTERED]
@@ -146,3 +149,26 @@ def test_schedules_penalties_and_explanations_see_the_active_adapter():
     assert fp.mpc_penalty(model, "o") > 0
     rows = fp.explain(model)
     assert [(r.method, r.form) for r in rows] == [("lora_dash", "factors")] * 2
+
+
+def test_trainer_saves_and_resumes(tmp_path):
+    """A registered method through Trainer: its checkpoints are PEFT's, and a resumed run ends bit for bit the same."""
+    from test_trainer import STEPS, WHERE, base, trainer
+
+    def adapted(folder):
+        config = fp.LoraDashConfig(r=4, lora_dropout=0.1, directions=2, warmup=2, **WHERE)
+        return trainer(tmp_path / folder, peft.get_peft_model(base(), config), FusedPeftCallback())
+
+    whole = adapted("whole")
+    whole.train()
+    half = tmp_path / f"whole/checkpoint-{STEPS // 2}"
+    again = adapted("again")
+    again.train(resume_from_checkpoint=str(half))
+    state, resumed = whole.model.state_dict(), again.model.state_dict()
+    assert any("dash_U" in name and value.any() for name, value in state.items())
+    for name, value in state.items():
+        assert torch.equal(value, resumed[name]), name
+    final = tmp_path / f"whole/checkpoint-{STEPS}"
+    loaded = peft.PeftModel.from_pretrained(base(), final).eval()
+    ids = torch.randint(0, 40, (3, 7))
+    torch.testing.assert_close(loaded(input_ids=ids).logits, whole.model.eval()(input_ids=ids).logits)

@@ -1,32 +1,34 @@
-"""Transformers' Trainer with adapted models: schedules run, and an interrupted run resumes exactly."""
+"""Transformers' Trainer with adapted models: PEFT's are accelerated, schedules run, a run resumes exactly."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 import fused_peft as fp  # noqa: E402
-from fused_peft.integrations.transformers import ScheduleCallback  # noqa: E402
+from fused_peft.integrations.peft import FUSED  # noqa: E402
+from fused_peft.integrations.transformers import FusedPeftCallback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 8
+WHERE = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
+RANKS = {"init_r": 4, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": STEPS, **WHERE}
 
 
-def model():
+def base():
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
     )
-    net = transformers.BertForSequenceClassification(config)
-    adapter = fp.AdaLoraConfig(
-        init_r=4, target_r=2, tinit=1, tfinal=2, total_step=STEPS, lora_dropout=0.1, task_type="SEQ_CLS",
-        target_modules=["query", "value"],
-    )  # fmt: skip
-    return fp.get_peft_model(net, adapter)
+    return transformers.BertForSequenceClassification(config)
 
 
-def trainer(folder, **kwargs):
+def trainer(folder, model, *callbacks, **kwargs):
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(0, 40, (4 * STEPS, 7), generator=generator)
     data = [{"input_ids": r, "labels": int(r[0]) % 2} for r in rows]
@@ -34,16 +36,87 @@ def trainer(folder, **kwargs):
         str(folder), per_device_train_batch_size=4, max_steps=STEPS, learning_rate=1e-2, report_to=[], seed=0,
         save_steps=STEPS // 2, logging_strategy="no", use_cpu=True, disable_tqdm=True, **kwargs,
     )  # fmt: skip
-    return transformers.Trainer(model(), args, train_dataset=data, callbacks=[ScheduleCallback()])
+    return transformers.Trainer(model, args, train_dataset=data, callbacks=[*callbacks])
 
 
 def test_trainer_drives_the_allocator_and_resumes_exactly(tmp_path):
-    whole = trainer(tmp_path / "whole")
+    def adapted(folder):
+        model = fp.get_peft_model(base(), fp.AdaLoraConfig(**RANKS, lora_dropout=0.1))
+        return trainer(tmp_path / folder, model, FusedPeftCallback())
+
+    whole = adapted("whole")
     whole.train()
     layers = [m for m in whole.model.modules() if isinstance(m, fp.PeftLinear)]
     assert sum(int(m.kept.sum()) for m in layers) == 2 * len(layers)
-    again = trainer(tmp_path / "again")
+    again = adapted("again")
     again.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{STEPS // 2}"))
     resumed = again.model.state_dict()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed[name]), name
+
+
+class Watch(transformers.TrainerCallback):
+    """How many layers were PEFT's and how many accelerated, at every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.seen.append(kinds(model))
+
+
+def kinds(model):
+    """(PEFT's own layers, accelerated ones)"""
+    types = [type(m) for m in model.modules()]
+    return sum(t in FUSED for t in types), sum(t in FUSED.values() for t in types)
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_peft_model_is_accelerated_when_training_begins(tmp_path, restore):
+    losses = {}
+    for name, callbacks in {"stock": [], "accelerated": [FusedPeftCallback(restore=restore)]}.items():
+        model, watch = peft.get_peft_model(base(), peft.LoraConfig(**WHERE)), Watch()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        losses[name] = trainer(tmp_path / name, model, watch, *callbacks).train().training_loss
+        assert watch.seen == [(4, 0) if name == "stock" else (0, 4)] * STEPS
+        assert kinds(model) == ((4, 0) if restore or name == "stock" else (0, 4))
+    assert losses["accelerated"] == pytest.approx(losses["stock"], rel=1e-5)
+
+
+def test_peft_adalora_allocates_after_every_optimizer_step(tmp_path, monkeypatch):
+    steps, update = [], peft.AdaLoraModel.update_and_allocate
+    monkeypatch.setattr(
+        peft.AdaLoraModel, "update_and_allocate", lambda self, step: steps.append(step) or update(self, step)
+    )
+    model = peft.get_peft_model(base(), peft.AdaLoraConfig(**RANKS))
+    trainer(tmp_path, model, FusedPeftCallback()).train()
+    assert steps == list(range(STEPS))
+    kept = [int((p != 0).sum()) for name, p in model.named_parameters() if "lora_E" in name]
+    assert sum(kept) == 2 * len(kept)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+@pytest.mark.parametrize("ours", [True, False], ids=["ours", "peft"])
+def test_the_callback_sees_through_wrappers_and_skips_skipped_steps(wrap, ours):
+    if ours:
+        model = fp.get_peft_model(base(), fp.AdaLoraConfig(**RANKS))
+    else:
+        model = peft.get_peft_model(base(), peft.AdaLoraConfig(**RANKS))
+    callback, wrapped = FusedPeftCallback(restore=True), wrap(model)
+    callback.on_train_begin(None, None, None, model=wrapped)
+    assert kinds(model) == (0, 0 if ours else 4)
+    model(torch.randint(0, 40, (2, 5)), labels=torch.tensor([0, 1])).loss.backward()
+    falling = SimpleNamespace(global_step=5)  # the budget has begun to fall
+    kept = [p for name, p in model.named_parameters() if "lora_E" in name]
+    with torch.no_grad():
+        for p in kept:
+            p.fill_(1.0)
+    skipped = SimpleNamespace(step_was_skipped=True)
+    callback.on_optimizer_step(None, falling, None, model=wrapped, optimizer=skipped)
+    assert all(p.all() for p in kept)
+    callback.on_optimizer_step(None, falling, None, model=wrapped)
+    assert sum(int((p != 0).sum()) for p in kept) < sum(p.numel() for p in kept)
+    callback.on_train_end(None, None, None, model=wrapped)
+    assert kinds(model) == (0 if ours else 4, 0)

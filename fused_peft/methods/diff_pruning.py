@@ -51,15 +51,16 @@ class DiffPruningConfig(PeftConfig):
 
 def init(W, bias, config, new):
     mask, count = config.mask, max(1, round(config.density * W.numel()))
-    if isinstance(mask, Tensor):
+    if W.is_meta:
+        count = count if mask is None else int(mask.sum()) if isinstance(mask, Tensor) else mask
+        index = torch.empty(count, dtype=torch.int64, device="meta")
+    elif isinstance(mask, Tensor):
         if mask.shape != W.shape or mask.dtype != torch.bool:
             raise ValueError(
                 f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}, but must be boolean and of the weight's "
                 f"shape (out, in) = {tuple(W.shape)}"
             )
         index = mask.to(W.device).flatten().nonzero().flatten()
-    elif W.is_meta:
-        index = torch.empty(mask or count, dtype=torch.int64, device="meta")
     else:
         index = W.abs().flatten().topk(mask or count).indices.sort().values
     return Init({"values": new(len(index)).zero_()}, {"index": index})

@@ -1,0 +1,217 @@
+"""Bytes of one training step, without making a tensor: parameters, gradients, AdamW, and what adapted layers keep.
+
+Ours are found by adapting a twin of the model on the meta device and running each layer's own forward there. Hugging
+Face PEFT's are written out from the forwards of its 0.21.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .convert import carry_out, plan
+from .linear import PeftLinear
+from .methods import PeftConfig
+
+
+@dataclass(frozen=True)
+class LayerEstimate:
+    """Bytes that one adapted linear layer keeps for backward; peft_* None where PEFT has no such layer.
+
+    x: the layer's input, where it is kept as it came. beyond_x: everything else.
+    """
+
+    name: str
+    x: int
+    beyond_x: int
+    peft_x: int | None
+    peft_beyond_x: int | None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one training step on one device; prints as a table. peft_*: Hugging Face PEFT's, None where it lacks
+    the method.
+
+    base: frozen parameters, among them the originals of modules_to_save and of trained biases; no buffers.
+    adapter: trainable parameters: adapters, copies of modules_to_save, trained biases.
+    buffers: frozen tensors that the method keeps beside the weights (SVD factors, DoRA's norms).
+    gradients, optimizer: one gradient and two AdamW moments of each trainable parameter, in its dtype.
+    x, beyond_x: what the adapted linear layers keep for backward, summed over ``layers``. x counts each layer's own
+        input; layers that read one input (q, k and v) keep it once, so the sum is an upper figure. beyond_x, what a
+        layer makes and keeps itself, is never shared.
+
+    Not counted: what the rest of the model keeps (attention, norms, activations, the loss), memory that is free again
+    when a layer's forward ends, and the allocator's rounding.
+    """
+
+    method: str
+    tokens: int
+    base: int
+    adapter: int
+    buffers: int
+    gradients: int
+    optimizer: int
+    x: int
+    beyond_x: int
+    peft_x: int | None
+    peft_beyond_x: int | None
+    layers: tuple[LayerEstimate, ...] = field(repr=False)
+
+    @property
+    def total(self) -> int:
+        return self._trained + self.buffers + self.x + self.beyond_x
+
+    @property
+    def peft_total(self) -> int | None:
+        """With our base, adapter, gradients and moments: PEFT's are of the same shapes and dtypes. What AdaLoRA's
+        allocator keeps, three more tensors of the adapter's shapes, is left out."""
+        return None if self.peft_x is None else self._trained + self.peft_x + self.peft_beyond_x
+
+    @property
+    def _trained(self) -> int:
+        return self.base + self.adapter + self.gradients + self.optimizer
+
+    def __str__(self) -> str:
+        rows = (
+            ("frozen parameters", self.base, self.base),
+            ("trainable parameters", self.adapter, self.adapter),
+            ("gradients", self.gradients, self.gradients),
+            ("AdamW moments", self.optimizer, self.optimizer),
+            ("buffers of the method", self.buffers, 0),
+            ("kept for backward: x", self.x, self.peft_x),
+            ("kept for backward: beyond x", self.beyond_x, self.peft_beyond_x),
+            ("total", self.total, self.peft_total),
+        )
+        known, title = self.peft_x is not None, f"{self.method}, {self.tokens} tokens, {len(self.layers)} layers"
+        lines = [(title, "fused_peft", "HF PEFT")]
+        lines += [(name, _size(ours), _size(peft) if known else "-") for name, ours, peft in rows]
+        width = max(len(line[0]) for line in lines)
+        return "\n".join(f"{name:<{width}}  {ours:>12}  {peft:>12}" for name, ours, peft in lines)
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 1 << 30 else f"{n / 2**20:.2f} MiB"
+
+
+def estimate(
+    model: nn.Module,
+    config: PeftConfig,
+    tokens: int,
+    adapter_dtype: torch.dtype | None = None,
+    device: str | torch.device = "cuda",
+) -> Estimate:
+    """What one training step of ``get_peft_model(model, config)`` holds, in bytes, ours and Hugging Face PEFT's.
+
+    The model is not changed and none of its values are read: it may be on the meta device. Nothing of its size is made.
+
+    Args:
+        model: any nn.Module with linear layers.
+        config: e.g. ``LoraConfig(r=16, target_modules="all-linear")``.
+        tokens: rows of x a step, batch size times sequence length. x has the weight's dtype and needs a gradient.
+        adapter_dtype: as for get_peft_model; None is fp32 for fp16 and bf16 layers, else the weight's dtype.
+        device: where it would train. Of it depends PEFT's dropout mask alone: one byte an element on a GPU, on the
+            CPU an element of the adapter's dtype.
+
+    Raises ValueError when tokens is no positive integer, and what get_peft_model raises.
+    """
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens <= 0:
+        raise ValueError(f"tokens={tokens!r} must be a positive integer; give batch size times sequence length")
+    device = torch.device(device)
+    twin = _on_meta(model)
+    planned = plan(twin, config, adapter_dtype)
+    parameters, state, found = {*carry_out(twin, planned).parameters()}, planned.state, planned.layers.items()
+    parameters.update(state.biases.values(), *(module.parameters() for module in state.saved.values()))
+    trained = sum(p.nbytes for p in parameters if p.requires_grad)
+    rows = tuple(
+        LayerEstimate(name, *_kept(layer, tokens), *_kept_by_peft(layer, tokens, device)) for name, layer in found
+    )
+    known = all(row.peft_x is not None for row in rows) and bool(rows)
+    return Estimate(
+        method=state.config.method_name,
+        tokens=tokens,
+        base=sum(p.nbytes for p in parameters if not p.requires_grad),
+        adapter=trained,
+        buffers=sum(getattr(layer, name).nbytes for _, layer in found for name in layer.buffer_names),
+        gradients=trained,
+        optimizer=2 * trained,
+        x=sum(row.x for row in rows),
+        beyond_x=sum(row.beyond_x for row in rows),
+        peft_x=sum(row.peft_x for row in rows) if known else None,
+        peft_beyond_x=sum(row.peft_beyond_x for row in rows) if known else None,
+        layers=rows,
+    )
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A twin of the module tree, tied where the model is tied: every tensor on the meta device, all else shared."""
+    if not isinstance(model, nn.Module):
+        return model
+    twins: dict[int, object] = {}
+
+    def tensor(t: Tensor | None) -> Tensor | None:
+        if t is None or nn.parameter.is_lazy(t):
+            return t
+        if id(t) not in twins:
+            twin = torch.empty(t.shape, dtype=t.dtype, device="meta")
+            twins[id(t)] = nn.Parameter(twin, t.requires_grad) if isinstance(t, nn.Parameter) else twin
+        return twins[id(t)]
+
+    def module(m: nn.Module | None) -> nn.Module | None:
+        if m is None:
+            return None
+        if id(m) not in twins:
+            twins[id(m)] = twin = type(m).__new__(type(m))
+            # hooks and children are registered in dicts, which the twin must not share
+            twin.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in m.__dict__.items()})
+            for registry, make in (("_parameters", tensor), ("_buffers", tensor), ("_modules", module)):
+                twin.__dict__[registry] = {name: make(v) for name, v in m.__dict__[registry].items()}
+        return twins[id(m)]
+
+    return module(model)
+
+
+def _kept(layer: PeftLinear, tokens: int) -> tuple[int, int]:
+    """Bytes of x, and of everything else, that a layer on the meta device keeps: storages, the layer's own left out."""
+    x = torch.empty(tokens, layer.in_features, dtype=layer.weight.dtype, device="meta", requires_grad=True)
+    kept: list[Tensor] = []
+    layer.train()
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer.forward(x)  # past the layer's hooks
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
+    for t in (*layer.parameters(), *layer.buffers()):
+        sizes.pop(t.untyped_storage()._cdata, None)
+    return sizes.pop(x.untyped_storage()._cdata, 0), sum(sizes.values())
+
+
+def _kept_by_peft(layer: PeftLinear, M: int, device: torch.device) -> tuple[int, int] | tuple[None, None]:
+    """The same of PEFT's layer with this config: LoRA, rsLoRA, DoRA, AdaLoRA and (IA)³, else (None, None).
+
+    The frozen layer keeps no input. An adapter of another dtype than the layer casts x, and keeps its copy. DoRA also
+    makes an identity (K, K) and B A in every forward; they are free again when it ends, and not counted.
+    """
+    config, (N, K), base = layer.config, layer.matrix.shape, layer.weight.dtype
+    wide = getattr(layer, layer.adapter_names[0]).dtype
+    b, w, cast = base.itemsize, wide.itemsize, wide != base
+    x, copy = (0, M * K * w) if cast else (M * K * b, 0)
+    if config.peft_type == "IA3" and config.feedforward_modules:
+        return x, copy + K * w  # the scale, 1 · l
+    if config.peft_type == "IA3" and config.scale_bias:
+        return 0, M * N * b + N * w  # the unscaled output, the scale
+    if config.peft_type not in ("LORA", "ADALORA") or config.nonlinearity != "identity":
+        return None, None
+    if config.lora_dropout:
+        x, copy = 0, M * K * (w + (w if device.type == "cpu" else 1))  # drop(x) and the mask
+    kept = copy + M * config.r * w  # xAᵀ
+    if config.peft_type == "ADALORA":
+        # A ⊙ E and the number of ranks; PEFT's cast makes that number train, so the product it divides is kept as well
+        return x, kept + config.r * K * w + w + cast * M * N * w
+    if config.init_lora_weights == "milora":
+        return None, None
+    if config.use_dora:
+        kept += M * N * w + 3 * N * w  # the update before its scale, the norm, the scale m / norm, that less 1
+        kept += M * N * (w if config.lora_dropout else b)  # the base's output
+        kept += N * K * w * bool(config.lora_dropout and cast)  # W in the adapter's dtype
+    return x, kept
