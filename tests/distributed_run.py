@@ -318,13 +318,16 @@ def dropout():
 
 @check
 def accelerated_peft():
-    """PEFT's own layers on the fused call, against PEFT's forward in one process."""
+    """PEFT's own layers on the fused call, and methods registered with PEFT, against PEFT in one process."""
     names = {"target_modules": ["0", "2"]}
     configs = {
         "lora": lambda: peft.LoraConfig(r=3, init_lora_weights=False, **names),
         "dora": lambda: peft.LoraConfig(r=3, use_dora=True, init_lora_weights=False, **names),
         "adalora": lambda: peft.AdaLoraConfig(init_r=3, total_step=9, init_lora_weights=False, **names),
         "ia3": lambda: peft.IA3Config(feedforward_modules=["2"], init_ia3_weights=False, **names),
+        "ssb": lambda: fp.SSBConfig(**names),
+        "flora": lambda: fp.FloraConfig(r=3, **names),
+        "svdiff": lambda: fp.SVDiffConfig(**names),
     }
     problems = {}
     for name, config in configs.items():

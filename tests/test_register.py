@@ -151,6 +151,15 @@ def test_schedules_penalties_and_explanations_see_the_active_adapter():
     assert [(r.method, r.form) for r in rows] == [("lora_dash", "factors")] * 2
 
 
+@pytest.mark.parametrize("name", ["ssb", "flora", "svdiff"])
+def test_compiles_as_one_graph(name):
+    model, _ = both(next(c for c in OWN if c.name == name))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for got, want in zip(results(compiled, x), results(model, x), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_trainer_saves_and_resumes(tmp_path):
     """A registered method through Trainer: its checkpoints are PEFT's, and a resumed run ends bit for bit the same."""
     from test_trainer import STEPS, WHERE, base, trainer
