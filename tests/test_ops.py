@@ -307,31 +307,6 @@ def test_opcheck(present, G, h, with_c):
     torch.library.opcheck(torch.ops.fused_peft.linear.default, args)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        fp.LoraConfig(r=3, init_lora_weights=False),
-        fp.LoraConfig(r=3, lora_dropout=0.3),
-        fp.SSBConfig(),
-        fp.IA3Config(),
-        fp.BitFitConfig(),
-    ],
-    ids=["lora", "dropout", "ssb", "ia3", "bitfit"],
-)
-def test_compiles_as_one_graph(config):
-    layer = fp.PeftLinear(K, N, config=config)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x, dy = rand(4, M, K, dtype=torch.float32), torch.randn(4, M, N)
-    leaves = [x, *(getattr(layer, n) for n in layer.adapter_names)]
-    torch.manual_seed(1)
-    want = results(layer(x), leaves, dy)
-    torch.manual_seed(1)
-    got = results(compiled(x), leaves, dy)
-    if not getattr(config, "lora_dropout", 0):
-        torch.testing.assert_close(got, want)
-    assert [g.shape for g in got] == [w.shape for w in want]
-
-
 def test_function_transforms():
     layer = fp.PeftLinear(K, N, config=fp.LoraConfig(r=3, init_lora_weights=False), dtype=torch.float64)
     x = torch.randn(M, K, dtype=torch.float64)
