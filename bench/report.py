@@ -71,6 +71,13 @@ def estimate() -> str:
     return markdown(header, [[f"{r['model']} {r['method']}", *list(r.values())[2:]] for r in found])
 
 
+def accelerated() -> str:
+    found = rows("cpu/accelerated.csv")
+    header = ["training steps per second", "HF PEFT", "accelerated", "time, accelerated / HF PEFT"]
+    columns = ("stock", "accelerated", "time_ratio_p50")
+    return markdown(header, [[f"{r['model']} {r['method']}", *(r[c] for c in columns)] for r in found])
+
+
 def gpu() -> str:
     """Predicted ratios at 8192 tokens, K = 4096, r = 16, and the measured ones beside them where there are any."""
     chosen = {"M": "8192", "K": "4096"}
@@ -107,6 +114,7 @@ def methods() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "accelerated": accelerated,
     "cpu-layers": cpu_layers,
     "overhead": overhead,
     "demo": demo,

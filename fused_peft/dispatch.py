@@ -225,8 +225,13 @@ def choose(problem: Problem) -> Choice:
     return choice
 
 
+def is_eager(x: Tensor) -> bool:
+    """Whether eager computes every call on x, without a look at the call."""
+    return x.is_cpu and _forced is None and "cpu" not in _priority
+
+
 def backend_for(o: Operands) -> Backend:
-    if o.x.is_cpu and _forced is None and "cpu" not in _priority:
+    if is_eager(o.x):
         return _backends["eager"]
     return choose(Problem.of(o)).backend
 
