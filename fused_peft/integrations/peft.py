@@ -14,6 +14,7 @@ from operator import mul
 
 import torch
 from peft.tuners import adalora, ia3, lora
+from peft.tuners.lora import dora
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -53,9 +54,9 @@ class _Fused:
         found = self.fused_factors(weight)
         if not found:
             return ops.plain_linear(x, weight, bias)
-        y = ops.linear(x, weight, found[0], bias, None, self.training)
+        y = ops.linear(x, weight, found[0], bias)
         for f in found[1:]:
-            y = ops.linear(x, None, f, None, y, self.training)
+            y = ops.linear(x, None, f, None, y)
         return y
 
     def base_matrix(self) -> Tensor:
@@ -88,7 +89,14 @@ class _Fused:
         return [name for name in self.active_adapters if name in getattr(self, self.adapter_layer_names[0])]
 
     def _dropped(self, name: str) -> float:
-        return getattr(self.lora_dropout[name], "p", 0.0)
+        """The dropout probability in force: PEFT goes by the mode of the dropout module, not of the layer."""
+        drop = self.lora_dropout[name]
+        return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+
+    def _dropout_unfused(self, name: str) -> str | None:
+        if self._dropped(name) == 1:
+            return "its dropout drops everything"
+        return _called(self.lora_dropout[name], (nn.Identity, nn.Dropout), "dropout")
 
     def _get_name(self) -> str:
         return peft_class(self).__name__  # the repr is PEFT's
@@ -103,12 +111,17 @@ class FusedLoraLinear(_Fused, lora.Linear):
             variant = self.lora_variant.get(name)
             if variant is not None and not isinstance(variant, DoraLinearVariant):
                 return f"adapter {name!r} is a variant of LoRA ({type(variant).__name__})"
-            if variant is not None and (len(used) > 1 or self.ephemeral_gpu_offload or self.lora_bias[name]):
-                return f"adapter {name!r} is DoRA with other adapters, a bias or offloading beside it"
+            if variant is not None:
+                if len(used) > 1 or self.ephemeral_gpu_offload or self.lora_bias[name]:
+                    return f"adapter {name!r} is DoRA with other adapters, a bias or offloading beside it"
+                if dora.ENABLE_DORA_CACHING and not self.training:
+                    return f"adapter {name!r} is DoRA, and PEFT's DoraCaching is on"
+                if reason := _called(self.lora_magnitude_vector[name], (dora.DoraLinearLayer,), "magnitude"):
+                    return reason
             for part in (self.lora_A[name], self.lora_B[name]):
                 if reason := _called(part, (nn.Linear,), "A or B"):
                     return reason
-            if reason := _called(self.lora_dropout[name], (nn.Identity, nn.Dropout), "dropout"):
+            if reason := self._dropout_unfused(name):
                 return reason
         return None
 
@@ -131,15 +144,17 @@ class FusedLoraLinear(_Fused, lora.Linear):
             wide = torch.promote_types(weight.dtype, torch.float32)
             squared = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
             norm = ops.row_norm(weight, squared, A, B, s)
-        return Factors(A=A, B=B, d_out=self.lora_magnitude_vector[name].weight / norm, s=s, p=p, drop_base=True)
+        magnitude, p = self.lora_magnitude_vector[name], p if self.training else 0.0
+        if magnitude._dora_cache:  # PEFT's call empties it while DoraCaching is off
+            magnitude._cache_clear()
+        return Factors(A=A, B=B, d_out=magnitude.weight / norm, s=s, p=p, drop_base=True)
 
 
 class FusedSVDLinear(_Fused, adalora.SVDLinear):
     """AdaLoRA."""
 
     def _adapters_unfused(self) -> str | None:
-        reasons = (_called(self.lora_dropout[n], (nn.Identity, nn.Dropout), "dropout") for n in self._used())
-        return next(filter(None, reasons), None)
+        return next(filter(None, map(self._dropout_unfused, self._used())), None)
 
     def fused_factors(self, weight: Tensor) -> list[Factors]:
         found = []
@@ -243,7 +258,7 @@ def explanations(model: nn.Module, tokens: int, dtype: torch.dtype | None) -> li
             rows.append((name, method, "plain", "torch", "no adapter of this layer is active"))
             continue
         x = torch.empty(1, device="meta", dtype=dtype or weight.dtype).expand(tokens, weight.shape[1])
-        problem = dispatch.foreseen(found[0], x, weight, bias, None, layer.training, weight.device)
+        problem = dispatch.foreseen(found[0], x, weight, bias, None, True, weight.device)
         choice = dispatch.choose(problem)
         rows.append((name, method, "factors", choice.backend.name, choice.why()))
     return rows
