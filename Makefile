@@ -46,7 +46,7 @@ bench: $(VENV)/dev
 	$(BIN)/python bench/cpu.py --out bench/results/cpu/layers.csv
 	$(BIN)/python bench/overhead.py --out bench/results/cpu/overhead.csv
 	$(BIN)/python bench/mpc.py --out bench/results/cpu/mpc.csv
-	$(BIN)/python bench/accelerated.py --out bench/results/cpu/accelerated.csv
+	OMP_NUM_THREADS=1 $(BIN)/python bench/accelerated.py --out bench/results/cpu/accelerated.csv
 	$(BIN)/python bench/memory.py --out bench/results/cpu/saved_bytes.csv
 	$(BIN)/python bench/estimate.py --out bench/results/estimate.csv
 	$(MAKE) report

@@ -76,7 +76,7 @@ def measure(rounds: int, names: tuple[str, ...] = tuple(METHODS), models=MODELS)
             ratio = statistics.median(a / b for a, b in zip(seconds["accelerated"], seconds["stock"], strict=True))
             per_second = {k: f"{1 / statistics.median(s):.2f}" for k, s in seconds.items()}
             row = {"model": of, "method": name, **per_second, "time_ratio_p50": f"{ratio:.3f}"}
-            rows.append({**row, "torch": torch.__version__})
+            rows.append({**row, "threads": torch.get_num_threads(), "torch": torch.__version__})
             print(*rows[-1].values(), sep="\t", flush=True)
     return rows
 
