@@ -243,6 +243,20 @@ def test_dash_adds_nothing_before_the_warm_up():
     assert not torch.allclose(twin(x), before)
 
 
+def test_dash_chooses_late_where_the_step_was_left_out_and_never_twice():
+    model = adapted(DASH)
+    train(model, adamw(model), range(5))
+    fp.on_step(model, 7)  # loss scaling skipped 5 and 6
+    chosen = model.fc1.dash_U.clone()
+    assert chosen.any()
+    resumed = copy.deepcopy(model)  # as from a checkpoint: no memory but the buffers
+    for again in (model, resumed):
+        nn.init.normal_(again.fc1.lora_B)
+        fp.on_step(again, 8)
+        fp.on_step(again, 9)
+        assert torch.equal(again.fc1.dash_U, chosen)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-10)])
 def test_dash_takes_the_directions_that_the_update_uses_most(dtype, tolerance):
     model = adapted(DASH, dtype)

@@ -2,11 +2,13 @@
 uses most.
 
 Si et al., arXiv 2409.01035; combination group of arXiv 2407.05417. The directions are those with the largest |uᵢᵀ ΔW
-vᵢ| / σᵢ at step ``warmup``. The parameter dash (t,) exists from the start; until then its directions are zero.
+vᵢ| / σᵢ at step ``warmup``, or the first step after it that is not left out. The parameter dash (t,) exists from the
+start; until then its directions are zero.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,6 +18,8 @@ from ..factors import Factors
 from .base import Init, Method, positive_int
 from .low_rank import LowRankConfig, kaiming_a_zero_b
 from .svd import decomposed
+
+_CHOSEN = weakref.WeakSet()  # layers known to have their directions, so that no later step has to look
 
 
 @dataclass(kw_only=True)
@@ -53,9 +57,14 @@ def factors(layer):
 
 @torch.no_grad()
 def on_step(layers, step):
-    """At the warm-up step, write each layer's directions into its buffers."""
+    """At the warm-up step, or the first one after it where that was left out, write each layer's directions into its
+    buffers."""
     for name, layer in layers:
-        if step != layer.config.warmup:
+        late = step > layer.config.warmup
+        if step < layer.config.warmup or (late and layer in _CHOSEN):
+            continue
+        if late and layer.dash_U.any():  # resumed
+            _CHOSEN.add(layer)
             continue
         try:
             U, S, Vh = decomposed(layer.matrix, layer.matrix.new_empty)
@@ -66,6 +75,7 @@ def on_step(layers, step):
         chosen = used.topk(layer.config.directions).indices
         layer.dash_U.copy_(U[:, chosen])
         layer.dash_Vh.copy_(Vh[chosen])
+        _CHOSEN.add(layer)
 
 
 LORA_DASH = Method(
