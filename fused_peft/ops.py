@@ -152,7 +152,8 @@ def plain_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 def formed_linear(x: Tensor, form: Callable[..., Tensor], tensors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
     """y = x W'ᵀ + bias with W' = form(*tensors) (N, K) made anew in forward and in backward: only x is kept.
 
-    x (..., K), bias (N,) or None; gradients in x, the tensors and bias, once differentiable.
+    x (..., K), bias (N,) or None; gradients in x, the tensors and bias, once differentiable. Compiled, and on DTensors,
+    PyTorch's own autograd decides what is kept, W' included.
     """
     if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
         (x,) = _autocast(x)

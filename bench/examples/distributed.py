@@ -40,6 +40,12 @@ PLAN = {f"model.layers.*.self_attn.{n}_proj": ColwiseParallel() for n in "qkv"} 
 TRAINED = sd.StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
+def training_state(model, optimizer, step: int) -> dict:
+    """What a checkpoint holds: the adapter's and the optimizer's tensors, as this process has them, and the step."""
+    own, moments = sd.get_state_dict(model, optimizer, options=TRAINED)
+    return {"model": own, "optimizer": moments, "step": step}
+
+
 def spread(model, parallel: str, device: str):
     """The model over all processes; how many share a batch, and this one's place among them."""
     world = dist.get_world_size()
@@ -82,14 +88,14 @@ def main() -> None:
     data = blocks("\n".join(topics.values()).encode())
     start, checkpoint = 0, args.output_dir / "checkpoint"
     if args.resume:
-        states = dict(zip(("model", "optimizer"), sd.get_state_dict(model, optimizer, options=TRAINED), strict=True))
-        states["step"] = 0
-        dcp.load(states, checkpoint_id=checkpoint)
+        state = training_state(model, optimizer, 0)
+        dcp.load(state, checkpoint_id=checkpoint)
         sd.set_state_dict(
-            model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"], options=TRAINED
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINED
         )
-        start = states["step"]
-    for step in range(start, args.stop_after or args.steps):
+        start = state["step"]
+    end = args.stop_after or args.steps
+    for step in range(start, end):
         rows = [data[(step * BATCH + i) % len(data)]["input_ids"] for i in range(BATCH)][part::parts]
         ids = torch.stack(rows).to(device)
         loss = model(input_ids=ids, labels=ids).loss
@@ -100,8 +106,7 @@ def main() -> None:
         dist.all_reduce(mean)
         if dist.get_rank() == 0:
             print(f"step {step:3d}  loss {mean.item() / dist.get_world_size():.6f}", flush=True)
-    states = dict(zip(("model", "optimizer"), sd.get_state_dict(model, optimizer, options=TRAINED), strict=True))
-    dcp.save(states | {"step": args.stop_after or args.steps}, checkpoint_id=checkpoint)
+    dcp.save(training_state(model, optimizer, end), checkpoint_id=checkpoint)
     fp.save_pretrained(model, args.output_dir / "adapter")
     dist.destroy_process_group()
 
