@@ -15,14 +15,14 @@ from .sharded import is_sharded, placed_as, whole
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def _conv1d_type() -> type | None:
+def conv1d_type() -> type | None:
     """Transformers' Conv1D (a linear layer with its weight stored (in, out)), if Transformers is in use."""
     module = sys.modules.get("transformers.pytorch_utils")
     return getattr(module, "Conv1D", None)
 
 
 def is_linear(module: nn.Module) -> bool:
-    conv1d = _conv1d_type()
+    conv1d = conv1d_type()
     return isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))
 
 

@@ -50,7 +50,7 @@ def linear(
         return _parallel().linear(x, w, f, bias, c, training)
     if torch._C._is_any_autocast_enabled():
         x, w, c = _autocast(x, w, c)
-        if f.hadamard and torch.is_autocast_enabled(x.device.type):
+        if f.hadamard and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):  # B A is formed in its own dtype
                 return linear(x, w, f, bias, c, training, seed)
     if f.A is None and w is not None and _native(x, f):
@@ -217,13 +217,14 @@ def _parallel():
 
 def _no_autocast(device: str):
     """For a backward that runs inside an autocast context: dtypes were settled in forward."""
-    return torch.autocast(device, enabled=False) if torch._C._is_any_autocast_enabled() else nullcontext()
+    on = device != "meta" and torch._C._is_any_autocast_enabled()
+    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """What autocast does to a matmul's inputs."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
         return tensors
     dt = torch.get_autocast_dtype(device)
     return [None if t is None else t.to(dt) for t in tensors]

@@ -246,6 +246,35 @@ def test_quantised_weights_and_replaced_forwards_are_left_alone(monkeypatch):
     assert rows[1].startswith("its forward is replaced on the instance")
 
 
+class OtherConv1D(transformers.pytorch_utils.Conv1D):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_layers_with_a_forward_or_bias_of_their_own(monkeypatch):
+    model = peft.get_peft_model(nn.Sequential(OtherConv1D(6, 8)), peft.LoraConfig(r=2, target_modules=["0"]))
+    x = torch.randn(2, 8)
+    want = model(x)
+    calls = fused_calls(monkeypatch)
+    assert torch.equal(fp.accelerate(model)(x), want)
+    model = build("lora", target_modules=["layers.0"])
+    layer = model.base_model.model.layers[0]
+    layer.lora_A["default"].bias = nn.Parameter(torch.ones(3))
+    want = model(x)
+    assert torch.equal(fp.accelerate(model)(x), want)
+    assert not calls
+    assert "the A of adapter 'default' has a bias" in str(fp.explain(model))
+
+
+def test_meta_tensors_under_autocast():
+    with torch.device("meta"):
+        model = fp.get_peft_model(Net(), fp.LieraConfig(r=2, target_modules=["layers.0"]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = model(torch.empty(3, 8, device="meta"))
+        y.sum().backward()
+    assert y.is_meta
+
+
 def test_variants_keep_peft_s_forward(monkeypatch):
     """aLoRA, whose update starts in the middle of the sequence."""
     torch.manual_seed(0)

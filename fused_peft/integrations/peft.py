@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import dispatch, ops
 from ..convert import explain_layer
 from ..factors import Factors
-from ..linear import is_linear
+from ..linear import conv1d_type, is_linear
 from .tuners import FusedTunerLayer
 
 TESTED = "0.21"  # the PEFT release that the tests ran on
@@ -69,7 +69,7 @@ class _Fused:
         base = self.base_layer
         if not is_linear(base):
             return f"its base is a {type(base).__module__}.{type(base).__name__}, not a plain linear layer"
-        reason = _called(base, (nn.Linear if isinstance(base, nn.Linear) else type(base),), "base")
+        reason = _called(base, (nn.Linear, conv1d_type()), "base")
         weight = base.weight
         if reason is None and not weight.dtype.is_floating_point:
             reason = f"its base weight has dtype {weight.dtype}"
@@ -78,6 +78,7 @@ class _Fused:
         if (
             reason is None
             and x is not None
+            and not x.is_meta
             and x.dtype != weight.dtype
             and not torch.is_autocast_enabled(x.device.type)
         ):
@@ -118,6 +119,8 @@ class FusedLoraLinear(_Fused, lora.Linear):
                     return f"adapter {name!r} is DoRA, and PEFT's DoraCaching is on"
                 if reason := _called(self.lora_magnitude_vector[name], (dora.DoraLinearLayer,), "magnitude"):
                     return reason
+            if self.lora_A[name].bias is not None:
+                return f"the A of adapter {name!r} has a bias"
             for part in (self.lora_A[name], self.lora_B[name]):
                 if reason := _called(part, (nn.Linear,), "A or B"):
                     return reason
@@ -189,10 +192,10 @@ def peft_class(layer: nn.Module) -> type:
 def accelerate(model: nn.Module) -> nn.Module:
     """Put the LoRA, DoRA, AdaLoRA and (IA)³ layers of a PEFT model on the fused call, in place; returns the model.
 
-    Keys, checkpoints and the whole of PEFT's interface stay as they are; results differ from PEFT's by rounding, and
-    dropout draws other masks. Layers that cannot be fused keep PEFT's forward (``fused_peft.explain`` names the
-    reason). Once more after adapters on further modules were added; twice does no harm. Raises TypeError when model is
-    no module, ValueError when it has no PEFT layer.
+    Keys, checkpoints and the whole of PEFT's interface stay as they are; results differ from PEFT's by rounding,
+    dropout draws other masks, and gradients of gradients are refused. Layers that cannot be fused keep PEFT's forward
+    (``fused_peft.explain`` names the reason). Once more after adapters on further modules were added; twice does no
+    harm. Raises TypeError when model is no module, ValueError when it has no PEFT layer.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} must be a torch.nn.Module")
