@@ -16,7 +16,7 @@ from . import dispatch, prompt
 from .factors import NotMergeableError
 from .linear import Gathered, PeftLinear
 from .methods import PeftConfig, method_of
-from .sharded import is_sharded
+from .sharded import is_sharded, placed_as, reshard
 from .targets import find_targets, is_target, modules_to_save, resolve
 
 _STATE = "_fused_peft"
@@ -224,6 +224,7 @@ def merge(model: nn.Module, safe_merge: bool = False) -> None:
     """
     found = _found(model)
     refuse_while_disabled(model, "merge")
+    reshard(model)
     owners: dict[int, str] = {}
     for name, layer in found:
         if layer.merged:
@@ -253,6 +254,7 @@ def unmerge(model: nn.Module) -> None:
     """Restore every base weight bit for bit. Raises RuntimeError when a layer is not merged."""
     found = _found(model)
     refuse_while_disabled(model, "unmerge")
+    reshard(model)
     for name, layer in found:
         if not layer.merged:
             raise RuntimeError(f"{name} is not merged; there is nothing to unmerge")
@@ -302,7 +304,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     before = [layer.enabled for _, layer in found]
     trained = {name: model.get_submodule(name) for name in state.saved}
     parameters = {name: _bias_in_use(model, name) for name in state.biases}
-    values = {name: p.data for name, p in parameters.items()}
+    reshard(model)
+    values = {name: p.detach().clone() if is_sharded(p) else p.data for name, p in parameters.items()}
     state.disabled += 1
     try:
         for _, layer in found:
@@ -313,7 +316,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             _set(model, name, original if like is None else original.to(like.device))
             original.train(module.training)
         for name, p in parameters.items():
-            p.data = state.biases[name].to(p.device, p.dtype)
+            _set_data(p, state.biases[name].to(p.device, p.dtype))
         yield model
     finally:
         state.disabled -= 1
@@ -322,7 +325,16 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         for name, module in trained.items():
             _set(model, name, module)
         for name, p in parameters.items():
-            p.data = values[name]
+            _set_data(p, values[name])
+
+
+@torch.no_grad()
+def _set_data(p: Tensor, value: Tensor) -> None:
+    """Put a value, whole or split as p is, in place of p's."""
+    if is_sharded(p):
+        p.copy_(value if is_sharded(value) else placed_as(value, p))
+    else:
+        p.data = value
 
 
 def _bias_in_use(model: nn.Module, name: str) -> Tensor:

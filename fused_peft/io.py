@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import convert, prompt
 from .linear import PeftLinear
 from .methods import METHODS, PeftConfig
-from .sharded import is_sharded, placed_as, whole
+from .sharded import is_sharded, placed_as, reshard, whole
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -132,9 +132,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
     model = convert.unwrap(model)
     state = convert.state_of(model)
     convert.refuse_while_disabled(model, "save_pretrained")
+    reshard(model)
     path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise FileExistsError(f"path={str(path)!r} is an existing file; give a folder")
     slots = _slots(dict(convert.layers(model)), state, _finder(model))
     if hasattr(model, "soft_prompt"):
         P = model.soft_prompt.prompt()
@@ -145,6 +144,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
         tensors |= _shared(dict(convert.layers(model)))
     try:
         if not together or torch.distributed.get_rank() == 0:
+            if path.exists() and not path.is_dir():
+                raise FileExistsError(f"path={str(path)!r} is an existing file; give a folder")
             path.mkdir(parents=True, exist_ok=True)
             aside = path / f".{WEIGHTS_NAME}.{os.getpid()}"
             save_file({k: t.clone() for k, t in tensors.items()}, aside, metadata={"format": "pt"})
@@ -251,6 +252,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool =
     """
     model, path = convert.unwrap(model), Path(path)
     convert.refuse_while_disabled(model, "load_adapter")
+    reshard(model)
     config = load_config(path)
     config.inference_mode = not is_trainable
     stored = _read(path)
@@ -297,11 +299,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool =
 def _warn_settings(current: PeftConfig, stored: PeftConfig) -> None:
     """Values are replaced, settings such as the scaling are not: say which differ."""
     where = {"target_modules", "base_model_name_or_path", "revision", "inference_mode", "task_type", "modules_to_save"}
-    differ = {
-        f.name: (getattr(current, f.name), getattr(stored, f.name))
-        for f in fields(current)
-        if f.name not in where and getattr(current, f.name) != getattr(stored, f.name)
-    }
+    mine, theirs = current.stored(), stored.stored()
+    differ = {n: (mine[n], theirs[n]) for n in mine if n not in where and mine[n] != theirs[n]}
     if differ:
         warnings.warn(
             f"the loaded adapter was made with other settings; the model keeps its own: {differ}", stacklevel=3

@@ -183,13 +183,21 @@ class PeftLinear(nn.Linear):
     def take_from_base(self) -> None:
         """Put the residual in place of the weight, for methods that train on one (PiSSA): W − s·B₀A₀."""
         if self.method.taken is not None:
-            self.weight.data = self._base_plus(-1.0)
+            self._put_base(-1.0)
+
+    @torch.no_grad()
+    def _put_base(self, sign: float) -> None:
+        value = self._base_plus(sign)
+        if is_sharded(self.weight):
+            self.weight.copy_(placed_as(value, self.weight))
+        else:
+            self.weight.data = value
 
     def _base_plus(self, sign: float) -> Tensor:
         """The weight with the method's part added (sign 1) or taken out (-1), in the weight's dtype and layout."""
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        part = self.method.taken(self).to(wide).low_rank()
-        return self._matrix(torch.add(self.matrix.to(wide), part, alpha=sign).to(self.weight.dtype)).contiguous()
+        wide, layer = torch.promote_types(self.weight.dtype, torch.float32), Gathered(self)
+        part = self.method.taken(layer).to(wide).low_rank()
+        return self._matrix(torch.add(layer.matrix.to(wide), part, alpha=sign).to(self.weight.dtype)).contiguous()
 
     @torch.no_grad()
     def _start(self, method: Method, config: PeftConfig, dtype: torch.dtype) -> Init:
@@ -222,7 +230,7 @@ class PeftLinear(nn.Linear):
     def reset_adapter_parameters(self) -> None:
         """Initialise the adapter anew from the base weight, in place: the parameter objects stay the same."""
         if self.method.taken is not None and not self.awaits_weight:
-            self.weight.data = self._base_plus(1.0)
+            self._put_base(1.0)
         start = self._start(self.method, self.config, getattr(self, self.adapter_names[0]).dtype)
         for name, value in (start.params | start.buffers).items():
             own = getattr(self, name)
@@ -359,7 +367,7 @@ class PeftLinear(nn.Linear):
         if self.merged:
             self._forget_base()
         elif self.method.taken is not None:
-            self.weight.data = self._base_plus(1.0)
+            self._put_base(1.0)
         plain = self._base_class.__new__(self._base_class)
         plain.__dict__.update(self.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):

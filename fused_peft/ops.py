@@ -53,7 +53,7 @@ def linear(
         if f.hadamard and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):  # B A is formed in its own dtype
                 return linear(x, w, f, bias, c, training, seed)
-    if f.A is None and w is not None and _native(x, f):
+    if f.A is None and w is not None and _native(x, f, bias if f.bias is None else f.bias):
         return _scaled_linear(x, w, f, bias if f.bias is None else f.bias)
     p = f.p if training else 0.0
     seed = None if not p else new_seed(x.device) if seed is None else seed
@@ -93,10 +93,10 @@ def linear(
         raise
 
 
-def _native(x: Tensor, f: Factors) -> bool:
+def _native(x: Tensor, f: Factors, bias: Tensor | None) -> bool:
     """Whether PyTorch's own autograd does for a call without a low-rank term: eager, every tensor of one dtype. It then
     keeps what the fused call would, and its host time is less."""
-    tensors = (t for t in (f.d_in, f.d_out, f.bias) if t is not None)
+    tensors = (t for t in (f.d_in, f.d_out, bias) if t is not None)
     return is_eager(x) and all(t.dtype == x.dtype for t in tensors) and not (is_compiling() or _transforming())
 
 
@@ -136,7 +136,7 @@ def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tens
 
 
 def _row_norm_op_body(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    with _no_autocast(W.device.type):  # the norm is summed in fp32
+    with no_autocast(W.device.type):  # the norm is summed in fp32
         return backend_for(Operands(x=W, A=A, B=B, s=s)).row_norm(W, squared, A, B, s)
 
 
@@ -185,7 +185,7 @@ class _Formed(torch.autograd.Function):
         if dy is None:
             return (None,) * (1 + len(need))
         x, *tensors = ctx.saved_tensors
-        with _no_autocast(dy.device.type):
+        with no_autocast(dy.device.type):
             return None, *_formed_gradients(ctx.form, ctx.bias_dtype, dy, x, tensors, *need)
 
 
@@ -215,7 +215,7 @@ def _parallel():
     return parallel
 
 
-def _no_autocast(device: str):
+def no_autocast(device: str):
     """For a backward that runs inside an autocast context: dtypes were settled in forward."""
     on = device != "meta" and torch._C._is_any_autocast_enabled()
     return torch.autocast(device, enabled=False) if on else nullcontext()
@@ -278,7 +278,7 @@ class _Linear(torch.autograd.Function):
         backend, need, scalars = ctx.rest
         *tensors, T, z = ctx.saved_tensors
         o = Operands(*tensors, *scalars)
-        with _no_autocast(dy.device.type):
+        with no_autocast(dy.device.type):
             return (None, *backend.backward(dy, o, T, z, need), *(None,) * SCALARS)
 
 

@@ -176,8 +176,9 @@ def row_norm(W: DTensor, squared: DTensor, A: DTensor, B: DTensor, s: float) -> 
         return DTensor.from_local(norm, mesh, squared.placements, run_check=False)
     wide = squared.dtype
     W, A, B = W.to_local(), A.to_local().to(wide), B.to_local().to(wide)
-    products = torch.cat([torch.mm(W, A.t().to(W.dtype)).to(wide), torch.mm(A, A.t())])
-    products = DTensor.from_local(products, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
-    WA, AA = products.to_local().split([W.shape[0], A.shape[0]])
-    norm = (squared.to_local() + s * ((2 * WA + s * (B @ AA)) * B).sum(1)).clamp_min_(0).sqrt_()
+    with ops.no_autocast(W.device.type):
+        parts = torch.cat([torch.mm(W, A.t().to(W.dtype)).to(wide), torch.mm(A, A.t())])
+        products = DTensor.from_local(parts, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
+        WA, AA = products.to_local().split([W.shape[0], A.shape[0]])
+        norm = (squared.to_local() + s * ((2 * WA + s * (B @ AA)) * B).sum(1)).clamp_min_(0).sqrt_()
     return DTensor.from_local(norm, mesh, [Replicate()], run_check=False)

@@ -6,9 +6,9 @@ from collections import defaultdict
 
 from torch import nn
 
-from .convert import active_layers
+from .convert import active_layers, unwrap
 from .linear import Gathered
-from .sharded import is_sharded
+from .sharded import is_sharded, reshard
 
 
 def on_step(model: nn.Module, step: int) -> None:
@@ -22,8 +22,9 @@ def on_step(model: nn.Module, step: int) -> None:
     if step < 0:
         raise ValueError(f"step={step} must not be negative; count training steps from 0")
     by_method = defaultdict(list)
+    reshard(unwrap(model))
     for name, layer in active_layers(model):
-        if layer.method.on_step is not None:
+        if layer.method.on_step is not None and layer.method.acts(layer, step):
             by_method[layer.method.name].append((name, layer))
     for found in by_method.values():
         act = found[0][1].method.on_step

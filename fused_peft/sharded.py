@@ -5,11 +5,21 @@ Both are collective: every process of the tensor's mesh must take part.
 
 from __future__ import annotations
 
-from torch import Tensor
+import sys
+
+from torch import Tensor, nn
 
 
 def is_sharded(t: Tensor | None) -> bool:
     return hasattr(t, "full_tensor")
+
+
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 drop the gathered copies that a forward left behind, as writing into those would be lost."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if fsdp else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def whole(t: Tensor) -> Tensor:

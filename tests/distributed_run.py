@@ -37,6 +37,7 @@ from fused_peft.sharded import whole
 
 K, H, N, ROWS, STEPS = 8, 12, 4, 8, 4
 PLAIN = [c for c in CASES if "dropout" not in c.name and c.name != "parallel_adapter+all"]
+PLAIN.append(Case("lora+trained_biases", "lora", lambda r: fp.LoraConfig(r=r, bias="all")))
 OUT, RANK, WORLD = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 CHECKS: dict[str, Callable] = {}
 PLAN = {"0": ColwiseParallel(), "2": RowwiseParallel()}
@@ -119,6 +120,8 @@ def compare(case: Case, spread: Callable, split: int = 1, index: int = 0, scale:
     wrong += [f"stored {n}" for n in differing(*map(load_file, files))]
     first = alone[0]
     mergeable = first.method.weight or (first.method.factors and first.factors().mergeable)
+    with torch.no_grad():
+        together(x)  # after which FSDP2 leaves the outermost group gathered
     for act in (fp.merge, fp.unmerge) if mergeable else ():
         act(alone), act(together)
         wrong += [act.__name__] * (not torch.allclose(together(x), alone(x), rtol=1e-9, atol=1e-9))

@@ -59,6 +59,13 @@ def test_autocast_gives_the_half_precision_result(case, dtype):
         assert (g - want[name]).norm() < limit * whole, name
 
 
+@pytest.mark.parametrize("config", [fp.SSBConfig(), fp.IA3Config(scale_bias=False), fp.SSLConfig(), fp.BitFitConfig()])
+def test_a_bias_of_another_dtype_does_not_widen_y(config):
+    layer = fp.PeftLinear(8, 4, config=config, adapter_dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.randn(3, 8)).dtype == torch.bfloat16
+
+
 @every_case
 @pytest.mark.parametrize("dtype", HALF)
 def test_fp32_adapters_on_a_half_precision_base(case, dtype):

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -138,6 +140,42 @@ def test_dtypes_and_seals():
         peft.get_peft_model(Net(), fp.BitFitConfig())
     with pytest.raises(TypeError, match="Tanh is not a linear layer"):
         peft.get_peft_model(Net(), fp.SSBConfig(target_modules=["layers.1"]))
+
+
+def test_many_layers_are_saved(tmp_path):
+    """PEFT makes a set of a long list of names."""
+    build = lambda: nn.Sequential(*(nn.Linear(4, 4) for _ in range(30)))  # noqa: E731
+    model = peft.get_peft_model(build(), fp.SSBConfig(target_modules=[str(i) for i in range(29)]))
+    model.save_pretrained(tmp_path)
+    assert len(fp.explain(peft.PeftModel.from_pretrained(build(), tmp_path))) == 29
+
+
+def test_a_merge_that_fails_changes_nothing_and_unmerge_survives_a_cast():
+    case = next(c for c in OWN if c.name == "flora")
+    model, _ = both(case, torch.float32)
+    model.add_adapter("bad", configured(case))
+    layer = model.base_model.model.layers[0]
+    with torch.no_grad():
+        layer.flora_lora_M["bad"].fill_(float("nan"))
+    before = layer.weight.clone()
+    with pytest.raises(ValueError, match="NaNs detected"):
+        layer.merge(safe_merge=True, adapter_names=["default", "bad"])
+    assert torch.equal(layer.weight, before)
+    assert not layer.merged
+    layer.merge(adapter_names=["default"])
+    model.double()
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight, before.double(), rtol=0, atol=0)
+
+
+def test_a_config_made_before_peft_was_imported():
+    script = """
+import fused_peft as fp
+config = fp.FloraConfig(r=2, target_modules=["0"])
+import peft, torch
+peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, capture_output=True)
 
 
 def test_schedules_penalties_and_explanations_see_the_active_adapter():

@@ -39,7 +39,7 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
         self.adapter_layer_names, self.other_param_names = (), ("configs",)
         self.configs: dict[str, PeftConfig] = {}
         self._layers: dict[str, PeftLinear] = {}
-        self._unmerged: list[tuple[Tensor, Tensor | None]] = []
+        self._unmerged: tuple[Tensor, Tensor | None] | None = None  # the base while merged
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
@@ -64,6 +64,8 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
         for registry, names in ((layer._parameters, layer.adapter_names), (layer._buffers, layer.buffer_names)):
             for part in names:
                 registry[part] = getattr(self, layer.method.disk_key(part))[name]
+        if layer.awaits_weight and not base.weight.is_meta:  # made on the meta device, and loaded since
+            layer.awaits_weight = any(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
         layer.training = self.training
         return layer
 
@@ -90,19 +92,28 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
         Raises NotMergeableError, and ValueError with safe_merge for a weight that is not finite, with nothing changed.
         """
         base = self.get_base_layer()
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.configs:
-                continue
-            weight, bias = self.layer(name).merged_tensors()
-            if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self._unmerged.append((base.weight.data, None if base.bias is None else base.bias.data))
-            base.weight.data = weight
-            if base.bias is not None:
-                base.bias.data = bias
-            elif bias is not None:
-                base.bias = nn.Parameter(bias, requires_grad=False)
-            self.merged_adapters.append(name)
+        before = base.weight.data, None if base.bias is None else base.bias.data
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.configs]
+        try:
+            for name in names:
+                weight, bias = self.layer(name).merged_tensors()
+                if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+                self._set_base(weight, bias)
+        except BaseException:
+            self._set_base(*before)
+            raise
+        if names and not self.merged:
+            self._unmerged = before
+        self.merged_adapters += names
+
+    def _set_base(self, weight: Tensor, bias: Tensor | None) -> None:
+        base = self.get_base_layer()
+        base.weight.data = weight.to(base.weight)
+        if bias is None or base.bias is None:
+            base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        else:
+            base.bias.data = bias.to(base.bias)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -110,14 +121,8 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = self.get_base_layer()
-        weight, bias = self._unmerged[0]
-        base.weight.data = weight
-        if bias is None:
-            base.bias = None
-        else:
-            base.bias.data = bias
-        self._unmerged.clear()
+        self._set_base(*self._unmerged)
+        self._unmerged = None
         self.merged_adapters.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -180,7 +185,7 @@ def _load_config(path, subfolder: str | None = None, **kwargs) -> PeftConfig:
 
 def _register() -> frozenset[str]:
     """Every peft_type that PEFT does not have, and on the configs what PEFT calls on its own; the types."""
-    PeftConfig.is_prompt_learning = PeftConfig.is_adaption_prompt = False
+    PeftConfig.is_prompt_learning = False
     PeftConfig.to_dict, PeftConfig.save_pretrained = _to_dict, _save_config
     PeftConfig.from_pretrained = staticmethod(_load_config)
     known = set(PeftType._member_map_)

@@ -31,6 +31,13 @@ class Init(NamedTuple):
     buffers: dict[str, Tensor] = {}
 
 
+def _register_with_peft() -> None:
+    """Where Hugging Face PEFT is in use, make it know the methods that it lacks."""
+    if "peft" in sys.modules and (registers := "fused_peft.integrations.tuners") not in sys.modules:
+        with suppress(ImportError):  # a PEFT too old for it
+            importlib.import_module(registers)
+
+
 @dataclass(kw_only=True)
 class PeftConfig:
     """Fields common to all methods, named and meant as in Hugging Face PEFT.
@@ -64,9 +71,7 @@ class PeftConfig:
     revision: str | None = None
 
     def __post_init__(self):
-        if "peft" in sys.modules and (registers := "fused_peft.integrations.tuners") not in sys.modules:
-            with suppress(ImportError):  # a PEFT too old for it
-                importlib.import_module(registers)
+        _register_with_peft()
         self.task_type = getattr(self.task_type, "value", self.task_type)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -103,6 +108,14 @@ class PeftConfig:
             raise TypeError(f"{name}={value!r} must hold non-empty strings")
         return names
 
+    is_adaption_prompt: ClassVar[bool] = False  # this and the next for PEFT, which asks every config
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """False; the first question that PEFT puts to a config made before PEFT was imported."""
+        _register_with_peft()
+        return False
+
     def __setattr__(self, name: str, value: Any) -> None:
         if self.__dict__.get("_in_use"):
             raise AttributeError(
@@ -128,7 +141,8 @@ class PeftConfig:
 
     def stored(self) -> dict[str, Any]:
         """The fields as they go into adapter_config.json."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: sorted(v) if isinstance(v, set) else v for name, v in found.items()}  # PEFT makes sets of lists
 
     def for_targets(self, shapes: list[tuple[int, int]]) -> PeftConfig:
         """The config once the (out, in) of every adapted layer is known."""
@@ -165,6 +179,7 @@ class Method:
     With both factors and weight, each call takes the form of fewer FLOPs.
     taken(layer) -> Factors: where the method trains on a residual, what was taken out of the base weight: W − taken is
         put in its place when the layer is adopted, and W + taken is the base again when the adapter is off.
+    acts(layer, step): whether on_step has anything to do with a layer at a step.
     on_step([(name, layer)], step): called by ``fused_peft.on_step`` after each optimizer step.
     cost(layer, rows) -> (FLOPs with factors, FLOPs with weight), where both are declared.
     from_weight: init reads W's values, so a layer made on the meta device must be reset once its weight is there.
@@ -184,6 +199,7 @@ class Method:
     weight: Callable[[Any], Tensor] | None = None
     output: Callable[[Any], Factors] | None = None
     taken: Callable[[Any], Factors] | None = None
+    acts: Callable[[Any, int], bool] = lambda layer, step: True
     on_step: Callable[[list[tuple[str, Any]], int], None] | None = None
     cost: Callable[[Any, int], tuple[float, float]] | None = None
     from_weight: bool = False

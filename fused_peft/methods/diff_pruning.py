@@ -41,8 +41,10 @@ class DiffPruningConfig(PeftConfig):
 
     def stored(self) -> dict:
         fields = super().stored()
-        if isinstance(self.mask, dict):
-            fields["mask"] = {n: int(m.sum()) if isinstance(m, Tensor) else m for n, m in self.mask.items()}
+        count = lambda m: int(m.sum()) if isinstance(m, Tensor) else m  # noqa: E731
+        fields["mask"] = (
+            {n: count(m) for n, m in self.mask.items()} if isinstance(self.mask, dict) else count(self.mask)
+        )
         return fields
 
     def describe(self) -> str:
@@ -62,7 +64,7 @@ def init(W, bias, config, new):
             )
         index = mask.to(W.device).flatten().nonzero().flatten()
     else:
-        index = W.abs().flatten().topk(mask or count).indices.sort().values
+        index = W.abs().flatten().topk(count if mask is None else mask).indices.sort().values
     return Init({"values": new(len(index)).zero_()}, {"index": index})
 
 

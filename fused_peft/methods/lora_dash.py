@@ -55,16 +55,19 @@ def factors(layer):
     return lora + Factors(A=layer.dash_Vh, B=layer.dash_U, G=layer.dash, p=config.lora_dropout)
 
 
+def acts(layer, step):
+    warmup = layer.config.warmup
+    return step == warmup or (step > warmup and layer not in _CHOSEN)
+
+
 @torch.no_grad()
 def on_step(layers, step):
     """At the warm-up step, or the first one after it where that was left out, write each layer's directions into its
     buffers."""
     for name, layer in layers:
-        late = step > layer.config.warmup
-        if step < layer.config.warmup or (late and layer in _CHOSEN):
-            continue
-        if late and layer.dash_U.any():  # resumed
-            _CHOSEN.add(layer)
+        own = getattr(layer, "_layer", layer)  # behind a gathered copy
+        if step > layer.config.warmup and layer.dash_U.any():  # resumed
+            _CHOSEN.add(own)
             continue
         try:
             U, S, Vh = decomposed(layer.matrix, layer.matrix.new_empty)
@@ -75,7 +78,7 @@ def on_step(layers, step):
         chosen = used.topk(layer.config.directions).indices
         layer.dash_U.copy_(U[:, chosen])
         layer.dash_Vh.copy_(Vh[chosen])
-        _CHOSEN.add(layer)
+        _CHOSEN.add(own)
 
 
 LORA_DASH = Method(
@@ -85,6 +88,7 @@ LORA_DASH = Method(
     example=lambda r: LoraDashConfig(r=r, lora_alpha=2 * r, directions=min(r, 8)),
     init=init,
     factors=factors,
+    acts=acts,
     on_step=on_step,
     disk_buffers=("dash_U", "dash_Vh"),
 )
