@@ -16,7 +16,7 @@ from . import dispatch, prompt
 from .factors import NotMergeableError
 from .linear import Gathered, PeftLinear
 from .methods import PeftConfig, method_of
-from .sharded import is_sharded, placed_as, reshard
+from .sharded import fsdp_modules, is_sharded, reshard, set_data
 from .targets import find_targets, is_target, modules_to_save, resolve
 
 _STATE = "_fused_peft"
@@ -277,8 +277,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     model = unwrap(model)
     found = _found(model)
     refuse_while_disabled(model, "merge_and_unload")
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp and any(isinstance(m, fsdp.FSDPModule) for m in model.modules()):
+    if fsdp_modules(model):
         raise RuntimeError(
             "merge_and_unload would replace layers whose parameters fully_shard manages; merge(model) works, or "
             "save_pretrained, then load_adapter and merge_and_unload on a model that is not sharded"
@@ -316,7 +315,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             _set(model, name, original if like is None else original.to(like.device))
             original.train(module.training)
         for name, p in parameters.items():
-            _set_data(p, state.biases[name].to(p.device, p.dtype))
+            set_data(p, state.biases[name].to(p.device, p.dtype))
         yield model
     finally:
         state.disabled -= 1
@@ -325,16 +324,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         for name, module in trained.items():
             _set(model, name, module)
         for name, p in parameters.items():
-            _set_data(p, values[name])
-
-
-@torch.no_grad()
-def _set_data(p: Tensor, value: Tensor) -> None:
-    """Put a value, whole or split as p is, in place of p's."""
-    if is_sharded(p):
-        p.copy_(value if is_sharded(value) else placed_as(value, p))
-    else:
-        p.data = value
+            set_data(p, values[name])
 
 
 def _bias_in_use(model: nn.Module, name: str) -> Tensor:
@@ -380,14 +370,12 @@ def explain(model: nn.Module, tokens: int = 2048, dtype: torch.dtype | None = No
 
     ``print(fp.explain(model))`` shows a table. In strict mode, raises StrictError as the forward would.
     """
-    out = Explanation()
     if "fused_peft.integrations.tuners" in sys.modules:  # PEFT is in use
         from .integrations import peft
 
         if rows := peft.explanations(model, tokens, dtype):
             return Explanation(LayerExplanation(*row) for row in rows)
-    out.extend(LayerExplanation(name, *explain_layer(layer, tokens, dtype)) for name, layer in _found(model))
-    return out
+    return Explanation(LayerExplanation(name, *explain_layer(layer, tokens, dtype)) for name, layer in _found(model))
 
 
 def explain_layer(layer: PeftLinear, tokens: int, dtype: torch.dtype | None) -> tuple[str, str, str, str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .factors import Factors, NotMergeableError
 from .methods import Init, Method, PeftConfig, method_of
-from .sharded import is_sharded, placed_as, whole
+from .sharded import is_sharded, placed_as, set_data, whole
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -183,15 +183,7 @@ class PeftLinear(nn.Linear):
     def take_from_base(self) -> None:
         """Put the residual in place of the weight, for methods that train on one (PiSSA): W − s·B₀A₀."""
         if self.method.taken is not None:
-            self._put_base(-1.0)
-
-    @torch.no_grad()
-    def _put_base(self, sign: float) -> None:
-        value = self._base_plus(sign)
-        if is_sharded(self.weight):
-            self.weight.copy_(placed_as(value, self.weight))
-        else:
-            self.weight.data = value
+            set_data(self.weight, self._base_plus(-1.0))
 
     def _base_plus(self, sign: float) -> Tensor:
         """The weight with the method's part added (sign 1) or taken out (-1), in the weight's dtype and layout."""
@@ -203,8 +195,7 @@ class PeftLinear(nn.Linear):
     def _start(self, method: Method, config: PeftConfig, dtype: torch.dtype) -> Init:
         """What the method starts this layer from; a new layer and a reset one share it."""
         weight = self._matrix(whole(self.weight.detach()))
-        start = method.init(weight, self.bias, config, lambda *shape: weight.new_empty(shape, dtype=dtype))
-        return start if isinstance(start, Init) else Init(start)
+        return method.start(weight, self.bias, config, lambda *shape: weight.new_empty(shape, dtype=dtype))
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """The weight as (out, in); its own inverse."""
@@ -230,7 +221,7 @@ class PeftLinear(nn.Linear):
     def reset_adapter_parameters(self) -> None:
         """Initialise the adapter anew from the base weight, in place: the parameter objects stay the same."""
         if self.method.taken is not None and not self.awaits_weight:
-            self._put_base(1.0)
+            set_data(self.weight, self._base_plus(1.0))
         start = self._start(self.method, self.config, getattr(self, self.adapter_names[0]).dtype)
         for name, value in (start.params | start.buffers).items():
             own = getattr(self, name)
@@ -367,7 +358,7 @@ class PeftLinear(nn.Linear):
         if self.merged:
             self._forget_base()
         elif self.method.taken is not None:
-            self._put_base(1.0)
+            set_data(self.weight, self._base_plus(1.0))
         plain = self._base_class.__new__(self._base_class)
         plain.__dict__.update(self.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):

@@ -48,20 +48,23 @@ def linear(
     """
     if _distributed(x):
         return _parallel().linear(x, w, f, bias, c, training)
-    if torch._C._is_any_autocast_enabled():
+    bias = bias if f.bias is None else f.bias
+    if autocasting(x):
         x, w, c = _autocast(x, w, c)
-        if f.hadamard and not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        if f.hadamard:
             with torch.autocast(x.device.type, enabled=False):  # B A is formed in its own dtype
                 return linear(x, w, f, bias, c, training, seed)
-    if f.A is None and w is not None and _native(x, f, bias if f.bias is None else f.bias):
-        return _scaled_linear(x, w, f, bias if f.bias is None else f.bias)
+    if f.d_in is not None and x.shape[-1:] != f.d_in.shape:
+        _check(x, w)  # would broadcast
+    if f.A is None and w is not None and _native(x, f, bias):
+        return _scaled_linear(x, w, f, bias)
     p = f.p if training else 0.0
     seed = None if not p else new_seed(x.device) if seed is None else seed
     o = Operands(
         x,
         w,
         c,
-        bias if f.bias is None else f.bias,
+        bias,
         f.d_in,
         f.d_out,
         f.A,
@@ -77,8 +80,6 @@ def linear(
         f.hadamard,
     )
     try:
-        if f.d_in is not None and x.shape[-1:] != f.d_in.shape:
-            _check(x, w)  # would broadcast
         if _transforming():
             return _expression(o, f)
         if is_compiling():
@@ -102,8 +103,6 @@ def _native(x: Tensor, f: Factors, bias: Tensor | None) -> bool:
 
 def _scaled_linear(x: Tensor, w: Tensor, f: Factors, bias: Tensor | None) -> Tensor:
     """y = d_out ⊙ (x ⊙ d_in)Wᵀ + bias, or with the bias scaled too."""
-    if f.d_in is not None and x.shape[-1:] != f.d_in.shape:
-        _check(x, w)  # would broadcast
     inside = f.d_out is None or f.scale_bias
     z = plain_linear(x if f.d_in is None else x * f.d_in, w, bias if inside else None)
     if f.d_out is None:
@@ -155,7 +154,7 @@ def formed_linear(x: Tensor, form: Callable[..., Tensor], tensors: Sequence[Tens
     x (..., K), bias (N,) or None; gradients in x, the tensors and bias, once differentiable. Compiled, and on DTensors,
     PyTorch's own autograd decides what is kept, W' included.
     """
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+    if autocasting(x):
         (x,) = _autocast(x)
         with torch.autocast(x.device.type, enabled=False):  # W' is formed in its own dtype and rounded once
             return formed_linear(x, form, tensors, bias)
@@ -215,18 +214,22 @@ def _parallel():
     return parallel
 
 
+def autocasting(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; PyTorch has none for meta, and raises when asked."""
+    return torch._C._is_any_autocast_enabled() and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
 def no_autocast(device: str):
-    """For a backward that runs inside an autocast context: dtypes were settled in forward."""
+    """For what is computed in the dtypes that it comes in: a backward, whose forward settled them, or a norm."""
     on = device != "meta" and torch._C._is_any_autocast_enabled()
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What autocast does to a matmul's inputs."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    """What autocast, where it is on, does to a matmul's inputs."""
+    if tensors[0].dtype == torch.float64:
         return tensors
-    dt = torch.get_autocast_dtype(device)
+    dt = torch.get_autocast_dtype(tensors[0].device.type)
     return [None if t is None else t.to(dt) for t in tensors]
 
 

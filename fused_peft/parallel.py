@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_tensor, parallel
 
 from . import ops
+from .backends.eager import norm_of
 from .dropout import keep_mask, new_seed
 from .factors import Factors
 from .linear import PeftLinear
@@ -33,9 +34,8 @@ def sides(layer: PeftLinear) -> dict[str, tuple[str | None, ...]]:
     starts = []
     for shape in _PROBES:
         meta = torch.empty(shape, device="meta", dtype=torch.float32)
-        start = layer.method.init(meta, meta[:, 0], layer.config, meta.new_empty)
-        start = start._asdict() if hasattr(start, "_asdict") else {"params": start, "buffers": {}}
-        starts.append({n: t.shape for part in start.values() for n, t in part.items()})
+        start = layer.method.start(meta, meta[:, 0], layer.config, meta.new_empty)
+        starts.append({n: t.shape for n, t in (start.params | start.buffers).items()})
     found = {}
     for name, first in starts[0].items():
         pairs = zip(first, starts[1][name], strict=True)
@@ -75,31 +75,35 @@ def shard(layer: PeftLinear, mesh: DeviceMesh, side: str, src_data_rank: int | N
             registry[name] = wrap(split, requires_grad=t.requires_grad)
 
 
-class ColwiseParallel(parallel.ColwiseParallel):
+class _OfAdapters:
+    """In front of one of torch's styles: a PeftLinear is sharded along ``side``."""
+
+    side: str
+
+    def _partition_linear_fn(self, name, module, device_mesh):
+        if isinstance(module, PeftLinear):
+            shard(module, device_mesh, self.side, self.src_data_rank)
+        else:
+            super()._partition_linear_fn(name, module, device_mesh)
+
+
+class ColwiseParallel(_OfAdapters, parallel.ColwiseParallel):
     """torch's ColwiseParallel, which also takes a PeftLinear: A replicated, B sharded, scales sharded with their side.
 
     ``parallelize_module(model, mesh["tp"], {"q_proj": ColwiseParallel(), "o_proj": RowwiseParallel()})`` after
     get_peft_model. Raises ValueError as ``shard`` does.
     """
 
-    def _partition_linear_fn(self, name, module, device_mesh):
-        if isinstance(module, PeftLinear):
-            shard(module, device_mesh, "out", self.src_data_rank)
-        else:
-            super()._partition_linear_fn(name, module, device_mesh)
+    side = "out"
 
 
-class RowwiseParallel(parallel.RowwiseParallel):
+class RowwiseParallel(_OfAdapters, parallel.RowwiseParallel):
     """torch's RowwiseParallel, which also takes a PeftLinear: A sharded, B replicated, scales sharded with their side.
 
     Raises ValueError as ``shard`` does.
     """
 
-    def _partition_linear_fn(self, name, module, device_mesh):
-        if isinstance(module, PeftLinear):
-            shard(module, device_mesh, "in", self.src_data_rank)
-        else:
-            super()._partition_linear_fn(name, module, device_mesh)
+    side = "in"
 
 
 # the side of length out, or in, of each operand
@@ -127,16 +131,16 @@ def linear(x: DTensor, w: DTensor | None, f: Factors, bias, c: DTensor | None, t
     row = any(operands[n].placements == (Shard(d),) for n, d in _IN.items() if n in operands)
     if c is not None or (row and (f.h != "identity" or f.a is not None)):
         return _written_out(x, w, f, bias, c, training)
-    splits, result = (_OUT, Shard(x.dim() - 1)) if column else (_IN, Partial()) if row else ({}, Replicate())
-    along = Shard(x.dim() - 1) if result == Partial() else Replicate()
-    local = {"x": _local(x, along, varies=column or row)}
+    splits, last = _OUT if column else _IN if row else {}, Shard(x.dim() - 1)
+    summed, varies = splits is _IN, bool(splits)
+    result = last if column else Partial() if summed else Replicate()
+    local = {"x": _local(x, last if summed else Replicate(), varies)}
     for name, t in operands.items():
-        at = Shard(splits[name]) if name in splits else Replicate()
-        local[name] = _local(t, at, varies=column or row)
-    if "bias" in local and result == Partial() and mesh.get_local_rank():
+        local[name] = _local(t, Shard(splits[name]) if name in splits else Replicate(), varies)
+    if "bias" in local and summed and mesh.get_local_rank():
         local["bias"] = local["bias"] * 0  # the sum over processes shall hold it once
     inner = replace(f, **{n: local.get(n) for n in ("A", "a", "G", "B", "d_in", "d_out", "bias")})
-    seed = _seed(x, mesh, differs=result == Partial()) if training and f.p else None
+    seed = _seed(x, mesh, differs=summed) if training and f.p else None
     y = ops.linear(local["x"], local.get("w"), inner, None, None, training, seed)
     return DTensor.from_local(y, mesh, [result], run_check=False)
 
@@ -175,10 +179,10 @@ def row_norm(W: DTensor, squared: DTensor, A: DTensor, B: DTensor, s: float) -> 
         norm = ops.row_norm(W.to_local(), squared.to_local(), A.to_local(), B.to_local(), s)
         return DTensor.from_local(norm, mesh, squared.placements, run_check=False)
     wide = squared.dtype
-    W, A, B = W.to_local(), A.to_local().to(wide), B.to_local().to(wide)
+    W, A = W.to_local(), A.to_local().to(wide)
     with ops.no_autocast(W.device.type):
         parts = torch.cat([torch.mm(W, A.t().to(W.dtype)).to(wide), torch.mm(A, A.t())])
         products = DTensor.from_local(parts, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()])
         WA, AA = products.to_local().split([W.shape[0], A.shape[0]])
-        norm = (squared.to_local() + s * ((2 * WA + s * (B @ AA)) * B).sum(1)).clamp_min_(0).sqrt_()
+        norm = norm_of(squared.to_local(), WA, AA, B.to_local().to(wide), s)
     return DTensor.from_local(norm, mesh, [Replicate()], run_check=False)

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 from torch import nn
 
-from .convert import active_layers, unwrap
+from .convert import active_layers
 from .linear import Gathered
 from .sharded import is_sharded, reshard
 
@@ -22,7 +22,7 @@ def on_step(model: nn.Module, step: int) -> None:
     if step < 0:
         raise ValueError(f"step={step} must not be negative; count training steps from 0")
     by_method = defaultdict(list)
-    reshard(unwrap(model))
+    reshard(model)
     for name, layer in active_layers(model):
         if layer.method.on_step is not None and layer.method.acts(layer, step):
             by_method[layer.method.name].append((name, layer))

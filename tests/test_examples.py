@@ -9,7 +9,7 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
-from fused_peft import ops  # noqa: E402
+from test_accelerate import fused_calls  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench/examples"))
@@ -51,9 +51,7 @@ def example(request, tmp_path):
 @pytest.fixture
 def fused(monkeypatch):
     """The fused calls, in a list."""
-    calls, linear = [], ops.linear
-    monkeypatch.setattr(ops, "linear", lambda *args, **options: calls.append(args) or linear(*args, **options))
-    return calls
+    return fused_calls(monkeypatch)
 
 
 def test_accelerated_ends_where_stock_does(example, fused):

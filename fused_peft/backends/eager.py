@@ -74,7 +74,12 @@ def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tens
     """‖W + s·B A‖ per row, (N,), in squared's dtype."""
     A, B = A.to(squared.dtype), B.to(squared.dtype)
     WA = torch.mm(W, A.t().to(W.dtype)).to(squared.dtype)
-    return (squared + s * ((2 * WA + s * (B @ (A @ A.t()))) * B).sum(1)).clamp_min_(0).sqrt_()
+    return norm_of(squared, WA, A @ A.t(), B, s)
+
+
+def norm_of(squared: Tensor, WA: Tensor, AA: Tensor, B: Tensor, s: float) -> Tensor:
+    """The same from W Aᵀ (N, r) and A Aᵀ (r, r), all of one dtype."""
+    return (squared + s * ((2 * WA + s * (B @ AA)) * B).sum(1)).clamp_min_(0).sqrt_()
 
 
 def _multiplied(w: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:

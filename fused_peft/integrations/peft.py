@@ -75,13 +75,7 @@ class _Fused:
             reason = f"its base weight has dtype {weight.dtype}"
         if reason is None and type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
             reason = f"its base weight is a {type(weight).__name__}"  # quantised, or sharded over processes
-        if (
-            reason is None
-            and x is not None
-            and not x.is_meta
-            and x.dtype != weight.dtype
-            and not torch.is_autocast_enabled(x.device.type)
-        ):
+        if reason is None and x is not None and x.dtype != weight.dtype and not ops.autocasting(x):
             reason = f"x has dtype {x.dtype}, the weight {weight.dtype}"
         return reason or self._adapters_unfused()
 
@@ -229,39 +223,30 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def explanations(model: nn.Module, tokens: int, dtype: torch.dtype | None) -> list[tuple[str, str, str, str, str]]:
     """(name, method, form, backend, why) of every PEFT layer: fused, or PEFT's own and why."""
-    rows = []
-    for name, layer in _layers(model):
-        if isinstance(layer, FusedTunerLayer):
-            active = None if layer.merged else layer.active()
-            state = "merged" if layer.merged else "disabled" if layer.disable_adapters else "no adapter is active"
-            plain = (
-                next(iter(layer.configs.values())).method_name,
-                "plain",
-                "torch",
-                f"{state}: one plain linear layer",
-            )
-            rows.append((name, *(plain if active is None else explain_layer(active, tokens, dtype))))
-            continue
-        method = peft_class(layer).__module__.split(".")[2]
-        if not isinstance(layer, _Fused):
-            kind = f"{type(layer).__module__}.{type(layer).__name__}"
-            why = "accelerate has not run on it" if type(layer) in FUSED else f"{kind} has no fused form"
-            rows.append((name, method, "PEFT's", "peft", why))
-            continue
-        state = "disabled" if layer.disable_adapters else "merged" if layer.merged else None
-        if state is None and "forward" in layer.__dict__:
-            state = "its forward is replaced on the instance, as X-LoRA and device_map hooks do"
-        reason = state or layer.unfused()
-        if reason:
-            rows.append((name, method, "PEFT's", "peft", reason))
-            continue
-        weight, bias = layer.base_matrix(), layer.base_layer.bias
-        found = layer.fused_factors(weight)
-        if not found:
-            rows.append((name, method, "plain", "torch", "no adapter of this layer is active"))
-            continue
-        x = torch.empty(1, device="meta", dtype=dtype or weight.dtype).expand(tokens, weight.shape[1])
-        problem = dispatch.foreseen(found[0], x, weight, bias, None, True, weight.device)
-        choice = dispatch.choose(problem)
-        rows.append((name, method, "factors", choice.backend.name, choice.why()))
-    return rows
+    return [(name, *_explain(layer, tokens, dtype)) for name, layer in _layers(model)]
+
+
+def _explain(layer: nn.Module, tokens: int, dtype: torch.dtype | None) -> tuple[str, str, str, str]:
+    if isinstance(layer, FusedTunerLayer):
+        active = None if layer.merged else layer.active()
+        if active is not None:
+            return explain_layer(active, tokens, dtype)
+        state = "merged" if layer.merged else "disabled" if layer.disable_adapters else "no adapter is active"
+        return next(iter(layer.configs.values())).method_name, "plain", "torch", f"{state}: one plain linear layer"
+    method = peft_class(layer).__module__.split(".")[2]
+    if not isinstance(layer, _Fused):
+        kind = f"{type(layer).__module__}.{type(layer).__name__}"
+        why = "accelerate has not run on it" if type(layer) in FUSED else f"{kind} has no fused form"
+        return method, "PEFT's", "peft", why
+    state = "disabled" if layer.disable_adapters else "merged" if layer.merged else None
+    if state is None and "forward" in layer.__dict__:
+        state = "its forward is replaced on the instance, as X-LoRA and device_map hooks do"
+    if reason := state or layer.unfused():
+        return method, "PEFT's", "peft", reason
+    weight, bias = layer.base_matrix(), layer.base_layer.bias
+    found = layer.fused_factors(weight)
+    if not found:
+        return method, "plain", "torch", "no adapter of this layer is active"
+    x = torch.empty(1, device="meta", dtype=dtype or weight.dtype).expand(tokens, weight.shape[1])
+    choice = dispatch.choose(dispatch.foreseen(found[0], x, weight, bias, None, True, weight.device))
+    return method, "factors", choice.backend.name, choice.why()

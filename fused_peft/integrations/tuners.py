@@ -8,6 +8,8 @@ computes through a ``PeftLinear``.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,17 +47,21 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
         layer = PeftLinear.around(self.get_base_layer(), config)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        for names, make in ((layer.adapter_names, nn.ParameterDict), (layer.buffer_names, BufferDict)):
-            for name in names:
-                key = layer.method.disk_key(name)
-                if not hasattr(self, key):
-                    kept = {} if make is nn.ParameterDict else {"persistent": name in layer.method.disk_buffers}
-                    setattr(self, key, make(**kept))
-                    part = "adapter_layer_names" if make is nn.ParameterDict else "other_param_names"
-                    setattr(self, part, (*getattr(self, part), key))
-                getattr(self, key)[adapter_name] = getattr(layer, name)
+        for name in layer.adapter_names:
+            self._take(layer, name, adapter_name, "adapter_layer_names", nn.ParameterDict)
+        for name in layer.buffer_names:
+            make = partial(BufferDict, persistent=name in layer.method.disk_buffers)
+            self._take(layer, name, adapter_name, "other_param_names", make)
         self.configs[adapter_name], self._layers[adapter_name] = config, layer
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _take(self, layer: PeftLinear, name: str, adapter_name: str, listed: str, make: Callable) -> None:
+        """Put a tensor of the layer into the container of its name, made and listed where it is the first."""
+        key = layer.method.disk_key(name)
+        if not hasattr(self, key):
+            setattr(self, key, make())
+            setattr(self, listed, (*getattr(self, listed), key))
+        getattr(self, key)[adapter_name] = getattr(layer, name)
 
     def layer(self, name: str) -> PeftLinear:
         """The computation of one adapter, on the tensors that this module holds now."""
@@ -129,12 +135,9 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
         self._layers.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def __repr__(self) -> str:
-        return (
-            f"{next(iter(self._layers.values())).method.name}.{super().__repr__()}"
-            if self._layers
-            else "FusedTunerLayer()"
-        )
+    def _get_name(self) -> str:
+        first = next(iter(self._layers.values()), None)
+        return "FusedTunerLayer" if first is None else f"{first.method.name}.FusedTunerLayer"
 
 
 class FusedTuner(BaseTuner):

@@ -218,6 +218,11 @@ class Method:
             raise TypeError(f"method {self.name!r} must declare a cost where it has two forms, and only there")
         METHODS[self.name] = self
 
+    def start(self, W: Tensor, bias: Tensor | None, config: PeftConfig, new: New) -> Init:
+        """What ``init`` gives, as an Init."""
+        start = self.init(W, bias, config, new)
+        return start if isinstance(start, Init) else Init(start)
+
     @property
     def form(self) -> str:
         declared = [name for name in ("factors", "weight", "output") if getattr(self, name)]
