@@ -10,15 +10,24 @@
 
 namespace fused_peft {
 
-// True where the row-major element is kept; seed: two words, threshold: as fused_peft.dropout.threshold(p).
-FUSED_PEFT_HOST_DEVICE bool keep(const int32_t* seed, uint32_t element, int32_t threshold) {
-  uint32_t h = (element >> 1) ^ static_cast<uint32_t>(seed[0]);
+// The 32 bits of a pair of elements; seed: two words.
+FUSED_PEFT_HOST_DEVICE uint32_t hash(const int32_t* seed, uint32_t pair) {
+  uint32_t h = pair ^ static_cast<uint32_t>(seed[0]);
   h = (h ^ (h >> 17)) * 0xED5AD4BBu;
   h ^= static_cast<uint32_t>(seed[1]);
   h = (h ^ (h >> 11)) * 0xAC4C1B51u;
   h = (h ^ (h >> 15)) * 0x31848BABu;
-  h ^= h >> 14;
-  return static_cast<int16_t>(element & 1 ? h >> 16 : h) >= threshold;
+  return h ^ (h >> 14);
+}
+
+// Whether an element of the pair (0 or 1) is kept; threshold: as fused_peft.dropout.threshold(p).
+FUSED_PEFT_HOST_DEVICE bool kept(uint32_t bits, int which, int32_t threshold) {
+  return static_cast<int16_t>(which ? bits >> 16 : bits) >= threshold;
+}
+
+// Whether the row-major element is kept.
+FUSED_PEFT_HOST_DEVICE bool keep(const int32_t* seed, uint32_t element, int32_t threshold) {
+  return kept(hash(seed, element >> 1), element & 1, threshold);
 }
 
 }  // namespace fused_peft

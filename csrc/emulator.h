@@ -1,0 +1,599 @@
+// The functions of ptx.cuh on the CPU: blocks, clusters and threads as fibers, shared memory, mbarriers, TMA with its
+// swizzle, wgmma with its descriptors. It decides at random, from a seed, who runs next and when anything asynchronous
+// happens: a load lands, a product reads its operands, a store reads shared memory. A kernel that waits too little then
+// gives wrong numbers, and one that waits for what never comes is reported with who waits for what.
+//
+// Written from the PTX manual, not from the kernel: layouts and arithmetic here share no code with schedule.cuh.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#define FUSED_PEFT_DEVICE inline
+
+struct float2 {
+  float x, y;
+};
+
+namespace fused_peft {
+
+struct bf16 {};
+struct fp16 {};
+
+// A matrix of ``rows`` x ``columns`` in memory and the box that one TMA instruction moves.
+struct TensorMap {
+  uint8_t* data = nullptr;
+  int64_t row_bytes = 0;
+  int columns = 0, rows = 0, box_columns = 0, box_rows = 0, element_bytes = 0;
+  bool swizzled = false;
+};
+
+namespace emulator {
+
+[[noreturn]] inline void fail(const std::string& what) { throw std::runtime_error(what); }
+
+inline float half_to_float(uint16_t h) {
+  int exponent = h >> 10 & 31, fraction = h & 1023;
+  float value = exponent == 31 ? (fraction ? NAN : INFINITY)
+                               : exponent ? std::ldexp(1024.f + fraction, exponent - 25) : std::ldexp(float(fraction), -24);
+  return h & 0x8000 ? -value : value;
+}
+inline float bf16_to_float(uint16_t b) {
+  uint32_t bits = uint32_t(b) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline uint16_t float_to_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) return 0x7FFF;
+  return uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+inline uint16_t float_to_half(float value) {
+  uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  float size = std::fabs(value);
+  if (value != value) return 0x7FFF;
+  if (size >= 65520.f) return sign | 0x7C00;
+  if (size < std::ldexp(1.f, -14)) return sign | uint16_t(std::nearbyint(std::ldexp(size, 24)));
+  int exponent;
+  float fraction = std::frexp(size, &exponent);  // [0.5, 1)
+  return sign | uint16_t(((exponent + 14) << 10) + int(std::nearbyint(std::ldexp(fraction, 11))) - 1024);
+}
+template <class T>
+float to_float(uint16_t bits) {
+  return std::is_same_v<T, bf16> ? bf16_to_float(bits) : half_to_float(bits);
+}
+template <class T>
+uint16_t from_float(float value) {
+  return std::is_same_v<T, bf16> ? float_to_bf16(value) : float_to_half(value);
+}
+
+constexpr int SHARED = 227 * 1024, BASE = 512;  // bytes, and where the window starts: aligned less than kernels need
+
+struct Barrier {
+  int arrivals = 0, pending = 0, bytes = 0;
+  uint32_t phase = 0;
+  bool ready = false;
+  void settle() {
+    if (pending < 0) fail("an mbarrier got more arrivals than it was made for");
+    if (pending == 0 && bytes == 0) {
+      pending = arrivals;
+      phase ^= 1;
+    }
+  }
+};
+
+// One wgmma of a warpgroup: it can run once its 128 threads have issued it.
+struct Product {
+  int issued = 0, n = 0;
+  bool across = false, accumulate = false, from_registers = false;
+  uint64_t left = 0, right = 0;
+  float* d[128];
+  const uint32_t* a[128];
+  std::function<float(uint16_t)> value;
+};
+
+struct Warpgroup {
+  std::deque<Product> products;
+  int64_t first = 0;  // number of the front one
+};
+
+struct Machine;
+
+struct Block {
+  Machine* machine;
+  int index, rank;
+  std::vector<Block*>* cluster;
+  // what threads see and what asynchronous units see; a proxy fence copies a thread's writes to the second
+  std::vector<uint8_t> generic, async;
+  std::map<uint32_t, Barrier> barriers;
+  std::map<int, std::pair<int, int>> counted;  // name -> (arrived, generation): syncs of threads
+  std::vector<Warpgroup> groups;
+  std::vector<uint64_t> exchange;  // per thread: what a warp-wide instruction passes between lanes
+
+  uint8_t* at(std::vector<uint8_t>& view, uint32_t address, int bytes) {
+    if (address < BASE || address + bytes > BASE + view.size()) fail("shared memory address out of range");
+    return view.data() + (address - BASE);
+  }
+};
+
+struct Fiber {
+  Block* block;
+  int thread;
+  ucontext_t context;
+  std::vector<uint8_t> stack;
+  std::function<bool()> until;
+  std::string why;
+  bool done = false;
+  int spins = 0;
+  int64_t products_issued = 0;
+  std::vector<int64_t> product_groups;           // products issued when each was committed
+  std::vector<std::pair<uint32_t, int>> written;  // shared memory not yet fenced
+  std::vector<int64_t> stores, store_groups;      // tickets; count of them when each group was committed
+};
+
+struct Event {
+  int64_t ticket;
+  std::function<void()> run;
+};
+
+inline thread_local Machine* current = nullptr;
+
+struct Machine {
+  std::mt19937 random;
+  std::vector<std::unique_ptr<Block>> blocks;
+  std::vector<std::vector<Block*>> clusters;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Event> events;
+  std::map<int64_t, bool> pending;  // tickets of stores that have not read yet
+  int64_t tickets = 0;
+  ucontext_t scheduler;
+  Fiber* fiber = nullptr;
+  std::string error;
+  std::function<void()> body;
+
+  Machine(int count, int cluster, int threads, uint32_t seed, std::function<void()> run) : random(seed), body(run) {
+    clusters.resize(count / cluster);
+    for (int i = 0; i < count; ++i) {
+      auto block = std::make_unique<Block>();
+      block->machine = this;
+      block->index = i;
+      block->rank = i % cluster;
+      block->cluster = &clusters[i / cluster];
+      block->generic.assign(SHARED, 0xFF);  // NaN in every format
+      block->async.assign(SHARED, 0xFF);
+      block->groups.resize(threads / 128);
+      block->exchange.resize(threads);
+      clusters[i / cluster].push_back(block.get());
+      for (int t = 0; t < threads; ++t) {
+        auto f = std::make_unique<Fiber>();
+        f->block = block.get();
+        f->thread = t;
+        f->stack.resize(48 * 1024);
+        getcontext(&f->context);
+        f->context.uc_stack.ss_sp = f->stack.data();
+        f->context.uc_stack.ss_size = f->stack.size();
+        f->context.uc_link = &scheduler;
+        makecontext(&f->context, reinterpret_cast<void (*)()>(&Machine::enter), 0);
+        fibers.push_back(std::move(f));
+      }
+      blocks.push_back(std::move(block));
+    }
+  }
+
+  static void enter() {
+    Machine* m = current;
+    try {
+      m->body();
+    } catch (const std::exception& e) {
+      if (m->error.empty()) m->error = "block " + std::to_string(m->fiber->block->index) + " thread " +
+                                       std::to_string(m->fiber->thread) + ": " + e.what();
+    }
+    m->fiber->done = true;
+    m->leave();
+  }
+
+  void leave() { swapcontext(&fiber->context, &scheduler); }
+
+  void wait(std::string why, std::function<bool()> until) {
+    if (until()) return;
+    fiber->why = std::move(why);
+    fiber->until = std::move(until);
+    leave();
+  }
+
+  // Everything until all threads are done. Raises what a thread raised, or who waits for what when nobody can go on.
+  void run() {
+    current = this;
+    std::vector<Fiber*> order;
+    for (auto& f : fibers) order.push_back(f.get());
+    for (bool left = true; left && error.empty();) {
+      std::shuffle(order.begin(), order.end(), random);
+      left = false;
+      bool moved = false;
+      for (Fiber* f : order) {
+        if (f->done) continue;
+        left = true;
+        if (f->until && !f->until()) continue;
+        f->until = nullptr;
+        fiber = f;
+        swapcontext(&scheduler, &f->context);
+        moved = true;
+        if (!error.empty()) break;
+      }
+      try {
+        moved |= happen();
+      } catch (const std::exception& e) {
+        error = e.what();
+      }
+      if (left && !moved && events.empty() && error.empty() && !ready_products()) {
+        for (Fiber* f : order)
+          if (!f->done) {
+            error = "deadlock: block " + std::to_string(f->block->index) + " thread " + std::to_string(f->thread) +
+                    " waits for " + f->why;
+            if (f->thread % 128 == 0) break;
+          }
+      }
+    }
+    current = nullptr;
+    if (!error.empty()) throw std::runtime_error(error);
+    if (!events.empty()) throw std::runtime_error("threads ended before a load landed or a store read shared memory");
+    for (auto& b : blocks)
+      for (auto& g : b->groups)
+        if (!g.products.empty()) throw std::runtime_error("a product was never waited for");
+  }
+
+  // Some of what is asynchronous and may happen now.
+  bool happen() {
+    bool any = false;
+    std::shuffle(events.begin(), events.end(), random);
+    for (size_t i = 0; i < events.size();) {
+      if (random() % 2) {
+        auto run = std::move(events[i].run);
+        events.erase(events.begin() + i);
+        run();
+        any = true;
+      } else {
+        ++i;
+      }
+    }
+    for (auto& b : blocks)
+      for (auto& g : b->groups)
+        while (!g.products.empty() && g.products.front().issued == 128 && random() % 2) {
+          multiply(*b, g.products.front());
+          g.products.pop_front();
+          ++g.first;
+          any = true;
+        }
+    return any;
+  }
+
+  bool ready_products() {
+    for (auto& b : blocks)
+      for (auto& g : b->groups)
+        if (!g.products.empty() && g.products.front().issued == 128) return true;
+    return false;
+  }
+
+  // Bits 4 to 6 of an address are exchanged by bits 7 to 9: the 128-byte swizzle.
+  static uint32_t swizzle(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+  static void multiply(Block& b, Product& p) {
+    auto operand = [&](uint64_t descriptor, bool across, int rows) {
+      if (descriptor >> 62 != 1) fail("a wgmma descriptor without the 128-byte swizzle");
+      uint32_t start = (descriptor & 0x3FFF) << 4, leading = (descriptor >> 16 & 0x3FFF) << 4,
+               stride = (descriptor >> 32 & 0x3FFF) << 4;
+      std::vector<float> v(rows * 16);
+      for (int i = 0; i < rows; ++i)
+        for (int k = 0; k < 16; ++k) {
+          uint32_t address = across ? start + i / 64 * leading + i % 64 * 2 + k / 8 * stride + k % 8 * 128
+                                    : start + i / 8 * stride + i % 8 * 128 + k * 2;
+          uint16_t bits;
+          std::memcpy(&bits, b.at(b.async, swizzle(address), 2), 2);
+          v[i * 16 + k] = p.value(bits);
+        }
+      return v;
+    };
+    std::vector<float> left(64 * 16), right = operand(p.right, p.across, p.n);
+    if (p.from_registers) {
+      for (int t = 0; t < 128; ++t)
+        for (int i = 0; i < 8; ++i) {
+          uint16_t bits = p.a[t][i / 2] >> (i % 2 * 16);
+          int row = t / 32 * 16 + t % 32 / 4 + (i / 2 % 2) * 8, k = t % 4 * 2 + i % 2 + i / 4 * 8;
+          left[row * 16 + k] = p.value(bits);
+        }
+    } else {
+      left = operand(p.left, false, 64);
+    }
+    for (int t = 0; t < 128; ++t)
+      for (int i = 0; i < p.n / 2; ++i) {
+        int row = t / 32 * 16 + t % 32 / 4 + (i / 2 % 2) * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+        float sum = p.accumulate ? p.d[t][i] : 0.f;
+        for (int k = 0; k < 16; ++k) sum += left[row * 16 + k] * right[column * 16 + k];
+        p.d[t][i] = sum;
+      }
+  }
+
+  void later(std::function<void()> run) { events.push_back({0, std::move(run)}); }
+};
+
+inline Machine& machine() { return *current; }
+inline Fiber& self() { return *current->fiber; }
+
+// So many threads, by name, meet.
+inline void meet(int name, int threads) {
+  Block& b = *self().block;
+  auto& [arrived, generation] = b.counted[name];
+  int mine = generation;
+  if (++arrived == threads) {
+    arrived = 0;
+    ++generation;
+  }
+  auto* now = &generation;
+  machine().wait("threads at sync " + std::to_string(name), [=] { return *now != mine; });
+}
+
+inline Barrier& barrier(Block& b, uint32_t address) {
+  auto found = b.barriers.find(address);
+  if (found == b.barriers.end()) fail("an mbarrier that was never made");
+  return found->second;
+}
+
+inline void check_box(const TensorMap& map, uint32_t shared) {
+  if (!map.data) fail("a tensor map that was never made");
+  if (shared % (map.swizzled ? 1024 : 128)) fail("a TMA tile that is not aligned");
+  if (map.swizzled && map.box_columns * map.element_bytes != 128) fail("a swizzled TMA box that is not 128 bytes wide");
+}
+
+// Every element of a box: shared address (less its start), pointer in memory or null outside.
+template <class F>
+void for_box(const TensorMap& map, uint32_t shared, int column, int row, F each) {
+  for (int j = 0; j < map.box_rows; ++j)
+    for (int i = 0; i < map.box_columns; ++i) {
+      uint32_t to = shared + (j * map.box_columns + i) * map.element_bytes;
+      bool inside = column + i >= 0 && column + i < map.columns && row + j >= 0 && row + j < map.rows;
+      uint8_t* from = inside ? map.data + (row + j) * map.row_bytes + (column + i) * map.element_bytes : nullptr;
+      each(map.swizzled ? Machine::swizzle(to) : to, from);
+    }
+}
+
+inline void load(const TensorMap* map, uint32_t to, uint32_t bar, int column, int row, uint16_t ranks) {
+  check_box(*map, to);
+  Block* b = self().block;
+  TensorMap copy = *map;
+  for (Block* there : *b->cluster) {
+    if (!(ranks >> there->rank & 1)) continue;
+    machine().later([=] {
+      for_box(copy, to, column, row, [&](uint32_t address, uint8_t* from) {
+        uint8_t zero[8] = {};
+        for (auto* view : {&there->generic, &there->async})
+          std::memcpy(there->at(*view, address, copy.element_bytes), from ? from : zero, copy.element_bytes);
+      });
+      Barrier& full = barrier(*there, bar);
+      full.bytes -= copy.box_columns * copy.box_rows * copy.element_bytes;
+      full.settle();
+    });
+  }
+}
+
+}  // namespace emulator
+
+namespace ptx {
+
+using namespace emulator;
+
+inline int thread() { return self().thread; }
+inline int block() { return self().block->index; }
+inline int blocks() { return machine().blocks.size(); }
+inline int uniform(int value) { return value; }
+inline int cluster_rank() { return self().block->rank; }
+inline uint32_t shared_memory() { return BASE; }
+
+inline void sync_warp() { meet(100 + thread() / 32, 32); }
+template <int THREADS>
+void sync_named(int name) {
+  meet(name, THREADS);
+}
+inline void sync_block() { meet(0, self().block->groups.size() * 128); }
+inline void sync_cluster() {
+  Block& first = *self().block->cluster->front();
+  auto& [arrived, generation] = first.counted[-1];
+  int mine = generation, threads = self().block->groups.size() * 128 * self().block->cluster->size();
+  if (++arrived == threads) {
+    arrived = 0;
+    ++generation;
+  }
+  auto* now = &generation;
+  machine().wait("the cluster", [=] { return *now != mine; });
+}
+inline void fence_barriers() {
+  for (auto& [address, b] : self().block->barriers) b.ready = true;
+}
+inline void fence_async() {
+  Fiber& f = self();
+  for (auto& [address, bytes] : f.written)
+    std::memcpy(f.block->at(f.block->async, address, bytes), f.block->at(f.block->generic, address, bytes), bytes);
+  f.written.clear();
+}
+inline void fence_device() {}
+inline void wait_for_launch_before() {}
+template <int REGISTERS>
+void give_registers() {}
+template <int REGISTERS>
+void take_registers() {}
+
+inline void barrier_init(uint32_t address, int arrivals) {
+  if (address % 8) fail("an mbarrier that is not aligned");
+  self().block->at(self().block->generic, address, 8);
+  self().block->barriers[address] = {arrivals, arrivals, 0, 0, false};
+}
+inline void barrier_expect(uint32_t address, int bytes) {
+  Barrier& b = barrier(*self().block, address);
+  b.bytes += bytes;
+  --b.pending;
+  b.settle();
+}
+inline void barrier_arrive(uint32_t address, int rank) {
+  Block& there = *self().block->cluster->at(rank);
+  Barrier& b = barrier(there, address);
+  if (!b.ready) fail("an mbarrier used before the fence");
+  --b.pending;
+  b.settle();
+}
+inline void barrier_wait(uint32_t address, uint32_t parity) {
+  Barrier* b = &barrier(*self().block, address);
+  machine().wait("mbarrier at " + std::to_string(address), [=] { return (b->phase & 1) != parity; });
+}
+
+inline void prefetch(const TensorMap*) {}
+inline void load(const TensorMap* map, uint32_t to, uint32_t bar, int column, int row) {
+  emulator::load(map, to, bar, column, row, uint16_t(1 << self().block->rank));
+}
+inline void load_multicast(const TensorMap* map, uint32_t to, uint32_t bar, int column, int row, uint16_t ranks) {
+  emulator::load(map, to, bar, column, row, ranks);
+}
+inline void store(const TensorMap* map, uint32_t from, int column, int row) {
+  check_box(*map, from);
+  Machine* m = &machine();
+  Block* b = self().block;
+  int64_t ticket = ++m->tickets;
+  m->pending[ticket] = true;
+  self().stores.push_back(ticket);
+  TensorMap copy = *map;
+  m->later([=] {
+    for_box(copy, from, column, row, [&](uint32_t address, uint8_t* to) {
+      if (to) std::memcpy(to, b->at(b->async, address, copy.element_bytes), copy.element_bytes);
+    });
+    m->pending.erase(ticket);
+  });
+}
+inline void store_commit() { self().store_groups.push_back(self().stores.size()); }
+template <int PENDING>
+void store_wait_read() {
+  Fiber* f = &self();
+  Machine* m = &machine();
+  int groups = int(f->store_groups.size()) - PENDING;
+  int64_t upto = groups > 0 ? f->store_groups[groups - 1] : 0;
+  m->wait("its stores", [=] {
+    for (int64_t i = 0; i < upto; ++i)
+      if (m->pending.count(f->stores[i])) return false;
+    return true;
+  });
+}
+
+// Lane 8j + i passes the address of row i of matrix j; lane l gets or gives elements 2(l % 4) and on of row l / 4.
+inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
+  Block& b = *self().block;
+  int first = thread() / 32 * 32, lane = thread() % 32;
+  b.exchange[thread()] = row;
+  sync_warp();
+  for (int j = 0; j < 4; ++j)
+    std::memcpy(&to[j], b.at(b.generic, uint32_t(b.exchange[first + 8 * j + lane / 4]) + lane % 4 * 4, 4), 4);
+  sync_warp();
+}
+inline void store_matrices(uint32_t row, const uint32_t (&from)[4]) {
+  Block& b = *self().block;
+  int first = thread() / 32 * 32, lane = thread() % 32;
+  b.exchange[thread()] = row;
+  sync_warp();
+  for (int j = 0; j < 4; ++j) {
+    uint32_t address = uint32_t(b.exchange[first + 8 * j + lane / 4]) + lane % 4 * 4;
+    std::memcpy(b.at(b.generic, address, 4), &from[j], 4);
+    self().written.push_back({address, 4});
+  }
+  sync_warp();
+}
+
+template <class T>
+uint32_t pack(float low, float high) {
+  return from_float<T>(low) | uint32_t(from_float<T>(high)) << 16;
+}
+template <class T>
+float2 unpack(uint32_t both) {
+  return {to_float<T>(both), to_float<T>(both >> 16)};
+}
+
+template <class T>
+T read(const T* from) {
+  return *from;
+}
+template <class T>
+T read_shared(uint32_t from) {
+  T value;
+  std::memcpy(&value, self().block->at(self().block->generic, from, sizeof(T)), sizeof(T));
+  return value;
+}
+template <class T>
+void write(T* to, T value) {
+  *to = value;
+}
+inline uint32_t read_acquire(const uint32_t* from) { return *from; }
+inline uint32_t add(uint32_t* to, uint32_t value) {
+  uint32_t before = *to;
+  *to += value;
+  return before;
+}
+inline void pause() {
+  if (++self().spins > 100000) fail("spins for ever on a flag");
+  self().until = [] { return true; };
+  self().why = "a flag";
+  machine().leave();
+}
+
+inline void products_begin() {}
+inline void products_commit() { self().product_groups.push_back(self().products_issued); }
+template <int PENDING>
+void products_wait() {
+  Fiber* f = &self();
+  int groups = int(f->product_groups.size()) - PENDING;
+  int64_t upto = groups > 0 ? f->product_groups[groups - 1] : 0;
+  Warpgroup* g = &f->block->groups[f->thread / 128];
+  machine().wait("its products", [=] { return g->first >= upto; });
+}
+inline Product& issue(int n, uint64_t b, int accumulate, bool across, float* d) {
+  Fiber& f = self();
+  Warpgroup& g = f.block->groups[f.thread / 128];
+  size_t at = f.products_issued++ - g.first;
+  if (at == g.products.size()) g.products.emplace_back();
+  Product& p = g.products.at(at);
+  if (p.issued && (p.n != n || p.right != b || p.across != across || p.accumulate != bool(accumulate)))
+    fail("threads of a warpgroup issue different products");
+  p.n = n;
+  p.right = b;
+  p.across = across;
+  p.accumulate = accumulate;
+  p.d[f.thread % 128] = d;
+  ++p.issued;
+  return p;
+}
+template <class T, int N, int ACROSS>
+void product(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
+  Product& p = issue(N, b, accumulate, ACROSS, d);
+  if (p.issued > 1 && p.left != a) fail("threads of a warpgroup issue different products");
+  p.left = a;
+  p.value = to_float<T>;
+}
+template <class T, int N, int ACROSS>
+void product(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  Product& p = issue(N, b, accumulate, ACROSS, d);
+  p.from_registers = true;
+  p.a[self().thread % 128] = a;
+  p.value = to_float<T>;
+}
+
+}  // namespace ptx
+}  // namespace fused_peft

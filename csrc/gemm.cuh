@@ -1,0 +1,394 @@
+// y = d_out ⊙ (x Wᵀ + S Bᵀ) + bias for sm_90a: two operand pairs in one K loop, (x, W) and then (S, B).
+//
+// Persistent blocks of one producer warpgroup, which starts TMA loads into a ring of stages, and two consumer warpgroups,
+// which multiply with wgmma, each half of the tile's rows. The result leaves through TMA while the next tile begins.
+//   LATE    the low-rank pair after the main one; with ``overlap`` S may still be in the making when the kernel starts
+//   MASKED  the low-rank pair first, and dropout's mask on it: dx = dz W + drop(dT A)
+//   SCALED  x ⊙ d_in in place of x: the tile goes through registers; the low-rank pair last
+//   INLINE  the blocks of the first column also make T = x Aᵀ, store it and raise a flag, on which the low-rank pair waits
+// ACROSS reads W as it lies for dx: (K, N), K across. B, (N, R), always has R contiguous and holds the scale.
+#pragma once
+#ifdef FUSED_PEFT_EMULATE
+#include "emulator.h"
+#else
+#include "ptx.cuh"
+#endif
+#include "schedule.cuh"
+
+namespace fused_peft {
+
+enum Form { LATE, MASKED, SCALED, INLINE };
+enum Kind { NONE, FP32, BF16, FP16 };  // of a vector's elements
+
+struct Vector {
+  const void* data;
+  int kind;
+};
+
+struct Parameters {
+  TensorMap x, w, s, b, y, z, a, d_in;
+  Vector d_out, bias;
+  const int32_t* seed;
+  uint32_t* t;      // (M, R) 16-bit, R even
+  uint32_t* flags;  // one a row of tiles, zero before and after
+  Schedule schedule;
+  int M, N, K, R, threshold, d_in_kind;
+  bool bias_inside, has_y, has_z, overlap;
+};
+
+template <class T_, int BM_, int BN_, int STAGES_, int ACROSS_, Form FORM_, int INNER_ = 0>
+struct Plan {
+  using T = T_;
+  static constexpr int BM = BM_, BN = BN_, STAGES = STAGES_, ACROSS = ACROSS_, INNER = INNER_;
+  static constexpr Form FORM = FORM_;
+  static constexpr int BLOCKS = BM / CONSUMERS / 64;  // of 64 rows, a warpgroup's
+  static constexpr int X_BYTES = BM * ROW, W_BYTES = BN * ROW, A_BYTES = INNER * ROW;
+  static constexpr int D_BYTES = FORM == SCALED ? DEPTH * 4 : 0;
+  // offsets in shared memory, tiles of 128-byte rows first
+  static constexpr int W = STAGES * X_BYTES, A = W + STAGES * W_BYTES, PANELS = A + STAGES * A_BYTES;
+  static constexpr int PANEL_BYTES = 16 * ROW, LIMIT = 227 * 1024;
+  static constexpr int REST = STAGES * (D_BYTES + 16) + ATOM;  // and what aligning the start may cost
+  static constexpr int DEEP = PANELS + 2 * 4 * CONSUMERS * PANEL_BYTES + REST <= LIMIT ? 2 : 1;  // panels a warp
+  static constexpr int D = PANELS + DEEP * 4 * CONSUMERS * PANEL_BYTES, FULL = D + STAGES * D_BYTES;
+  static constexpr int EMPTY = FULL + STAGES * 8, BYTES = EMPTY + STAGES * 8 + ATOM;
+  static_assert(BYTES <= LIMIT, "shared memory");
+  static_assert(FORM != INLINE || INNER, "INLINE needs the columns of A's tile");
+};
+
+FUSED_PEFT_DEVICE float element(const Vector& v, int i, int n, float otherwise) {
+  if (v.kind == NONE || i >= n) return otherwise;
+  if (v.kind == FP32) return ptx::read(static_cast<const float*>(v.data) + i);
+  uint32_t bits = ptx::read(static_cast<const uint16_t*>(v.data) + i);
+  return v.kind == BF16 ? ptx::unpack<bf16>(bits).x : ptx::unpack<fp16>(bits).x;
+}
+
+// The side that loads. One thread runs it.
+template <class P>
+struct Producer {
+  const Parameters& p;
+  uint32_t memory;
+  int rank;
+  Slot slot;
+
+  FUSED_PEFT_DEVICE void part(const TensorMap* map, uint32_t to, int column, int row, bool shared) {
+    if (shared) ptx::load_multicast(map, to, memory + P::FULL + 8 * slot.stage, column, row, 3);
+    else ptx::load(map, to, memory + P::FULL + 8 * slot.stage, column, row);
+  }
+
+  // Claim the next stage: every block that this one writes to has read it.
+  FUSED_PEFT_DEVICE void claim(int bytes) {
+    ptx::barrier_wait(memory + P::EMPTY + 8 * slot.stage, slot.phase ^ 1);
+    ptx::barrier_expect(memory + P::FULL + 8 * slot.stage, bytes);
+  }
+
+  // Rows of 64 columns of K from ``column`` on: of x's kind to its tile, and of w's kind where K is contiguous.
+  FUSED_PEFT_DEVICE void rows(const TensorMap* x, const TensorMap* w, int column, const Tile& tile) {
+    const Schedule& s = p.schedule;
+    int share_x = P::BM / s.cluster_n, mine_x = rank / s.cluster_m * share_x;
+    part(x, memory + slot.stage * P::X_BYTES + mine_x * ROW, column, tile.m * P::BM + mine_x, s.cluster_n > 1);
+    if (w) {
+      int share_w = P::BN / s.cluster_m, mine_w = rank % s.cluster_m * share_w;
+      uint32_t to = memory + P::W + slot.stage * P::W_BYTES;
+      part(w, to + mine_w * ROW, column, tile.n * P::BN + mine_w, s.cluster_m > 1);
+    }
+  }
+
+  FUSED_PEFT_DEVICE void main_pair(const Tile& tile) {
+    bool first = P::FORM == INLINE && tile.n == 0;
+    for (int k = 0; k < p.K; k += DEPTH) {
+      claim(P::X_BYTES + P::W_BYTES + (first ? P::A_BYTES : 0) + (P::FORM == SCALED ? d_bytes() : 0));
+      rows(&p.x, P::ACROSS ? nullptr : &p.w, k, tile);
+      if (P::ACROSS) {
+        int clusters = p.schedule.cluster_m, share = DEPTH / clusters, mine = rank % clusters * share;
+        for (int j = 0; j < P::BN / DEPTH; ++j) {
+          uint32_t to = memory + P::W + slot.stage * P::W_BYTES + j * DEPTH * ROW + mine * ROW;
+          part(&p.w, to, tile.n * P::BN + j * DEPTH, k + mine, clusters > 1);
+        }
+      }
+      if (first) part(&p.a, memory + P::A + slot.stage * P::A_BYTES, k, 0, false);
+      if (P::FORM == SCALED) part(&p.d_in, memory + P::D + slot.stage * P::D_BYTES, k, 0, false);
+      slot.advance(P::STAGES);
+    }
+  }
+
+  FUSED_PEFT_DEVICE int d_bytes() const { return DEPTH * (p.d_in_kind == FP32 ? 4 : 2); }
+
+  FUSED_PEFT_DEVICE void rank_pair(const Tile& tile) {
+    if (!p.R) return;
+    if (P::FORM == INLINE) wait_for_flag(tile.m);
+    else if (p.overlap) ptx::wait_for_launch_before();
+    for (int r = 0; r < p.R; r += DEPTH) {
+      claim(P::X_BYTES + P::W_BYTES);
+      rows(&p.s, &p.b, r, tile);
+      slot.advance(P::STAGES);
+    }
+  }
+
+  // T of the row of tiles is in memory. The last to see the flag lowers it, for the launch after this one.
+  FUSED_PEFT_DEVICE void wait_for_flag(int row) {
+    uint32_t* flag = p.flags + row;
+    while (!ptx::read_acquire(flag)) ptx::pause();
+    if (ptx::add(flag, 1) == static_cast<uint32_t>(p.schedule.padded_n())) ptx::write(flag, 0u);
+    ptx::fence_async();
+  }
+
+  FUSED_PEFT_DEVICE void tile(const Tile& tile) {
+    if (P::FORM == MASKED) rank_pair(tile);
+    main_pair(tile);
+    if (P::FORM != MASKED) rank_pair(tile);
+  }
+};
+
+// A side that multiplies: a warpgroup.
+template <class P>
+struct Consumer {
+  using T = typename P::T;
+  static constexpr int N = P::BN, COUNT = N / 2;
+
+  const Parameters& p;
+  uint32_t memory;
+  int group, thread;  // which warpgroup, and the thread in it
+  Slot slot;
+  int panel = 0;
+  float acc[P::BLOCKS][COUNT];
+  uint32_t left[2][P::BLOCKS][4];  // SCALED: x's step under way and the next; products read them until they are waited for
+
+  FUSED_PEFT_DEVICE int lane() const { return thread % 32; }
+  FUSED_PEFT_DEVICE uint32_t x_tile(int stage, int block) const {
+    return memory + stage * P::X_BYTES + (group * P::BLOCKS + block) * 64 * ROW;
+  }
+  FUSED_PEFT_DEVICE void await() { ptx::barrier_wait(memory + P::FULL + 8 * slot.stage, slot.phase); }
+
+  // Tell every block that writes here that this warp has read a stage.
+  FUSED_PEFT_DEVICE void release(int stage) {
+    if (lane() < p.schedule.size()) ptx::barrier_arrive(memory + P::EMPTY + 8 * stage, lane());
+  }
+
+  // The stages of one pair. ``first``: nothing is in the accumulators. Leaves no product under way.
+  template <bool FIRST_COLUMN>
+  FUSED_PEFT_DEVICE void main_pair(int first, float (&inner)[P::BLOCKS][P::INNER ? P::INNER / 2 : 1]) {
+    int before = -1;
+    for (int k = 0; k < p.K; k += DEPTH) {
+      await();
+      uint32_t w = memory + P::W + slot.stage * P::W_BYTES;
+      if constexpr (P::FORM == SCALED) {
+        scaled_stage(w, k, first, before);
+      } else {
+        ptx::products_begin();
+#pragma unroll
+        for (int step = 0; step < DEPTH / STEP; ++step) {
+          uint64_t right = P::ACROSS ? columns_descriptor(w, step) : rows_descriptor(w, step);
+#pragma unroll
+          for (int block = 0; block < P::BLOCKS; ++block) {
+            uint64_t left = rows_descriptor(x_tile(slot.stage, block), step);
+            ptx::product<T, N, P::ACROSS>(acc[block], left, right, !first || k || step);
+            if constexpr (FIRST_COLUMN) {
+              uint64_t down = rows_descriptor(memory + P::A + slot.stage * P::A_BYTES, step);
+              ptx::product<T, P::INNER, 0>(inner[block], left, down, k || step);
+            }
+          }
+        }
+        ptx::products_commit();
+        ptx::products_wait<1>();  // the stage before
+        if (before >= 0) release(before);
+      }
+      before = slot.stage;
+      slot.advance(P::STAGES);
+    }
+    ptx::products_wait<0>();
+    if (before >= 0) release(before);
+  }
+
+  // One stage with x's tile scaled on its way through registers, a step at a time; one product is always under way.
+  FUSED_PEFT_DEVICE void scaled_stage(uint32_t w, int k, int first, int before) {
+    uint32_t d = memory + P::D + slot.stage * P::D_BYTES;
+#pragma unroll
+    for (int step = 0; step < DEPTH / STEP; ++step) {
+      auto& now = left[step % 2];
+#pragma unroll
+      for (int block = 0; block < P::BLOCKS; ++block) {
+        int row = thread / 32 * 16 + matrix_row(lane()), piece = 2 * step + matrix_piece(lane());
+        ptx::load_matrices(now[block], x_tile(slot.stage, block) + swizzled(row, piece));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) now[block][i] = scaled(now[block][i], d, step * STEP + i / 2 * 8 + thread % 4 * 2);
+      }
+      ptx::products_begin();
+#pragma unroll
+      for (int block = 0; block < P::BLOCKS; ++block) {
+        uint64_t right = P::ACROSS ? columns_descriptor(w, step) : rows_descriptor(w, step);
+        ptx::product<T, N, P::ACROSS>(acc[block], now[block], right, !first || k || step);
+      }
+      ptx::products_commit();
+      ptx::products_wait<1>();  // the step before: its registers, and after the first the stage before, are free
+      if (step == 0 && before >= 0) release(before);
+    }
+  }
+
+  FUSED_PEFT_DEVICE uint32_t scaled(uint32_t both, uint32_t d, int column) const {
+    float2 v = ptx::unpack<T>(both), by;
+    if (p.d_in_kind == FP32) by = ptx::read_shared<float2>(d + 4 * column);
+    else if (p.d_in_kind == BF16) by = ptx::unpack<bf16>(ptx::read_shared<uint32_t>(d + 2 * column));
+    else by = ptx::unpack<fp16>(ptx::read_shared<uint32_t>(d + 2 * column));
+    return ptx::pack<T>(v.x * by.x, v.y * by.y);
+  }
+
+  FUSED_PEFT_DEVICE void rank_pair(int first) {
+    for (int i = 0; i * DEPTH < p.R; ++i) {
+      await();
+      uint32_t b = memory + P::W + slot.stage * P::W_BYTES;
+      for (int step = 0; step < rank_steps(p.R, i); ++step) {
+        ptx::products_begin();
+#pragma unroll
+        for (int block = 0; block < P::BLOCKS; ++block) {
+          uint64_t left = rows_descriptor(x_tile(slot.stage, block), step);
+          ptx::product<T, N, 0>(acc[block], left, rows_descriptor(b, step), !first || i || step);
+        }
+        ptx::products_commit();
+      }
+      ptx::products_wait<0>();
+      release(slot.stage);
+      slot.advance(P::STAGES);
+    }
+  }
+
+  // Global row and column of an accumulator.
+  FUSED_PEFT_DEVICE int row(const Tile& tile, int block, int i) const {
+    return tile.m * P::BM + (group * P::BLOCKS + block) * 64 + accumulator_row(thread, i);
+  }
+  FUSED_PEFT_DEVICE int column(const Tile& tile, int i) const { return tile.n * N + accumulator_column(thread, i); }
+
+  // Dropout on what the accumulators hold. N is even, so two neighbours share a hash.
+  FUSED_PEFT_DEVICE void mask(const Tile& tile) {
+    int32_t seed[2] = {ptx::read(p.seed), ptx::read(p.seed + 1)};
+#pragma unroll
+    for (int block = 0; block < P::BLOCKS; ++block)
+#pragma unroll
+      for (int i = 0; i < COUNT; i += 2) {
+        uint32_t at = static_cast<uint32_t>(row(tile, block, i)) * p.N + column(tile, i);
+        uint32_t bits = hash(seed, at >> 1);
+        if (!kept(bits, 0, p.threshold)) acc[block][i] = 0;
+        if (!kept(bits, 1, p.threshold)) acc[block][i + 1] = 0;
+      }
+  }
+
+  // T to memory, for the low-rank pair of this row of tiles and for backward; then the flag.
+  FUSED_PEFT_DEVICE void publish(const Tile& tile, float (&inner)[P::BLOCKS][P::INNER ? P::INNER / 2 : 1]) {
+#pragma unroll
+    for (int block = 0; block < P::BLOCKS; ++block)
+#pragma unroll
+      for (int i = 0; i < P::INNER / 2; i += 2) {
+        int m = row(tile, block, i), r = accumulator_column(thread, i);
+        if (m < p.M && r < p.R)
+          ptx::write(p.t + (static_cast<int64_t>(m) * p.R + r) / 2, ptx::pack<T>(inner[block][i], inner[block][i + 1]));
+      }
+    ptx::fence_async();
+    ptx::fence_device();
+    ptx::sync_named<128 * CONSUMERS>(1);
+    if (group == 0 && thread == 0) ptx::add(p.flags + tile.m, 1);
+  }
+
+  // 16 rows x 64 columns of 16-bit values, one warp's, to memory through its next panel; value(i): the i-th of a lane.
+  template <class F>
+  FUSED_PEFT_DEVICE void put(const TensorMap* map, int first_row, int first_column, F value) {
+    uint32_t to = memory + P::PANELS + ((group * 4 + thread / 32) * P::DEEP + panel) * P::PANEL_BYTES;
+    panel = (panel + 1) % P::DEEP;
+    ptx::store_wait_read<P::DEEP - 1>();
+    ptx::sync_warp();
+#pragma unroll
+    for (int i = 0; i < 32; i += 8) {
+      uint32_t four[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) four[j] = ptx::pack<T>(value(i + 2 * j), value(i + 2 * j + 1));
+      ptx::store_matrices(to + swizzled(matrix_row(lane()), i / 4 + matrix_piece(lane())), four);
+    }
+    ptx::fence_async();
+    ptx::sync_warp();
+    if (lane() == 0) {
+      if (first_row < p.M && first_column < p.N) ptx::store(map, to, first_column, first_row);
+      ptx::store_commit();
+    }
+  }
+
+  FUSED_PEFT_DEVICE void epilogue(const Tile& tile) {
+    int top = tile.m * P::BM + group * P::BLOCKS * 64 + thread / 32 * 16;
+#pragma unroll
+    for (int from = 0; from < COUNT; from += 32) {
+      int left = tile.n * N + from * 2;
+      float by[16], plus[16];  // of this panel's columns: each is in two accumulators of a block
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        int at = column(tile, from + i / 2 * 4 + i % 2);
+        by[i] = element(p.d_out, at, p.N, 1.f);
+        plus[i] = element(p.bias, at, p.N, 0.f);
+      }
+#pragma unroll
+      for (int block = 0; block < P::BLOCKS; ++block) {
+        auto z = [&](int i) { return acc[block][from + i] + (p.bias_inside ? plus[i / 4 * 2 + i % 2] : 0.f); };
+        auto y = [&](int i) { return z(i) * by[i / 4 * 2 + i % 2] + (p.bias_inside ? 0.f : plus[i / 4 * 2 + i % 2]); };
+        if (p.has_z) put(&p.z, top + block * 64, left, z);
+        if (p.has_y) put(&p.y, top + block * 64, left, y);
+      }
+    }
+  }
+
+  FUSED_PEFT_DEVICE void tile(const Tile& tile) {
+    float inner[P::BLOCKS][P::INNER ? P::INNER / 2 : 1];
+    if constexpr (P::FORM == MASKED) {
+      rank_pair(true);
+      mask(tile);
+      main_pair<false>(false, inner);
+    } else if constexpr (P::FORM == INLINE) {
+      if (tile.n == 0) {
+        main_pair<true>(true, inner);
+        publish(tile, inner);
+      } else {
+        main_pair<false>(true, inner);
+      }
+      rank_pair(false);
+    } else {
+      main_pair<false>(true, inner);
+      rank_pair(false);
+    }
+    epilogue(tile);
+  }
+};
+
+template <class P>
+FUSED_PEFT_DEVICE void run(const Parameters& p) {
+  uint32_t memory = (ptx::shared_memory() + ATOM - 1) / ATOM * ATOM;
+  int warp = ptx::uniform(ptx::thread() / 32), rank = p.schedule.size() > 1 ? ptx::cluster_rank() : 0;
+  if (ptx::thread() == 0) {
+    for (int i = 0; i < P::STAGES; ++i) {
+      ptx::barrier_init(memory + P::FULL + 8 * i, 1);
+      ptx::barrier_init(memory + P::EMPTY + 8 * i, 4 * CONSUMERS * p.schedule.size());
+    }
+    ptx::fence_barriers();
+  }
+  if (p.schedule.size() > 1) ptx::sync_cluster();
+  else ptx::sync_block();
+
+  int size = p.schedule.size(), step = ptx::blocks() / size;
+  if (warp < 4) {
+    ptx::give_registers<40>();
+    if (ptx::thread() == 0) {
+      Producer<P> producer{p, memory, rank};
+      for (int i = ptx::block() / size; i < p.schedule.count(); i += step) producer.tile(p.schedule.at(i, rank));
+    }
+    ptx::sync_warp();
+  } else {
+    ptx::take_registers<232>();
+    Consumer<P> consumer{p, memory, warp / 4 - 1, ptx::thread() % 128};
+    for (int i = ptx::block() / size; i < p.schedule.count(); i += step) consumer.tile(p.schedule.at(i, rank));
+    ptx::store_wait_read<0>();
+  }
+  if (size > 1) ptx::sync_cluster();  // a neighbour may still write or arrive here
+}
+
+#ifndef FUSED_PEFT_EMULATE
+template <class P>
+__global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Parameters p) {
+  run<P>(p);
+}
+#endif
+
+}  // namespace fused_peft

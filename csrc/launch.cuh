@@ -1,0 +1,132 @@
+// The host's side: a call in plain C becomes tensor maps, a schedule and one launch; nothing of PyTorch is needed.
+#pragma once
+#include <cstdio>
+
+#include "gemm.cuh"
+
+namespace fused_peft {
+
+// One GEMM. Strides in elements; y and z are (M, N) contiguous, t (M, R). Kinds are those of gemm.cuh; dtype too, of x,
+// w, s, b, a, y, z and t. ``across``: w is stored (K, N). Null: absent. fused_peft/backends/cuda.py has its twin.
+struct Call {
+  const void *x, *w, *s, *b, *a, *d_in, *d_out, *bias;
+  const int32_t* seed;
+  void *y, *z, *t;
+  uint32_t* flags;
+  int64_t x_stride, w_stride, s_stride, b_stride, a_stride;
+  int M, N, K, R, threshold;
+  int dtype, d_in_kind, d_out_kind, bias_kind;
+  int bias_inside, across, cluster_m, cluster_n, group, processors, overlap;
+  uint32_t seed_of_order;  // the emulator's
+  void* stream;
+};
+
+#ifdef FUSED_PEFT_EMULATE
+using Status = const char*;
+#else
+using Status = const char*;
+
+// cuTensorMapEncodeTiled, found through the runtime so that libcuda is no dependency of the link.
+inline decltype(&cuTensorMapEncodeTiled) encoder() {
+  static auto found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+  }();
+  return found;
+}
+#endif
+
+// A (rows, columns) matrix and the box one TMA instruction moves; bytes: of an element.
+inline bool describe(TensorMap* map, const void* data, int rows, int columns, int64_t stride, int box_rows,
+                     int box_columns, int kind) {
+  int bytes = kind == FP32 ? 4 : 2;
+  bool swizzled = box_rows > 1 || box_columns * bytes == ROW;
+  if (kind == FP32) swizzled = false;
+#ifdef FUSED_PEFT_EMULATE
+  *map = {static_cast<uint8_t*>(const_cast<void*>(data)), stride * bytes, columns, rows, box_columns, box_rows, bytes,
+          swizzled};
+  return reinterpret_cast<uint64_t>(data) % 16 == 0 && (rows == 1 || stride * bytes % 16 == 0);
+#else
+  cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride * bytes)};
+  cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  auto type = kind == FP32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+              : kind == BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  auto encode = encoder();
+  return encode && encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE,
+                          swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
+                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+#endif
+}
+
+template <class P>
+Status prepare(const Call& c, Parameters* p) {
+  p->schedule = {ceil_div(c.M, P::BM), ceil_div(c.N, P::BN), c.cluster_m, c.cluster_n, c.group};
+  p->d_out = {c.d_out, c.d_out ? c.d_out_kind : NONE};
+  p->bias = {c.bias, c.bias ? c.bias_kind : NONE};
+  p->seed = c.seed;
+  p->t = static_cast<uint32_t*>(c.t);
+  p->flags = c.flags;
+  p->M = c.M, p->N = c.N, p->K = c.K, p->R = c.R, p->threshold = c.threshold, p->d_in_kind = c.d_in_kind;
+  p->bias_inside = c.bias_inside, p->has_y = c.y, p->has_z = c.z, p->overlap = c.overlap;
+  int rows_x = P::BM / c.cluster_n, rows_w = P::BN / c.cluster_m;
+  bool fine = describe(&p->x, c.x, c.M, c.K, c.x_stride, rows_x, DEPTH, c.dtype);
+  if (P::ACROSS) fine &= describe(&p->w, c.w, c.K, c.N, c.w_stride, DEPTH / c.cluster_m, DEPTH, c.dtype);
+  else fine &= describe(&p->w, c.w, c.N, c.K, c.w_stride, rows_w, DEPTH, c.dtype);
+  if (c.R) {
+    const void* s = P::FORM == INLINE ? c.t : c.s;
+    fine &= describe(&p->s, s, c.M, c.R, P::FORM == INLINE ? c.R : c.s_stride, rows_x, DEPTH, c.dtype);
+    fine &= describe(&p->b, c.b, c.N, c.R, c.b_stride, rows_w, DEPTH, c.dtype);
+  }
+  if (c.y) fine &= describe(&p->y, c.y, c.M, c.N, c.N, 16, DEPTH, c.dtype);
+  if (c.z) fine &= describe(&p->z, c.z, c.M, c.N, c.N, 16, DEPTH, c.dtype);
+  if (P::FORM == INLINE) fine &= describe(&p->a, c.a, c.R, c.K, c.a_stride, P::INNER, DEPTH, c.dtype);
+  if (P::FORM == SCALED) fine &= describe(&p->d_in, c.d_in, 1, c.K, ceil_div(c.K, 8) * 8, 1, DEPTH, c.d_in_kind);
+  return fine ? nullptr : "cuTensorMapEncodeTiled refuses an operand: TMA wants 16-byte rows";
+}
+
+#ifdef FUSED_PEFT_EMULATE
+template <class P>
+Status start(const Call& c) {
+  Parameters p;
+  if (Status wrong = prepare<P>(c, &p)) return wrong;
+  static std::string error;
+  try {
+    emulator::Machine machine(p.schedule.blocks(c.processors), p.schedule.size(), THREADS, c.seed_of_order,
+                              [&p] { run<P>(p); });
+    machine.run();
+  } catch (const std::exception& e) {
+    error = e.what();
+    return error.c_str();
+  }
+  return nullptr;
+}
+#else
+template <class P>
+Status start(const Call& c) {
+  Parameters p;
+  if (Status wrong = prepare<P>(c, &p)) return wrong;
+  static cudaError_t large = cudaFuncSetAttribute(gemm<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, P::BYTES);
+  if (large != cudaSuccess) return cudaGetErrorString(large);
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(p.schedule.size()), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(p.schedule.blocks(c.processors));
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = P::BYTES;
+  config.stream = static_cast<cudaStream_t>(c.stream);
+  config.attrs = attributes;
+  config.numAttrs = c.overlap ? 2 : 1;
+  cudaError_t error = cudaLaunchKernelEx(&config, gemm<P>, static_cast<const Parameters>(p));
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+#endif
+
+}  // namespace fused_peft
