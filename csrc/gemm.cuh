@@ -36,17 +36,20 @@ struct Parameters {
   bool bias_inside, has_y, has_z, overlap;
 };
 
-template <class T_, int BM_, int BN_, int STAGES_, int ACROSS_, Form FORM_, int INNER_ = 0>
+// INNER: columns of A's tile, the most r that INLINE takes.
+template <class T_, int BM_, int BN_, int ACROSS_, Form FORM_, int INNER_ = 0>
 struct Plan {
   using T = T_;
-  static constexpr int BM = BM_, BN = BN_, STAGES = STAGES_, ACROSS = ACROSS_, INNER = INNER_;
+  static constexpr int BM = BM_, BN = BN_, ACROSS = ACROSS_, INNER = INNER_;
   static constexpr Form FORM = FORM_;
   static constexpr int BLOCKS = BM / CONSUMERS / 64;  // of 64 rows, a warpgroup's
   static constexpr int X_BYTES = BM * ROW, W_BYTES = BN * ROW, A_BYTES = INNER * ROW;
   static constexpr int D_BYTES = FORM == SCALED ? DEPTH * 4 : 0;
+  static constexpr int LIMIT = 227 * 1024, STAGE_BYTES = X_BYTES + W_BYTES + A_BYTES + D_BYTES + 16;
+  static constexpr int STAGES = 4 * (STAGE_BYTES + CONSUMERS * 16 * ROW) + ATOM <= LIMIT ? 4 : 3;
   // offsets in shared memory, tiles of 128-byte rows first
   static constexpr int W = STAGES * X_BYTES, A = W + STAGES * W_BYTES, PANELS = A + STAGES * A_BYTES;
-  static constexpr int PANEL_BYTES = 16 * ROW, LIMIT = 227 * 1024;
+  static constexpr int PANEL_BYTES = 16 * ROW;
   static constexpr int REST = STAGES * (D_BYTES + 16) + ATOM;  // and what aligning the start may cost
   static constexpr int DEEP = PANELS + 2 * 4 * CONSUMERS * PANEL_BYTES + REST <= LIMIT ? 2 : 1;  // panels a warp
   static constexpr int D = PANELS + DEEP * 4 * CONSUMERS * PANEL_BYTES, FULL = D + STAGES * D_BYTES;

@@ -21,11 +21,9 @@ struct Call {
   void* stream;
 };
 
-#ifdef FUSED_PEFT_EMULATE
-using Status = const char*;
-#else
-using Status = const char*;
+using Status = const char*;  // what went wrong; null when nothing did
 
+#ifndef FUSED_PEFT_EMULATE
 // cuTensorMapEncodeTiled, found through the runtime so that libcuda is no dependency of the link.
 inline decltype(&cuTensorMapEncodeTiled) encoder() {
   static auto found = [] {
@@ -42,8 +40,7 @@ inline decltype(&cuTensorMapEncodeTiled) encoder() {
 inline bool describe(TensorMap* map, const void* data, int rows, int columns, int64_t stride, int box_rows,
                      int box_columns, int kind) {
   int bytes = kind == FP32 ? 4 : 2;
-  bool swizzled = box_rows > 1 || box_columns * bytes == ROW;
-  if (kind == FP32) swizzled = false;
+  bool swizzled = box_rows > 1;  // a matrix; a vector lies as it is
 #ifdef FUSED_PEFT_EMULATE
   *map = {static_cast<uint8_t*>(const_cast<void*>(data)), stride * bytes, columns, rows, box_columns, box_rows, bytes,
           swizzled};
@@ -130,3 +127,10 @@ Status start(const Call& c) {
 #endif
 
 }  // namespace fused_peft
+
+// One compiled plan, callable by name from C; what fused_peft/extension.py puts into files of their own.
+#define FUSED_PEFT_INSTANCE(NAME, ...)                                       \
+  extern "C" fused_peft::Status fused_peft_##NAME(const fused_peft::Call* c) { \
+    using namespace fused_peft;                                              \
+    return start<Plan<__VA_ARGS__>>(*c);                                     \
+  }

@@ -15,6 +15,15 @@ if not (_Path(__file__).parent / "kernels").is_dir() and (_root / "kernels").is_
     # A source checkout or an editable install: kernels/ stands beside this folder, not in it.
     __path__.append(str(_root))
 
+
+def source_dir(name: str) -> _Path:
+    """The folder of ``kernels`` or ``csrc``, in a wheel or in a checkout. Raises FileNotFoundError."""
+    for parent in (_Path(__file__).parent, _root):
+        if (parent / name).is_dir():
+            return parent / name
+    raise FileNotFoundError(f"{name}/ is missing from this installation of fused_peft; reinstall it")
+
+
 from .convert import (  # noqa: E402
     disable_adapter,
     explain,
@@ -74,14 +83,6 @@ def restore(model):
     from .integrations import peft
 
     return peft.restore(model)
-
-
-def source_dir(name: str) -> _Path:
-    """The folder of ``kernels`` or ``csrc``, in a wheel or in a checkout. Raises FileNotFoundError."""
-    for parent in (_Path(__file__).parent, _root):
-        if (parent / name).is_dir():
-            return parent / name
-    raise FileNotFoundError(f"{name}/ is missing from this installation of fused_peft; reinstall it")
 
 
 __all__ = [

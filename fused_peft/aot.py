@@ -217,12 +217,19 @@ def _multiplies(launch) -> bool:
     return any(launch.args.get(flag, True) for flag in ("PRODUCT0", "PRODUCT1"))
 
 
-def _dump(file: Path, what: str) -> str:
+def dumped(file: Path, what: str) -> str:
     """What the cuobjdump in Triton's wheel prints about a cubin."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     return subprocess.run([tool, what, file], capture_output=True, text=True, check=True).stdout
+
+
+def instructions(cubin: Path) -> dict[str, int]:
+    """How many of each kind in COUNTED a cubin has."""
+    code = dumped(cubin, "--dump-sass")
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", code, re.M))
+    return {k: sum(n for op, n in opcodes.items() if re.fullmatch(pattern, op)) for k, pattern in COUNTED.items()}
 
 
 def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report:
@@ -239,10 +246,8 @@ def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report
     with tempfile.TemporaryDirectory() as scratch:
         file = (folder or Path(scratch)) / f"{name}.cubin"
         file.write_bytes(result.asm["cubin"])
-        usage = dict(re.findall(r"(REG|STACK):(\d+)", _dump(file, "--dump-resource-usage")))
-        code = _dump(file, "--dump-sass")
-    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", code, re.M))
-    counts = {k: sum(n for op, n in opcodes.items() if re.fullmatch(pattern, op)) for k, pattern in COUNTED.items()}
+        usage = dict(re.findall(r"(REG|STACK):(\d+)", dumped(file, "--dump-resource-usage")))
+        counts = instructions(file)
     c, serialised = launch.config, 0
     if counts["wgmma"]:
         serialised = len(re.findall(r"C75\d\d", _ptxas(result.asm["ptx"])))

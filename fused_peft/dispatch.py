@@ -196,8 +196,13 @@ def set_backend(name: str | None) -> None:
     choose.cache_clear()
 
 
+def forced() -> str | None:
+    """The backend that ``set_backend`` chose."""
+    return _forced
+
+
 def set_strict(strict: bool) -> None:
-    """With True, a call whose first-choice backend refuses raises StrictError with every reason, instead of eager."""
+    """With True, a call that every preferred backend refuses raises StrictError with their reasons, instead of eager."""
     global _strict
     if not isinstance(strict, bool):
         raise TypeError(f"strict={strict!r} must be True or False")
@@ -207,8 +212,8 @@ def set_strict(strict: bool) -> None:
 
 @lru_cache(maxsize=4096)
 def choose(problem: Problem) -> Choice:
-    """The first backend that can compute the problem, less those that eager is measured to beat. In strict mode any
-    refusal raises StrictError, and measurements are ignored."""
+    """The first backend that can compute the problem, less those that eager is measured to beat. Strict mode ignores
+    those measurements, and raises StrictError where only eager, or not the backend asked for, is left."""
     names = [_forced] if _forced else _priority.get(problem.device, [])
     refusals = []
     for name in [*names, "eager"]:
@@ -220,7 +225,7 @@ def choose(problem: Problem) -> Choice:
             break
         refusals.append((name, reasons))
     choice = Choice(_backends[name], tuple(refusals))
-    if reasons or (_strict and refusals):
+    if reasons or (_strict and refusals and name == "eager"):
         raise StrictError(f"no preferred backend can compute {problem}: {choice.why()}")
     return choice
 

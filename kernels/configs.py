@@ -22,7 +22,7 @@ class Config:
     """Tile rows, columns and depth; warps a program; pipeline stages; row tiles a band (L2 reuse).
 
     late: the TMA kernel adds the low-rank phase after the K loop instead of before. flatten: its tile loop and K loop
-    are one loop to the pipeliner.
+    are one loop to the pipeliner. cluster: blocks of the CUDA kernel that share the wider operand's tile.
     """
 
     BM: int
@@ -33,8 +33,10 @@ class Config:
     group: int = 8
     late: bool = False
     flatten: bool = False
+    cluster: int = 1
 
 
+CUDA_TILES = ((128, 256), (256, 128), (128, 192))  # that csrc/ is compiled for
 UNALIGNED = Config(64, 64, 32, 4, 2)  # rows that vector loads and asynchronous copies cannot take
 
 
@@ -59,7 +61,8 @@ def rank_tile(r: int, most: int = 128) -> int:
 
 
 @cache
-def _table() -> dict[str, Config]:
+def table() -> dict[str, Config]:
+    """The committed table."""
     file = Path(__file__).with_name("tuned.json")
     stored = json.loads(file.read_text()) if file.exists() else {}
     return {key: Config(*values) for key, values in stored.items()}
@@ -67,7 +70,7 @@ def _table() -> dict[str, Config]:
 
 def tuned() -> list[str]:
     """The keys of the committed table."""
-    return list(_table())
+    return list(table())
 
 
 def key(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> str:
@@ -78,7 +81,7 @@ def key(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: 
 @cache
 def choose(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int = 16) -> Config:
     """The measured config of the shape's bucket, else the closed form; bits: of an element of x."""
-    return _table().get(key(kind, arch, bits, M, N, K, r)) or default(kind, arch, bits, M, N, K, r)
+    return table().get(key(kind, arch, bits, M, N, K, r)) or default(kind, arch, bits, M, N, K, r)
 
 
 def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
@@ -105,6 +108,10 @@ def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int,
         return Config(min(bucket(M), 64), 64, 32, 4, 2)
     if kind == "form":
         return Config(0, 32 if wide else 64, 64, 4, 1)
+    if kind == "gemm_cuda":
+        waves = lambda tile: tiles(tiles(M, tile[0]) * tiles(N, tile[1]), 132) * tile[0] * tile[1]  # noqa: E731
+        BM, BN = min(CUDA_TILES, key=waves)
+        return Config(BM, BN, 64, 12, 4, cluster=2 if tiles(M, BM) * tiles(N, BN) >= 132 else 1)
     if kind == "gemm_lowrank_tma":
         if M > 64 and N >= 256 and r <= 16 and tiles(M, 128) * tiles(N, 256) >= 132:
             return Config(128, 256, 64, 8, 3, late=True, flatten=True)

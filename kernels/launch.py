@@ -68,6 +68,11 @@ def record(arch: tuple[int, int]) -> Iterator[list[Launch]]:
         _recorded = before
 
 
+def recording() -> bool:
+    """Whether launches are written down instead of made."""
+    return _recorded is not None
+
+
 @cache
 def _properties(index: int) -> tuple[tuple[int, int], int]:
     p = torch.cuda.get_device_properties(index)

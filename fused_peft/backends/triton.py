@@ -126,6 +126,18 @@ class Triton:
         ratio = _measured(problem)
         return f"eager was measured {ratio:.2f} times as fast on this shape" if ratio and ratio > MARGIN else None
 
+    def inlines(self, k, o: Operands, x: Tensor, mask) -> bool:
+        """Whether one launch makes S and y."""
+        return x.shape[0] <= k.configs.INLINE_ROWS and o.A.shape[0] <= k.gemm.INLINE_RANK
+
+    def factor(self, B: Tensor, scale: float, x: Tensor) -> tuple[Tensor, float]:
+        """scale·B as the GEMM for x reads it: a tensor and the scale that is left to apply."""
+        return B, scale
+
+    def gemm(self, k, *args, **options):
+        """``kernels.gemm_lowrank.gemm``."""
+        return k.gemm.gemm(*args, **options)
+
     def forward(self, o: Operands, keep_z: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if _plain(o):
             return _eager.forward(o, keep_z)
@@ -145,15 +157,15 @@ class Triton:
                 x, rest = k.dropout.parts(x.contiguous(), *mask)
                 o, mask = o._replace(d_in=None, seed=None), None
         if o.A is not None:
-            rank, rows = o.A.shape[0], x.shape[0]
-            if o.w is not None and rest is None and rows <= k.configs.INLINE_ROWS and rank <= k.gemm.INLINE_RANK:
+            if o.w is not None and rest is None and self.inlines(k, o, x, mask):
                 update = k.gemm.Inline(o.A, o.a, o.G, o.h, o.B, o.s)
             else:
                 threshold, rescale = (0, 1.0) if mask is None else mask[1:]
+                B, scale = self.factor(o.B, o.s, x)
                 T, S = k.down.project(x, o.d_in, o.A, o.a, o.G, o.h, o.seed, threshold, rescale)
-                update = k.gemm.Update(S, o.B, o.s)
-        result = k.gemm.gemm(
-            x, o.w, (x.shape[0], N), update, c, o.d_in, o.d_out, o.bias, o.d_out is None or o.scale_bias,
+                update = k.gemm.Update(S, B, scale)
+        result = self.gemm(
+            k, x, o.w, (x.shape[0], N), update, c, o.d_in, o.d_out, o.bias, o.d_out is None or o.scale_bias,
             mask if isinstance(update, k.gemm.Inline) else None, want_z=keep_z,
         )  # fmt: skip
         if rest is not None:
@@ -185,6 +197,8 @@ class Triton:
             dual = o.drop_base and o.w is not None
         parts: dict[str, Tensor] = {}  # partial sums, (shares, n): what each becomes
         if o.A is not None and (into_x or want.A or want.a):
+            masked = mask is not None and not dual
+            A, rescale = self.factor(o.A.t(), mask.rescale if masked else 1.0, dy) if into_x else (None, 1.0)
             alone = (want.B or want.G) and not (want.bias or want.d_out)  # else dy is read again anyway
             if alone and k.configs.one_read(*dy.shape, o.A.shape[0], k.launch.processors(dy.device)):
                 dT, parts["dB"] = k.outer.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s)
@@ -193,11 +207,10 @@ class Triton:
         if into_x and (o.w is not None or dT is not None):
             update = None
             if dT is not None:
-                masked = mask is not None and not dual
-                update = k.gemm.Update(dT, o.A.t(), mask.rescale if masked else 1.0, masked)
+                update = k.gemm.Update(dT, A, rescale, masked)
             K = (o.w if o.w is not None else o.A).shape[1]
-            result = k.gemm.gemm(
-                dy, None if o.w is None else o.w.t(), (M, K), update, None, o.d_out, o.d_in, None, True, mask, dual,
+            result = self.gemm(
+                k, dy, None if o.w is None else o.w.t(), (M, K), update, None, o.d_out, o.d_in, None, True, mask, dual,
                 x if want.d_in else None, want_y=want.x,
             )  # fmt: skip
             if want.x:

@@ -1,0 +1,59 @@
+// A factor as the GEMM reads it: (rows, columns) of any strides and dtype becomes 16-bit rows, times a scale, rounded once.
+#pragma once
+#include "launch.cuh"
+
+namespace fused_peft {
+
+struct Cast {
+  const void* from;
+  void* to;
+  int64_t row_stride, column_stride;  // of ``from``, in elements
+  int rows, columns, kind, dtype;     // kinds of gemm.cuh
+  float scale;
+  void* stream;
+};
+
+template <class T>
+FUSED_PEFT_DEVICE void cast_one(const Cast& c, int64_t i) {
+  int64_t at = i / c.columns * c.row_stride + i % c.columns * c.column_stride;
+  float value;
+  if (c.kind == FP32) {
+    value = ptx::read(static_cast<const float*>(c.from) + at);
+  } else {
+    uint32_t bits = ptx::read(static_cast<const uint16_t*>(c.from) + at);
+    value = c.kind == BF16 ? ptx::unpack<bf16>(bits).x : ptx::unpack<fp16>(bits).x;
+  }
+  static_cast<uint16_t*>(c.to)[i] = static_cast<uint16_t>(ptx::pack<T>(value * c.scale, 0.f));
+}
+
+#ifdef FUSED_PEFT_EMULATE
+template <class T>
+Status cast_all(const Cast& c) {
+  for (int64_t i = 0; i < int64_t{c.rows} * c.columns; ++i) cast_one<T>(c, i);
+  return nullptr;
+}
+#else
+template <class T>
+__global__ void cast(const __grid_constant__ Cast c) {
+  int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i < int64_t{c.rows} * c.columns) cast_one<T>(c, i);
+}
+
+template <class T>
+Status cast_all(const Cast& c) {
+  int64_t size = int64_t{c.rows} * c.columns;
+  cast<T><<<static_cast<unsigned>((size + 255) / 256), 256, 0, static_cast<cudaStream_t>(c.stream)>>>(c);
+  cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+#endif
+
+}  // namespace fused_peft
+
+extern "C" fused_peft::Status fused_peft_cast(const fused_peft::Cast* c) {
+  using namespace fused_peft;
+  return c->dtype == BF16 ? cast_all<bf16>(*c) : cast_all<fp16>(*c);
+}
+
+// What fused_peft/extension.py holds its own declarations to.
+extern "C" int fused_peft_sizes(int which) { return which ? sizeof(fused_peft::Cast) : sizeof(fused_peft::Call); }

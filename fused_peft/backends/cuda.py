@@ -1,0 +1,222 @@
+"""The sm_90a backend: the Triton backend with its 16-bit GEMMs computed by csrc/ where TMA can address the operands.
+
+forward   down (S) and one GEMM, which starts while down is running and waits for S before its low-rank steps; or one
+          GEMM that makes S itself
+backward  dx from the same GEMM; what sums over rows, and GEMMs that csrc/ does not take, are the Triton backend's
+
+Off by default: it runs where kernels/tuned.json says it is fastest, and csrc/proven.json that the correctness run of
+these sources passed on the architecture; or where it is asked for by name.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, extension
+from ..dispatch import Problem
+from ..extension import KINDS, Call, Cast, Plan
+from . import triton as base
+
+HALF = (torch.bfloat16, torch.float16)
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+LEAST = 64  # rows, columns and depth below which tiles are mostly padding
+
+
+class _Gemm:
+    """The kernel as ``launch.submit`` starts and records kernels."""
+
+    __name__ = "gemm_cuda"
+    arg_names = (
+        "x", "w", "s", "b", "a", "t", "d_in", "d_out", "bias", "seed", "y", "z", "M", "N", "K", "R", "threshold",
+        "bias_inside", "across", "form", "inner", "overlap", "BM", "BN", "group", "cluster",
+    )  # fmt: skip
+
+    def __init__(self):
+        self._flags: dict[tuple, Tensor] = {}
+
+    def __getitem__(self, grid):
+        return lambda **args: self._start(grid, **args)
+
+    def _start(self, grid, form, inner, BM, BN, cluster, num_warps, num_stages, enable_fp_fusion, **args) -> None:
+        x = args["x"]
+        plan = Plan(NAMES[x.dtype], BM, BN, args["across"], form, inner)
+        cluster_m, cluster_n = (cluster, 1) if BN >= BM else (1, cluster)
+        vectors = {f"{n}_kind": KINDS[args[n].dtype] for n in ("d_in", "d_out", "bias") if args[n] is not None}
+        pairs = ((n, args[n]) for n in ("x", "w", "s", "b", "a"))
+        rows = {f"{n}_stride": t.stride(0) for n, t in pairs if t is not None}
+        emulated = not x.is_cuda
+        flags = self._flags_for(x, BM) if form == "INLINE" else None
+        call = Call(
+            **args, **vectors, **rows, dtype=KINDS[x.dtype], cluster_m=cluster_m, cluster_n=cluster_n,
+            processors=grid[0], flags=flags, seed_of_order=EMULATOR["seed"],
+            stream=None if emulated else torch.cuda.current_stream(x.device).cuda_stream,
+        )  # fmt: skip
+        extension.call(plan.name, call, emulated)
+
+    def _flags_for(self, x: Tensor, BM: int) -> Tensor:
+        """Zeros, one a row of tiles, which the kernel leaves zero: one buffer a stream, or of its own in a graph."""
+        n = -(-x.shape[0] // BM) + 1  # a cluster may reach one past the edge
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return torch.zeros(n, dtype=torch.int32, device=x.device)
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        key = x.device, stream
+        if key not in self._flags or self._flags[key].numel() < n:
+            self._flags[key] = torch.zeros(max(n, 1024), dtype=torch.int32, device=x.device)
+        return self._flags[key]
+
+
+GEMM = _Gemm()
+EMULATOR = {"seed": 0, "processors": 4}  # the emulator's order of events, and how many blocks it runs
+
+
+@cache
+def _broken(emulated: bool) -> str | None:
+    """Why the library is not to be had; builds it to know."""
+    try:
+        extension.library(emulated)
+    except extension.BuildError as e:
+        return str(e)
+    return None
+
+
+def _rows(t: Tensor) -> bool:
+    """Whether TMA can address it row by row."""
+    return base._kernels().gemm._describable(t)
+
+
+def fits(x, w, N: int, update, c, d_in, mask, dual: bool, u) -> bool:
+    """Whether csrc/ takes the GEMM that ``kernels.gemm_lowrank.gemm`` is asked for."""
+    k = base._kernels()
+    if x is None or w is None or c is not None or dual or u is not None or x.dtype not in HALF or w.dtype != x.dtype:
+        return False
+    if min(x.shape[0], N, x.shape[1]) < LEAST or N % 8 or not _rows(x) or not (_rows(w) or _rows(w.t())):
+        return False
+    if d_in is not None and d_in.data_ptr() % 16:
+        return False
+    if update is None:
+        return True
+    inline = isinstance(update, k.gemm.Inline)
+    if update.B.shape[1] % 8 or (not inline and not _rows(update.S)):
+        return False
+    if inline:
+        return _inlines(update.A.shape[0], mask, update.a, update.G, update.h, d_in) and _rows(w)
+    return not update.masked or (d_in is None and not _rows(w))
+
+
+def _inlines(r: int, mask, a, G, h: str, d_in) -> bool:
+    """Whether T can be made inside the GEMM: nothing on x before it, nothing after it."""
+    plain = mask is None and a is None and G is None and d_in is None and h == "identity"
+    return plain and r <= max(extension.INNER)
+
+
+class Cuda(base.Triton):
+    name = "cuda"
+
+    def available(self) -> list[str]:
+        k = base._missing() or base._kernels()
+        if isinstance(k, str):
+            return [k]
+        if not torch.cuda.is_available() and not k.launch.interpreting():
+            return ["no CUDA device is available"]
+        if torch.cuda.is_available() and not any(
+            torch.cuda.get_device_capability(i) == (9, 0) for i in range(torch.cuda.device_count())
+        ):
+            return ["no GPU here is an sm_90 (H100, H200), which the kernel is written for"]
+        known = extension.failure(not torch.cuda.is_available())
+        return [known] if known else []
+
+    def reasons(self, problem: Problem) -> list[str]:
+        found = super().reasons(problem)
+        if problem.arch not in ((9, 0), None):
+            found.append(f"sm_{problem.arch[0]}{problem.arch[1]} is not sm_90, which the kernel is written for")
+        if problem.dtype not in HALF:
+            found.append(f"{problem.dtype} is not bfloat16 or float16")
+        if problem.hadamard or problem.drop_base or "c" in problem.present:
+            found.append("the call is not one GEMM with a frozen weight")
+        if min(problem.M, problem.N, problem.K) < LEAST or problem.N % 8 or problem.K % 8:
+            found.append(
+                f"{problem.M} x {problem.K} x {problem.N} is below {LEAST} somewhere, or its rows are not whole 16 bytes"
+            )
+        if problem.r % 8:
+            found.append(f"r={problem.r} is not a multiple of 8, so that S's rows are not whole 16 bytes")
+        if dispatch.forced() != self.name:
+            found += self._unproven(problem)
+        if not found and (broken := _broken(problem.device != "cuda")):
+            found.append(broken)
+        return found
+
+    @staticmethod
+    def _unproven(problem: Problem) -> list[str]:
+        if problem.arch is None or not extension.proven(problem.arch):
+            return ["not verified on this architecture"]
+        configs = base._kernels().configs
+        key = configs.key("gemm_cuda", problem.arch, 16, problem.M, problem.N, problem.K, problem.r)
+        return [] if key in configs.table() else ["not measured fastest on this shape"]
+
+    def factor(self, B: Tensor, scale: float, x: Tensor) -> tuple[Tensor, float]:
+        if B.shape[1] % 8 or x.dtype not in HALF or (B.dtype == x.dtype and scale == 1 and _rows(B)):
+            return B, scale
+        out = torch.empty(B.shape, dtype=x.dtype, device=x.device)
+        if out.is_meta or base._kernels().launch.recording():
+            return out, 1.0
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
+        cast = Cast(
+            source=B, to=out, row_stride=B.stride(0), column_stride=B.stride(1), rows=B.shape[0], columns=B.shape[1],
+            kind=KINDS[B.dtype], dtype=KINDS[x.dtype], scale=scale, stream=stream,
+        )  # fmt: skip
+        extension.call("cast", cast, not x.is_cuda)
+        return out, 1.0
+
+    def inlines(self, k, o, x: Tensor, mask) -> bool:
+        if super().inlines(k, o, x, mask):
+            return True
+        r = o.A.shape[0]
+        return (
+            x.shape[0] >= LEAST
+            and r % 8 == 0
+            and _inlines(r, mask, o.a, o.G, o.h, o.d_in)
+            and fits(x, o.w, o.w.shape[0], None, o.c, None, None, False, None)
+            and _rows(o.w)
+        )
+
+    def gemm(
+        self, k, x, w, like, update=None, c=None, d_in=None, d_out=None, bias=None, bias_inside=True, mask=None,
+        dual=False, u=None, want_y=True, want_z=False,
+    ):  # fmt: skip
+        M, N = like
+        if not fits(x, w, N, update, c, d_in, mask, dual, u):
+            return super().gemm(k, x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
+        inline, across = isinstance(update, k.gemm.Inline), not _rows(w)
+        R = 0 if update is None else update.B.shape[1]
+        arch, K = k.launch.arch_of(x.device), x.shape[1]
+        config = k.configs.choose("gemm_cuda", arch, 16, M, N, K, R)
+        inner = 0
+        if inline:
+            inner = min(n for n in extension.INNER if n >= R)
+            if (config.BM, inner) == (256, 64):
+                config = k.configs.replace(config, BM=128, BN=256)
+        A = B = S = T = None
+        if update is not None:
+            B, _ = self.factor(update.B, update.scale, x)
+        if inline:
+            A, _ = self.factor(update.A, 1.0, x)
+            T = x.new_empty(M, R)
+        elif update is not None:
+            S = update.S
+        masked = update is not None and not inline and update.masked
+        form = "INLINE" if inline else "MASKED" if masked else "SCALED" if d_in is not None else "LATE"
+        out = lambda wanted: x.new_empty(M, N) if wanted else None  # noqa: E731
+        y, z = out(want_y), out(want_z)
+        args = {
+            "x": x, "w": w.t() if across else w, "s": S, "b": B, "a": A, "t": T, "d_in": d_in, "d_out": d_out,
+            "bias": bias, "seed": mask.seed if masked else None, "y": y, "z": z, "M": M, "N": N, "K": K, "R": R,
+            "threshold": mask.threshold if masked else 0, "bias_inside": bias_inside, "across": across, "form": form,
+            "inner": inner, "overlap": S is not None, "BM": config.BM, "BN": config.BN, "group": config.group,
+            "cluster": config.cluster,
+        }  # fmt: skip
+        processors = k.launch.processors(x.device) if x.is_cuda else EMULATOR["processors"]
+        k.launch.submit(GEMM, (processors,), args, config, x.device)
+        return k.gemm.Result(y, z, None, T)

@@ -1,0 +1,299 @@
+"""csrc/ as a library: compiled on first use, loaded with ctypes, checked without a GPU.
+
+Every plan of the GEMM is a source file of one line, compiled side by side by ninja. What was built stays in
+``TORCH_EXTENSIONS_DIR`` under the hash of its sources; so does a failure, which is reported instead of tried again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from . import source_dir
+
+KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # enum Kind of csrc/gemm.cuh
+TILES = ((128, 256), (256, 128), (128, 192))
+INNER = (16, 64)  # the most r of an INLINE plan; the second accumulator of 256 x 128 and 64 would spill
+ARCH = "-gencode=arch=compute_90a,code=sm_90a"
+FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")  # an assert in device code is a call, and ptxas then serialises every wgmma
+PROVEN = "proven.json"  # {architecture: hash of the sources whose correctness run passed there}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One instantiation. across: w is stored (K, N). form: of csrc/gemm.cuh; inner: of INLINE, else 0."""
+
+    dtype: str
+    BM: int
+    BN: int
+    across: bool
+    form: str
+    inner: int = 0
+
+    @property
+    def name(self) -> str:
+        layout = "across" if self.across else "rows"
+        return f"{self.dtype}_{self.BM}x{self.BN}_{layout}_{self.form.lower()}{self.inner or ''}"
+
+    @property
+    def template(self) -> str:
+        return f"{self.dtype}, {self.BM}, {self.BN}, {int(self.across)}, {self.form}, {self.inner}"
+
+    @property
+    def source(self) -> str:
+        return f'#include "launch.cuh"\nFUSED_PEFT_INSTANCE({self.name}, {self.template})\n'
+
+
+FORMS = [("LATE", across, 0) for across in (False, True)] + [("SCALED", across, 0) for across in (False, True)]
+FORMS += [("MASKED", True, 0), *(("INLINE", False, inner) for inner in INNER)]
+PLANS = [
+    Plan(dtype, *tile, across, form, inner)
+    for dtype, tile, (form, across, inner) in product(("bf16", "fp16"), TILES, FORMS)
+    if (tile, inner) != ((256, 128), 64)
+]
+
+
+class _Struct(ctypes.Structure):
+    def __init__(self, **fields):
+        super().__init__(**{k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
+
+
+def _fields(**kinds: str) -> list[tuple[str, type]]:
+    made = {"pointers": ctypes.c_void_p, "longs": ctypes.c_int64, "ints": ctypes.c_int, "floats": ctypes.c_float}
+    return [(name, made[kind.rstrip("_")]) for kind, names in kinds.items() for name in names.split()]
+
+
+class Call(_Struct):
+    """csrc/launch.cuh's Call."""
+
+    _fields_ = _fields(
+        pointers="x w s b a d_in d_out bias seed y z t flags",
+        longs="x_stride w_stride s_stride b_stride a_stride",
+        ints="M N K R threshold dtype d_in_kind d_out_kind bias_kind bias_inside across cluster_m cluster_n group "
+        "processors overlap seed_of_order",
+        pointers_="stream",
+    )
+
+
+class Cast(_Struct):
+    """csrc/cast.cuh's Cast."""
+
+    _fields_ = _fields(
+        pointers="source to", longs="row_stride column_stride", ints="rows columns kind dtype", floats="scale",
+        pointers_="stream",
+    )  # fmt: skip
+
+
+class BuildError(RuntimeError):
+    """csrc/ did not compile or load; the message says why and what to do."""
+
+
+@cache
+def fingerprint() -> str:
+    """A hash of csrc/'s sources and of the plans."""
+    digest = hashlib.sha256("".join(plan.source for plan in PLANS).encode())
+    for file in sorted(source_dir("csrc").glob("*.cuh")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def proven(arch: tuple[int, int]) -> bool:
+    """Whether the correctness run of these very sources on this architecture is on record."""
+    file = source_dir("csrc") / PROVEN
+    return file.is_file() and json.loads(file.read_text()).get(f"sm_{arch[0]}{arch[1]}") == fingerprint()
+
+
+def nvcc() -> str | None:
+    """The CUDA compiler: of CUDA_HOME, on the PATH, or where it is usually installed."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = os.pathsep.join([*([f"{home}/bin"] if home else []), os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    return shutil.which("nvcc", path=path)
+
+
+def _folder(emulated: bool) -> Path:
+    """Where the library of these sources is, or will be, built."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch_extensions"
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache_home)
+    return root / f"fused_peft_{fingerprint()}_{'emulated' if emulated else f'cu{torch.version.cuda}'}"
+
+
+def failure(emulated: bool = False) -> str | None:
+    """Why the library cannot be built or loaded here; None while nothing is known against it."""
+    if (_folder(emulated) / "built").exists():
+        return None
+    noted = _folder(emulated) / "failed.txt"
+    if noted.exists():
+        return (
+            f"csrc/ failed to compile: {noted.read_text().splitlines()[0]} (all of it, to delete for a retry: {noted})"
+        )
+    missing = [] if shutil.which("ninja") else ["ninja is not installed (pip install ninja)"]
+    if emulated and not shutil.which("g++"):
+        missing.append("g++ is not on the PATH")
+    if not emulated and not nvcc():
+        missing.append("nvcc is not on the PATH (install the CUDA toolkit, or set CUDA_HOME)")
+    return f"csrc/ cannot be compiled: {', '.join(missing)}" if missing else None
+
+
+def _write(file: Path, text: str) -> str:
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+    return str(file)
+
+
+@cache
+def library(emulated: bool = False) -> ctypes.CDLL:
+    """The library, built if it is not yet. emulated: the same sources on the CPU, in csrc/emulator.h.
+
+    Raises BuildError; the failure is noted on disk, and ``failure`` returns it from then on.
+    """
+    folder = _folder(emulated)
+    found = sorted(folder.glob("*.so")) if (folder / "built").exists() else []
+    if not found:
+        if known := failure(emulated):
+            raise BuildError(known)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            found = [Path(_build(folder, emulated))]
+        except Exception as e:  # whatever compilers and loaders raise
+            lines = [line for line in str(e).splitlines() if "error" in line.lower()] or str(e).splitlines()[:1]
+            (folder / "failed.txt").write_text("\n".join([*lines[:1], str(e)]))
+            raise BuildError(failure(emulated)) from e
+        (folder / "built").touch()
+    loaded = ctypes.CDLL(str(found[-1]))
+    sizes = [loaded.fused_peft_sizes(which) for which in (0, 1)]
+    if sizes != [ctypes.sizeof(Call), ctypes.sizeof(Cast)]:
+        raise BuildError(f"csrc/ and fused_peft/extension.py disagree on {sizes} bytes of arguments")
+    return loaded
+
+
+def _build(folder: Path, emulated: bool) -> str:
+    from torch.utils import cpp_extension
+
+    suffix, csrc = ("cpp" if emulated else "cu"), str(source_dir("csrc"))
+    sources = [_write(folder / f"{plan.name}.{suffix}", plan.source) for plan in PLANS]
+    sources.append(_write(folder / f"cast.{suffix}", '#include "cast.cuh"\n'))
+    return cpp_extension.load(
+        f"fused_peft_{fingerprint()}",
+        sources,
+        extra_cflags=["-O2", "-std=c++17", "-DFUSED_PEFT_EMULATE"] if emulated else [],
+        extra_cuda_cflags=[*FLAGS, ARCH],
+        extra_ldflags=["-Wl,--as-needed"],
+        extra_include_paths=[csrc],
+        build_directory=str(folder),
+        with_cuda=not emulated,
+        is_python_module=False,
+    )
+
+
+@cache
+def function(name: str, emulated: bool):
+    """A function of the library that takes one struct and returns what went wrong, or None."""
+    found = getattr(library(emulated), f"fused_peft_{name}")
+    found.argtypes, found.restype = [ctypes.c_void_p], ctypes.c_char_p
+    return found
+
+
+def call(name: str, struct: _Struct, emulated: bool) -> None:
+    """Start a plan or the cast. Raises RuntimeError with what CUDA, or the emulator, says."""
+    wrong = function(name, emulated)(ctypes.addressof(struct))
+    if wrong is not None:
+        raise RuntimeError(f"csrc/ {name}: {wrong.decode()}")
+
+
+# The check without a GPU
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compiled plan: bytes of stack and shared memory, instruction counts, ptxas's warnings of kind C75xx."""
+
+    name: str
+    registers: int
+    stack: int
+    shared: int
+    wgmma: int
+    tma_load: int
+    tma_store: int
+    local: int
+    warnings: tuple[str, ...]
+
+    def faults(self) -> list[str]:
+        """What the check refuses."""
+        found = list(self.warnings)
+        if self.stack or self.local:
+            found.append(f"{self.stack} bytes of stack and {self.local} local loads and stores: registers spill")
+        counts = {"HGMMA": self.wgmma, "UTMALDG": self.tma_load, "UTMASTG": self.tma_store}
+        found += [f"no {name}" for name, n in counts.items() if not n]
+        if not 0 < self.shared <= 227 * 1024:
+            found.append(f"{self.shared} bytes of shared memory, {227 * 1024} are there")
+        return found
+
+
+def compiled(plan: Plan, folder: Path, shared: int) -> Report:
+    """Compile one plan to folder/NAME.cubin. Raises RuntimeError with nvcc's output."""
+    from .aot import dumped, instructions
+
+    source, cubin = folder / f"{plan.name}.cu", folder / f"{plan.name}.cubin"
+    _write(source, plan.source)
+    command = [nvcc(), *FLAGS, ARCH, "-Xptxas", "-v", "-I", source_dir("csrc"), "-cubin", "-o", cubin, source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{plan.name} does not compile:\n{done.stdout}{done.stderr}")
+    warnings = tuple(line.strip() for line in (done.stdout + done.stderr).splitlines() if re.search(r"C75\d\d", line))
+    usage = dict(re.findall(r"(REG|STACK):(\d+)", dumped(cubin, "--dump-resource-usage")))
+    counts = instructions(cubin)
+    keys = ("wgmma", "tma_load", "tma_store", "local")
+    return Report(
+        plan.name, int(usage["REG"]), int(usage["STACK"]), shared, *(counts[k] for k in keys), warnings=warnings
+    )
+
+
+def shared_bytes(folder: Path) -> dict[str, int]:
+    """{plan: bytes of shared memory}, as the sources compute them."""
+    lines = "".join(f'  std::printf("{p.name} %d\\n", Plan<{p.template}>::BYTES);\n' for p in PLANS)
+    _write(folder / "bytes.cpp", f'#include "launch.cuh"\nint main() {{\n  using namespace fused_peft;\n{lines}}}\n')
+    command = ["g++", "-std=c++17", "-DFUSED_PEFT_EMULATE", f"-I{source_dir('csrc')}", folder / "bytes.cpp"]
+    subprocess.run([*command, "-o", folder / "bytes"], check=True)
+    out = subprocess.run([folder / "bytes"], capture_output=True, text=True, check=True).stdout
+    return {name: int(n) for name, n in (line.split() for line in out.splitlines())}
+
+
+def compile_all(folder: Path, only: str = "", jobs: int | None = None) -> Iterator[Report]:
+    """Compile every plan whose name contains ``only``, some at a time. Raises RuntimeError where nvcc is missing."""
+    if not nvcc():
+        raise RuntimeError("nvcc is not on the PATH; install the CUDA toolkit, or set CUDA_HOME")
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = shared_bytes(folder)
+    with ThreadPoolExecutor(jobs or os.cpu_count()) as pool:
+        yield from pool.map(
+            lambda plan: compiled(plan, folder, shared[plan.name]), [p for p in PLANS if only in p.name]
+        )
+
+
+def run(folder: Path, json_file: Path | None, jobs: int | None = None, only: str = "") -> int:
+    """Compile, print one line a plan, write the JSON report; 1 when the check refuses one."""
+    reports = []
+    for r in compile_all(folder, only, jobs):
+        reports.append(r)
+        counts = f"HGMMA {r.wgmma:3} UTMALDG {r.tma_load:2} UTMASTG {r.tma_store:2}"
+        faults = "".join(f"  FAULT: {fault}" for fault in r.faults())
+        print(f"{r.name:<32} {r.registers} regs {r.stack} stack {r.shared} shared  {counts}{faults}", flush=True)
+    if json_file:
+        rows = [{**asdict(r), "faults": r.faults()} for r in reports]
+        json_file.write_text(json.dumps({"sources": fingerprint(), "plans": rows}, indent=1))
+    faulty = sum(bool(r.faults()) for r in reports)
+    print(f"sm_90a: {len(reports)} plans compiled, {faulty or 'none'} refused")
+    return int(faulty > 0 or not reports)
