@@ -43,8 +43,7 @@ template <class T>
 Status cast_all(const Cast& c) {
   int64_t size = int64_t{c.rows} * c.columns;
   cast<T><<<static_cast<unsigned>((size + 255) / 256), 256, 0, static_cast<cudaStream_t>(c.stream)>>>(c);
-  cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return said(cudaGetLastError());
 }
 #endif
 

@@ -161,12 +161,13 @@ struct Machine {
   std::vector<Event> events;
   std::map<int64_t, bool> pending;  // tickets of stores that have not read yet
   int64_t tickets = 0;
+  unsigned slowness;  // how many turns of the threads what is asynchronous takes on average: 2, 8 or 32
   ucontext_t scheduler;
   Fiber* fiber = nullptr;
   std::string error;
   std::function<void()> body;
 
-  Machine(int count, int cluster, int threads, uint32_t seed, std::function<void()> run) : random(seed), body(run) {
+  Machine(int count, int cluster, int threads, uint32_t seed, std::function<void()> run) : random(seed), slowness(2u << seed % 3 * 2), body(run) {
     clusters.resize(count / cluster);
     for (int i = 0; i < count; ++i) {
       auto block = std::make_unique<Block>();
@@ -199,6 +200,8 @@ struct Machine {
     Machine* m = current;
     try {
       m->body();
+      for (int64_t ticket : m->fiber->stores)
+        if (m->pending.count(ticket)) fail("ends while its store reads shared memory");
     } catch (const std::exception& e) {
       if (m->error.empty()) m->error = "block " + std::to_string(m->fiber->block->index) + " thread " +
                                        std::to_string(m->fiber->thread) + ": " + e.what();
@@ -262,7 +265,7 @@ struct Machine {
     bool any = false;
     std::shuffle(events.begin(), events.end(), random);
     for (size_t i = 0; i < events.size();) {
-      if (random() % 2) {
+      if (random() % slowness == 0) {
         auto run = std::move(events[i].run);
         events.erase(events.begin() + i);
         run();
@@ -273,7 +276,7 @@ struct Machine {
     }
     for (auto& b : blocks)
       for (auto& g : b->groups)
-        while (!g.products.empty() && g.products.front().issued == 128 && random() % 2) {
+        while (!g.products.empty() && g.products.front().issued == 128 && random() % slowness < 2) {
           multiply(*b, g.products.front());
           g.products.pop_front();
           ++g.first;
@@ -423,12 +426,13 @@ inline void sync_cluster() {
 inline void fence_barriers() {
   for (auto& [address, b] : self().block->barriers) b.ready = true;
 }
-inline void fence_async() {
+inline void fence_async_shared() {
   Fiber& f = self();
   for (auto& [address, bytes] : f.written)
     std::memcpy(f.block->at(f.block->async, address, bytes), f.block->at(f.block->generic, address, bytes), bytes);
   f.written.clear();
 }
+inline void fence_async() { fence_async_shared(); }
 inline void fence_device() {}
 inline void wait_for_launch_before() {}
 template <int REGISTERS>

@@ -58,11 +58,29 @@ struct Plan {
   static_assert(FORM != INLINE || INNER, "INLINE needs the columns of A's tile");
 };
 
-FUSED_PEFT_DEVICE float element(const Vector& v, int i, int n, float otherwise) {
-  if (v.kind == NONE || i >= n) return otherwise;
-  if (v.kind == FP32) return ptx::read(static_cast<const float*>(v.data) + i);
-  uint32_t bits = ptx::read(static_cast<const uint16_t*>(v.data) + i);
-  return v.kind == BF16 ? ptx::unpack<bf16>(bits).x : ptx::unpack<fp16>(bits).x;
+FUSED_PEFT_DEVICE void put_pair(float (&to)[16], int i, float2 pair) {
+  to[2 * i] = pair.x;
+  to[2 * i + 1] = pair.y;
+}
+
+// A vector's entries at eight pairs of columns, the first pair at ``at`` and the others 8 apart; ``otherwise`` outside.
+// n is even, and so is ``at``. The kind is asked once, so that the loads follow each other.
+FUSED_PEFT_DEVICE void entries(float (&to)[16], const Vector& v, int at, int n, float otherwise) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) to[i] = otherwise;
+  if (v.kind == FP32) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (at + 8 * i < n) put_pair(to, i, ptx::read(reinterpret_cast<const float2*>(v.data) + at / 2 + 4 * i));
+  } else if (v.kind != NONE) {
+    uint32_t both[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      both[i] = at + 8 * i < n ? ptx::read(static_cast<const uint32_t*>(v.data) + at / 2 + 4 * i) : 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      if (at + 8 * i < n) put_pair(to, i, v.kind == BF16 ? ptx::unpack<bf16>(both[i]) : ptx::unpack<fp16>(both[i]));
+  }
 }
 
 // The side that loads. One thread runs it.
@@ -70,8 +88,14 @@ template <class P>
 struct Producer {
   const Parameters& p;
   uint32_t memory;
-  int rank;
+  int mine_m, mine_n;  // this block's place in its cluster
   Slot slot;
+
+  FUSED_PEFT_DEVICE Producer(const Parameters& p, uint32_t memory, int rank) : p(p), memory(memory) {
+    mine_m = p.schedule.cluster_m > 1 ? rank : 0;
+    mine_n = p.schedule.cluster_n > 1 ? rank : 0;
+    for (const TensorMap* map : {&p.x, &p.w}) ptx::prefetch(map);
+  }
 
   FUSED_PEFT_DEVICE void part(const TensorMap* map, uint32_t to, int column, int row, bool shared) {
     if (shared) ptx::load_multicast(map, to, memory + P::FULL + 8 * slot.stage, column, row, 3);
@@ -84,30 +108,33 @@ struct Producer {
     ptx::barrier_expect(memory + P::FULL + 8 * slot.stage, bytes);
   }
 
-  // Rows of 64 columns of K from ``column`` on: of x's kind to its tile, and of w's kind where K is contiguous.
-  FUSED_PEFT_DEVICE void rows(const TensorMap* x, const TensorMap* w, int column, const Tile& tile) {
-    const Schedule& s = p.schedule;
-    int share_x = P::BM / s.cluster_n, mine_x = rank / s.cluster_m * share_x;
-    part(x, memory + slot.stage * P::X_BYTES + mine_x * ROW, column, tile.m * P::BM + mine_x, s.cluster_n > 1);
-    if (w) {
-      int share_w = P::BN / s.cluster_m, mine_w = rank % s.cluster_m * share_w;
-      uint32_t to = memory + P::W + slot.stage * P::W_BYTES;
-      part(w, to + mine_w * ROW, column, tile.n * P::BN + mine_w, s.cluster_m > 1);
-    }
+  // A stage's 64 columns of K from ``column`` on: rows of x's kind; where a neighbour shares them, half.
+  FUSED_PEFT_DEVICE void left_rows(const TensorMap* map, int column, const Tile& tile) {
+    bool shared = p.schedule.cluster_n > 1;
+    int mine = mine_n * P::BM / 2;
+    part(map, memory + slot.stage * P::X_BYTES + mine * ROW, column, tile.m * P::BM + mine, shared);
+  }
+  FUSED_PEFT_DEVICE void right_rows(const TensorMap* map, int column, const Tile& tile) {
+    bool shared = p.schedule.cluster_m > 1;
+    int mine = mine_m * P::BN / 2;
+    part(map, memory + P::W + slot.stage * P::W_BYTES + mine * ROW, column, tile.n * P::BN + mine, shared);
+  }
+  // W that lies with K across: blocks of 64 columns, of which neighbours halve the rows.
+  FUSED_PEFT_DEVICE void right_across(int k, const Tile& tile) {
+    bool shared = p.schedule.cluster_m > 1;
+    int mine = mine_m * DEPTH / 2;
+    uint32_t to = memory + P::W + slot.stage * P::W_BYTES + mine * ROW;
+    for (int j = 0; j < P::BN / DEPTH; ++j)
+      part(&p.w, to + j * DEPTH * ROW, tile.n * P::BN + j * DEPTH, k + mine, shared);
   }
 
   FUSED_PEFT_DEVICE void main_pair(const Tile& tile) {
     bool first = P::FORM == INLINE && tile.n == 0;
     for (int k = 0; k < p.K; k += DEPTH) {
       claim(P::X_BYTES + P::W_BYTES + (first ? P::A_BYTES : 0) + (P::FORM == SCALED ? d_bytes() : 0));
-      rows(&p.x, P::ACROSS ? nullptr : &p.w, k, tile);
-      if (P::ACROSS) {
-        int clusters = p.schedule.cluster_m, share = DEPTH / clusters, mine = rank % clusters * share;
-        for (int j = 0; j < P::BN / DEPTH; ++j) {
-          uint32_t to = memory + P::W + slot.stage * P::W_BYTES + j * DEPTH * ROW + mine * ROW;
-          part(&p.w, to, tile.n * P::BN + j * DEPTH, k + mine, clusters > 1);
-        }
-      }
+      left_rows(&p.x, k, tile);
+      if (P::ACROSS) right_across(k, tile);
+      else right_rows(&p.w, k, tile);
       if (first) part(&p.a, memory + P::A + slot.stage * P::A_BYTES, k, 0, false);
       if (P::FORM == SCALED) part(&p.d_in, memory + P::D + slot.stage * P::D_BYTES, k, 0, false);
       slot.advance(P::STAGES);
@@ -122,7 +149,8 @@ struct Producer {
     else if (p.overlap) ptx::wait_for_launch_before();
     for (int r = 0; r < p.R; r += DEPTH) {
       claim(P::X_BYTES + P::W_BYTES);
-      rows(&p.s, &p.b, r, tile);
+      left_rows(&p.s, r, tile);
+      right_rows(&p.b, r, tile);
       slot.advance(P::STAGES);
     }
   }
@@ -304,7 +332,7 @@ struct Consumer {
       for (int j = 0; j < 4; ++j) four[j] = ptx::pack<T>(value(i + 2 * j), value(i + 2 * j + 1));
       ptx::store_matrices(to + swizzled(matrix_row(lane()), i / 4 + matrix_piece(lane())), four);
     }
-    ptx::fence_async();
+    ptx::fence_async_shared();
     ptx::sync_warp();
     if (lane() == 0) {
       if (first_row < p.M && first_column < p.N) ptx::store(map, to, first_column, first_row);
@@ -318,12 +346,8 @@ struct Consumer {
     for (int from = 0; from < COUNT; from += 32) {
       int left = tile.n * N + from * 2;
       float by[16], plus[16];  // of this panel's columns: each is in two accumulators of a block
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        int at = column(tile, from + i / 2 * 4 + i % 2);
-        by[i] = element(p.d_out, at, p.N, 1.f);
-        plus[i] = element(p.bias, at, p.N, 0.f);
-      }
+      entries(by, p.d_out, column(tile, from), p.N, 1.f);
+      entries(plus, p.bias, column(tile, from), p.N, 0.f);
 #pragma unroll
       for (int block = 0; block < P::BLOCKS; ++block) {
         auto z = [&](int i) { return acc[block][from + i] + (p.bias_inside ? plus[i / 4 * 2 + i % 2] : 0.f); };
@@ -374,7 +398,7 @@ FUSED_PEFT_DEVICE void run(const Parameters& p) {
   if (warp < 4) {
     ptx::give_registers<40>();
     if (ptx::thread() == 0) {
-      Producer<P> producer{p, memory, rank};
+      Producer<P> producer(p, memory, rank);
       for (int i = ptx::block() / size; i < p.schedule.count(); i += step) producer.tile(p.schedule.at(i, rank));
     }
     ptx::sync_warp();

@@ -62,6 +62,7 @@ inline bool describe(TensorMap* map, const void* data, int rows, int columns, in
 
 template <class P>
 Status prepare(const Call& c, Parameters* p) {
+  if (c.cluster_m * c.cluster_n > 2 || c.cluster_m * c.cluster_n < 1) return "clusters are of one or two blocks";
   p->schedule = {ceil_div(c.M, P::BM), ceil_div(c.N, P::BN), c.cluster_m, c.cluster_n, c.group};
   p->d_out = {c.d_out, c.d_out ? c.d_out_kind : NONE};
   p->bias = {c.bias, c.bias ? c.bias_kind : NONE};
@@ -103,26 +104,37 @@ Status start(const Call& c) {
   return nullptr;
 }
 #else
+inline Status said(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next check elsewhere reports it again
+  return cudaGetErrorString(error);
+}
+
 template <class P>
 Status start(const Call& c) {
   Parameters p;
   if (Status wrong = prepare<P>(c, &p)) return wrong;
-  static cudaError_t large = cudaFuncSetAttribute(gemm<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, P::BYTES);
-  if (large != cudaSuccess) return cudaGetErrorString(large);
+  // of the current device, so asked for every time
+  cudaError_t error = cudaFuncSetAttribute(gemm<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, P::BYTES);
+  if (error != cudaSuccess) return said(error);
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(p.schedule.size()), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  if (P::FORM == INLINE) {  // blocks wait for each other's T: all of them run at once, or none
+    attributes[1].id = cudaLaunchAttributeCooperative;
+    attributes[1].val.cooperative = 1;
+  } else {
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = c.overlap;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(p.schedule.blocks(c.processors));
   config.blockDim = dim3(THREADS);
   config.dynamicSmemBytes = P::BYTES;
   config.stream = static_cast<cudaStream_t>(c.stream);
   config.attrs = attributes;
-  config.numAttrs = c.overlap ? 2 : 1;
-  cudaError_t error = cudaLaunchKernelEx(&config, gemm<P>, static_cast<const Parameters>(p));
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  config.numAttrs = 2;
+  return said(cudaLaunchKernelEx(&config, gemm<P>, static_cast<const Parameters>(p)));
 }
 #endif
 

@@ -47,7 +47,9 @@ FUSED_PEFT_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 FUSED_PEFT_DEVICE void fence_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// between ordinary accesses and TMA's: of all memory, and of this block's shared memory
 FUSED_PEFT_DEVICE void fence_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+FUSED_PEFT_DEVICE void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 FUSED_PEFT_DEVICE void fence_device() { __threadfence(); }
 FUSED_PEFT_DEVICE void wait_for_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 template <int REGISTERS>
@@ -59,7 +61,7 @@ FUSED_PEFT_DEVICE void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// mbarriers
+// mbarriers, with the default order and scope: wider ones put a fence of the whole GPU into every stage
 
 FUSED_PEFT_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -71,7 +73,7 @@ FUSED_PEFT_DEVICE void barrier_arrive(uint32_t barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 }
@@ -79,7 +81,7 @@ FUSED_PEFT_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
       "AGAIN:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra DONE;\n"
       "bra AGAIN;\n"
       "DONE:\n}" ::"r"(barrier),

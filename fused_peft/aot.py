@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from .backends.cuda import Cuda
 from .backends.triton import Triton, _kernels, _missing
 from .dispatch import TENSORS, Operands
 
@@ -132,8 +133,14 @@ def launches(arch: str) -> dict[str, object]:
     kernel-config-dtype-variant."""
     found: dict[str, object] = {}
     seen, backend = set(), Triton()
-    for label, o in problems(arch):
+    asked = [(label, backend, o) for label, o in problems(arch)]
+    if arch == "sm_90":  # what csrc/'s GEMM overlaps with
+        asked += [(f"{n}-overlapped", Cuda(), _variant(n, *SHAPES[0], r, torch.bfloat16, torch.float32))
+                  for n, r in (("dora", 16), ("lora-bias-dropout", 16), ("lora", 64), ("adapter", 16))]  # fmt: skip
+    for label, backend, o in asked:
         for phase, launch in _recorded(backend, o, ARCHES[arch], "tf32" in label):
+            if not hasattr(launch.kernel, "params"):
+                continue  # csrc/'s: ``extension`` compiles it
             signature = _signature(launch)
             identity = (launch.kernel.__name__, launch.config, repr(signature))
             if identity in seen:
@@ -225,9 +232,8 @@ def dumped(file: Path, what: str) -> str:
     return subprocess.run([tool, what, file], capture_output=True, text=True, check=True).stdout
 
 
-def instructions(cubin: Path) -> dict[str, int]:
-    """How many of each kind in COUNTED a cubin has."""
-    code = dumped(cubin, "--dump-sass")
+def instructions(code: str) -> dict[str, int]:
+    """How many of each kind in COUNTED a cubin's machine code, as ``dumped`` prints it, has."""
     opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", code, re.M))
     return {k: sum(n for op, n in opcodes.items() if re.fullmatch(pattern, op)) for k, pattern in COUNTED.items()}
 
@@ -247,7 +253,7 @@ def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report
         file = (folder or Path(scratch)) / f"{name}.cubin"
         file.write_bytes(result.asm["cubin"])
         usage = dict(re.findall(r"(REG|STACK):(\d+)", dumped(file, "--dump-resource-usage")))
-        counts = instructions(file)
+        counts = instructions(dumped(file, "--dump-sass"))
     c, serialised = launch.config, 0
     if counts["wgmma"]:
         serialised = len(re.findall(r"C75\d\d", _ptxas(result.asm["ptx"])))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -201,8 +203,19 @@ def forced() -> str | None:
     return _forced
 
 
+@contextmanager
+def forcing(name: str) -> Iterator[None]:
+    """``set_backend(name)`` for a while."""
+    before = _forced
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
 def set_strict(strict: bool) -> None:
-    """With True, a call that every preferred backend refuses raises StrictError with their reasons, instead of eager."""
+    """With True, a call that every preferred backend refuses raises StrictError with the reasons, instead of eager."""
     global _strict
     if not isinstance(strict, bool):
         raise TypeError(f"strict={strict!r} must be True or False")

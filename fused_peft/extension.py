@@ -29,6 +29,7 @@ TILES = ((128, 256), (256, 128), (128, 192))
 INNER = (16, 64)  # the most r of an INLINE plan; the second accumulator of 256 x 128 and 64 would spill
 ARCH = "-gencode=arch=compute_90a,code=sm_90a"
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")  # an assert in device code is a call, and ptxas then serialises every wgmma
+FENCES = 7  # at a cluster's start and end, and around INLINE's flag; none belongs into a loop
 PROVEN = "proven.json"  # {architecture: hash of the sources whose correctness run passed there}
 
 
@@ -123,6 +124,15 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=path)
 
 
+def toolkit() -> Path:
+    """The folder of CUDA's bin/, include/ and lib64/, as nvcc itself sees it."""
+    said = subprocess.run(
+        [nvcc(), "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    ).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.M)
+    return Path(top.group(1).strip() if top else Path(nvcc()).parent / "..").resolve()
+
+
 def _folder(emulated: bool) -> Path:
     """Where the library of these sources is, or will be, built."""
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch_extensions"
@@ -136,9 +146,7 @@ def failure(emulated: bool = False) -> str | None:
         return None
     noted = _folder(emulated) / "failed.txt"
     if noted.exists():
-        return (
-            f"csrc/ failed to compile: {noted.read_text().splitlines()[0]} (all of it, to delete for a retry: {noted})"
-        )
+        return f"csrc/ failed to compile: {noted.read_text().splitlines()[0]} (delete {noted} to try again)"
     missing = [] if shutil.which("ninja") else ["ninja is not installed (pip install ninja)"]
     if emulated and not shutil.which("g++"):
         missing.append("g++ is not on the PATH")
@@ -168,8 +176,9 @@ def library(emulated: bool = False) -> ctypes.CDLL:
             folder.mkdir(parents=True, exist_ok=True)
             found = [Path(_build(folder, emulated))]
         except Exception as e:  # whatever compilers and loaders raise
-            lines = [line for line in str(e).splitlines() if "error" in line.lower()] or str(e).splitlines()[:1]
-            (folder / "failed.txt").write_text("\n".join([*lines[:1], str(e)]))
+            told = str(e).splitlines()
+            first = next((line for line in told if re.search(r"error:|fatal", line)), told[0] if told else repr(e))
+            (folder / "failed.txt").write_text(f"{first}\n{e}")
             raise BuildError(failure(emulated)) from e
         (folder / "built").touch()
     loaded = ctypes.CDLL(str(found[-1]))
@@ -185,6 +194,8 @@ def _build(folder: Path, emulated: bool) -> str:
     suffix, csrc = ("cpp" if emulated else "cu"), str(source_dir("csrc"))
     sources = [_write(folder / f"{plan.name}.{suffix}", plan.source) for plan in PLANS]
     sources.append(_write(folder / f"cast.{suffix}", '#include "cast.cuh"\n'))
+    if not emulated and cpp_extension.CUDA_HOME is None:
+        cpp_extension.CUDA_HOME = str(toolkit())
     return cpp_extension.load(
         f"fused_peft_{fingerprint()}",
         sources,
@@ -218,7 +229,8 @@ def call(name: str, struct: _Struct, emulated: bool) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """One compiled plan: bytes of stack and shared memory, instruction counts, ptxas's warnings of kind C75xx."""
+    """One compiled plan: bytes of stack and shared memory, instruction counts (fences: of the whole GPU), ptxas's
+    warnings of kind C75xx."""
 
     name: str
     registers: int
@@ -228,6 +240,7 @@ class Report:
     tma_load: int
     tma_store: int
     local: int
+    fences: int
     warnings: tuple[str, ...]
 
     def faults(self) -> list[str]:
@@ -237,6 +250,8 @@ class Report:
             found.append(f"{self.stack} bytes of stack and {self.local} local loads and stores: registers spill")
         counts = {"HGMMA": self.wgmma, "UTMALDG": self.tma_load, "UTMASTG": self.tma_store}
         found += [f"no {name}" for name, n in counts.items() if not n]
+        if self.fences > FENCES:
+            found.append(f"{self.fences} fences of the whole GPU, {FENCES} are needed")
         if not 0 < self.shared <= 227 * 1024:
             found.append(f"{self.shared} bytes of shared memory, {227 * 1024} are there")
         return found
@@ -254,8 +269,9 @@ def compiled(plan: Plan, folder: Path, shared: int) -> Report:
         raise RuntimeError(f"{plan.name} does not compile:\n{done.stdout}{done.stderr}")
     warnings = tuple(line.strip() for line in (done.stdout + done.stderr).splitlines() if re.search(r"C75\d\d", line))
     usage = dict(re.findall(r"(REG|STACK):(\d+)", dumped(cubin, "--dump-resource-usage")))
-    counts = instructions(cubin)
-    keys = ("wgmma", "tma_load", "tma_store", "local")
+    code = dumped(cubin, "--dump-sass")
+    counts = instructions(code) | {"fences": len(re.findall(r"MEMBAR\.\w+\.(?:GPU|SYS)", code))}
+    keys = ("wgmma", "tma_load", "tma_store", "local", "fences")
     return Report(
         plan.name, int(usage["REG"]), int(usage["STACK"]), shared, *(counts[k] for k in keys), warnings=warnings
     )
@@ -288,7 +304,7 @@ def run(folder: Path, json_file: Path | None, jobs: int | None = None, only: str
     reports = []
     for r in compile_all(folder, only, jobs):
         reports.append(r)
-        counts = f"HGMMA {r.wgmma:3} UTMALDG {r.tma_load:2} UTMASTG {r.tma_store:2}"
+        counts = f"fences {r.fences}  HGMMA {r.wgmma:3} UTMALDG {r.tma_load:2} UTMASTG {r.tma_store:2}"
         faults = "".join(f"  FAULT: {fault}" for fault in r.faults())
         print(f"{r.name:<32} {r.registers} regs {r.stack} stack {r.shared} shared  {counts}{faults}", flush=True)
     if json_file:

@@ -111,7 +111,9 @@ def default(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int,
     if kind == "gemm_cuda":
         waves = lambda tile: tiles(tiles(M, tile[0]) * tiles(N, tile[1]), 132) * tile[0] * tile[1]  # noqa: E731
         BM, BN = min(CUDA_TILES, key=waves)
-        return Config(BM, BN, 64, 12, 4, cluster=2 if tiles(M, BM) * tiles(N, BN) >= 132 else 1)
+        paired = tiles(M, BM) if BN >= BM else tiles(N, BN)  # an odd one out is computed for nothing
+        whole = tiles(M, BM) * tiles(N, BN) >= 132 and (paired % 2 == 0 or paired >= 16)
+        return Config(BM, BN, 64, 12, 4, cluster=2 if whole else 1)
     if kind == "gemm_lowrank_tma":
         if M > 64 and N >= 256 and r <= 16 and tiles(M, 128) * tiles(N, 256) >= 132:
             return Config(128, 256, 64, 8, 3, late=True, flatten=True)

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import configs, launch
 from .dropout import keep_tile
@@ -17,10 +18,13 @@ def down(
     x_ptr, d_ptr, a_ptr, bias_ptr, g_ptr, t_ptr, out_ptr, seed_ptr, threshold, scale,
     M, K, R, x_m, x_k, a_r, a_k, g_in, g_out,
     H: tl.constexpr, GATE: tl.constexpr, BACKWARD: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr, TRIGGER: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Forward: t (M, R) is written, and out where h or G follows. Backward: t is read, out written."""
+    """Forward: t (M, R) is written, and out where h or G follows. Backward: t is read, out written.
+    TRIGGER: the launch that follows may begin once every program runs, if it waits itself for what is written here."""
+    if TRIGGER:
+        gdc_launch_dependents()
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     m, r = tl.program_id(0) * BM, tl.program_id(1) * BR
     acc = tl.zeros((BM, BR), ACC)
@@ -48,7 +52,7 @@ def down(
             put(out_ptr, u.to(DTYPE), m, r, M, R, R, 1, BM, BR)
 
 
-def _submit(x, d, A, bias, G, T, out, seed, threshold, scale, h, backward):
+def _submit(x, d, A, bias, G, T, out, seed, threshold, scale, h, backward, trigger):
     M, K = x.shape
     R = A.shape[0]
     arch = launch.arch_of(x.device)
@@ -59,7 +63,8 @@ def _submit(x, d, A, bias, G, T, out, seed, threshold, scale, h, backward):
         "x_ptr": x, "d_ptr": d, "a_ptr": A, "bias_ptr": bias, "g_ptr": G, "t_ptr": T, "out_ptr": out, "seed_ptr": seed,
         "threshold": threshold, "scale": scale, "M": M, "K": K, "R": R,
         "x_m": x.stride(0), "x_k": x.stride(1), "a_r": A.stride(0), "a_k": A.stride(1), "g_in": g_in, "g_out": g_out,
-        "EVEN": K % 2 == 0, "H": h, "GATE": 0 if G is None else G.dim(), "BACKWARD": backward,
+        "EVEN": K % 2 == 0, "TRIGGER": trigger and not launch.interpreting(),
+        "H": h, "GATE": 0 if G is None else G.dim(), "BACKWARD": backward,
         "PRECISION": launch.precision(x.dtype), "ACC": launch.acc(x.dtype), "BM": config.BM, "BK": config.BK, "BR": BR,
     }  # fmt: skip
     launch.submit(down, (configs.tiles(M, config.BM), configs.tiles(R, BR)), args, config, x.device)
@@ -67,21 +72,22 @@ def _submit(x, d, A, bias, G, T, out, seed, threshold, scale, h, backward):
 
 def project(
     x: Tensor, d: Tensor | None, A: Tensor, a: Tensor | None, G: Tensor | None, h: str,
-    seed: Tensor | None, threshold: int, scale: float,
+    seed: Tensor | None, threshold: int, scale: float, trigger: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(T, S), each (M, R) in x's dtype, T the pre-activation; S is T where nothing follows. x (M, K), A (R, K)."""
     T = x.new_empty(x.shape[0], A.shape[0])
     S = T if h == "identity" and G is None else torch.empty_like(T)
     if x.shape[0]:
-        _submit(x, d, A, a, G, T, None if S is T else S, seed, threshold, scale, h, False)
+        _submit(x, d, A, a, G, T, None if S is T else S, seed, threshold, scale, h, False, trigger)
     return T, S
 
 
 def project_back(
-    dy: Tensor, d: Tensor | None, B: Tensor, G: Tensor | None, h: str, T: Tensor | None, scale: float
-) -> Tensor:
+    dy: Tensor, d: Tensor | None, B: Tensor, G: Tensor | None, h: str, T: Tensor | None, scale: float,
+    trigger: bool = False,
+) -> Tensor:  # fmt: skip
     """dT (M, R) in dy's dtype; dy (M, N), B (N, R), d (N,) or None, T (M, R) where h is no identity."""
     dT = dy.new_empty(dy.shape[0], B.shape[1])
     if dy.shape[0]:
-        _submit(dy, d, B.t(), None, G, T if h != "identity" else None, dT, None, 0, scale, h, True)
+        _submit(dy, d, B.t(), None, G, T if h != "identity" else None, dT, None, 0, scale, h, True, trigger)
     return dT

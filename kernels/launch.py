@@ -115,6 +115,16 @@ def submit(kernel, grid: tuple[int, ...], args: dict[str, Any], config: Config, 
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, config))
         return
-    there = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with torch.cuda.device(device) if there else nullcontext():
+    with on(device):
         kernel[grid](**args, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+
+
+def on(device: torch.device):
+    """What makes a device the current one, where it is not."""
+    there = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if there else nullcontext()
+
+
+def stream(device: torch.device) -> int | None:
+    """The current stream of a device as CUDA names it; None where there is no GPU."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else None

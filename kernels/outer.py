@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import configs, launch
 from .dropout import keep_tile
@@ -124,10 +125,12 @@ def add_up(
 @triton.jit
 def back(
     dy_ptr, d_ptr, b_ptr, g_ptr, t_ptr, dt_ptr, part_ptr, scale, M, N, R, dy_m, dy_n, b_n, b_r, g_in, g_out,
-    H: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    H: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, TRIGGER: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """One read of dy for two products: dT (M, R) as ``down`` makes it, and each row tile's slot of dB (N, R)."""
+    if TRIGGER:
+        gdc_launch_dependents()
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
     m = tl.program_id(0) * BM
     t = matrix(t_ptr, m, 0, M, R, R, 1, BM, BR).to(ACC)
@@ -191,8 +194,9 @@ def added_up(*parts: Tensor) -> list[Tensor]:
 
 
 def project_back(
-    dy: Tensor, d: Tensor | None, B: Tensor, G: Tensor | None, h: str, T: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor, d: Tensor | None, B: Tensor, G: Tensor | None, h: str, T: Tensor, scale: float,
+    trigger: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dT (M, R), partial sums of dB (row tiles, N·R)) in one read of dy; arguments as ``down.project_back``."""
     (M, N), R = dy.shape, B.shape[1]
     config = configs.choose("back", launch.arch_of(dy.device), 8 * dy.element_size(), M, N, 0, R)
@@ -204,6 +208,7 @@ def project_back(
         "M": M, "N": N, "R": R, "dy_m": dy.stride(0), "dy_n": dy.stride(1), "b_n": B.stride(0), "b_r": B.stride(1),
         "g_in": g_in, "g_out": g_out, "H": h, "GATE": 0 if G is None else G.dim(),
         "PRECISION": launch.precision(dy.dtype), "ACC": launch.acc(dy.dtype),
+        "TRIGGER": trigger and not launch.interpreting(),
         "BM": config.BM, "BN": config.BN, "BR": configs.rank_tile(R),
     }  # fmt: skip
     launch.submit(back, (tiles,), args, config, dy.device)

@@ -47,22 +47,20 @@ class _Gemm:
         vectors = {f"{n}_kind": KINDS[args[n].dtype] for n in ("d_in", "d_out", "bias") if args[n] is not None}
         pairs = ((n, args[n]) for n in ("x", "w", "s", "b", "a"))
         rows = {f"{n}_stride": t.stride(0) for n, t in pairs if t is not None}
-        emulated = not x.is_cuda
         flags = self._flags_for(x, BM) if form == "INLINE" else None
         call = Call(
             **args, **vectors, **rows, dtype=KINDS[x.dtype], cluster_m=cluster_m, cluster_n=cluster_n,
             processors=grid[0], flags=flags, seed_of_order=EMULATOR["seed"],
-            stream=None if emulated else torch.cuda.current_stream(x.device).cuda_stream,
+            stream=base._kernels().launch.stream(x.device),
         )  # fmt: skip
-        extension.call(plan.name, call, emulated)
+        extension.call(plan.name, call, not x.is_cuda)
 
     def _flags_for(self, x: Tensor, BM: int) -> Tensor:
         """Zeros, one a row of tiles, which the kernel leaves zero: one buffer a stream, or of its own in a graph."""
         n = -(-x.shape[0] // BM) + 1  # a cluster may reach one past the edge
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return torch.zeros(n, dtype=torch.int32, device=x.device)
-        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
-        key = x.device, stream
+        key = x.device, base._kernels().launch.stream(x.device)
         if key not in self._flags or self._flags[key].numel() < n:
             self._flags[key] = torch.zeros(max(n, 1024), dtype=torch.int32, device=x.device)
         return self._flags[key]
@@ -87,14 +85,14 @@ def _rows(t: Tensor) -> bool:
     return base._kernels().gemm._describable(t)
 
 
-def fits(x, w, N: int, update, c, d_in, mask, dual: bool, u) -> bool:
+def fits(x, w, N: int, update, c, d_in, d_out, bias, mask, dual: bool, u) -> bool:
     """Whether csrc/ takes the GEMM that ``kernels.gemm_lowrank.gemm`` is asked for."""
     k = base._kernels()
     if x is None or w is None or c is not None or dual or u is not None or x.dtype not in HALF or w.dtype != x.dtype:
         return False
     if min(x.shape[0], N, x.shape[1]) < LEAST or N % 8 or not _rows(x) or not (_rows(w) or _rows(w.t())):
         return False
-    if d_in is not None and d_in.data_ptr() % 16:
+    if any(v is not None and v.data_ptr() % 16 for v in (d_in, d_out, bias)):
         return False
     if update is None:
         return True
@@ -114,6 +112,7 @@ def _inlines(r: int, mask, a, G, h: str, d_in) -> bool:
 
 class Cuda(base.Triton):
     name = "cuda"
+    overlaps = True
 
     def available(self) -> list[str]:
         k = base._missing() or base._kernels()
@@ -137,9 +136,8 @@ class Cuda(base.Triton):
         if problem.hadamard or problem.drop_base or "c" in problem.present:
             found.append("the call is not one GEMM with a frozen weight")
         if min(problem.M, problem.N, problem.K) < LEAST or problem.N % 8 or problem.K % 8:
-            found.append(
-                f"{problem.M} x {problem.K} x {problem.N} is below {LEAST} somewhere, or its rows are not whole 16 bytes"
-            )
+            shape = f"{problem.M} x {problem.K} x {problem.N}"
+            found.append(f"{shape} is below {LEAST} somewhere, or its rows are not whole 16 bytes")
         if problem.r % 8:
             found.append(f"r={problem.r} is not a multiple of 8, so that S's rows are not whole 16 bytes")
         if dispatch.forced() != self.name:
@@ -160,14 +158,15 @@ class Cuda(base.Triton):
         if B.shape[1] % 8 or x.dtype not in HALF or (B.dtype == x.dtype and scale == 1 and _rows(B)):
             return B, scale
         out = torch.empty(B.shape, dtype=x.dtype, device=x.device)
-        if out.is_meta or base._kernels().launch.recording():
+        launch = base._kernels().launch
+        if launch.recording():
             return out, 1.0
-        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else None
         cast = Cast(
             source=B, to=out, row_stride=B.stride(0), column_stride=B.stride(1), rows=B.shape[0], columns=B.shape[1],
-            kind=KINDS[B.dtype], dtype=KINDS[x.dtype], scale=scale, stream=stream,
+            kind=KINDS[B.dtype], dtype=KINDS[x.dtype], scale=scale, stream=launch.stream(x.device),
         )  # fmt: skip
-        extension.call("cast", cast, not x.is_cuda)
+        with launch.on(x.device):
+            extension.call("cast", cast, not x.is_cuda)
         return out, 1.0
 
     def inlines(self, k, o, x: Tensor, mask) -> bool:
@@ -178,7 +177,7 @@ class Cuda(base.Triton):
             x.shape[0] >= LEAST
             and r % 8 == 0
             and _inlines(r, mask, o.a, o.G, o.h, o.d_in)
-            and fits(x, o.w, o.w.shape[0], None, o.c, None, None, False, None)
+            and fits(x, o.w, o.w.shape[0], None, o.c, None, o.d_out, o.bias, None, False, None)
             and _rows(o.w)
         )
 
@@ -187,7 +186,7 @@ class Cuda(base.Triton):
         dual=False, u=None, want_y=True, want_z=False,
     ):  # fmt: skip
         M, N = like
-        if not fits(x, w, N, update, c, d_in, mask, dual, u):
+        if not fits(x, w, N, update, c, d_in, d_out, bias, mask, dual, u):
             return super().gemm(k, x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
         inline, across = isinstance(update, k.gemm.Inline), not _rows(w)
         R = 0 if update is None else update.B.shape[1]

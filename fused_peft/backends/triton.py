@@ -87,6 +87,7 @@ def _plain(o: Operands) -> bool:
 
 class Triton:
     name = "triton"
+    overlaps = False  # whether its GEMM waits for S itself, so that it may begin before the launch that makes S ends
 
     def available(self) -> list[str]:
         if _missing():
@@ -162,7 +163,7 @@ class Triton:
             else:
                 threshold, rescale = (0, 1.0) if mask is None else mask[1:]
                 B, scale = self.factor(o.B, o.s, x)
-                T, S = k.down.project(x, o.d_in, o.A, o.a, o.G, o.h, o.seed, threshold, rescale)
+                T, S = k.down.project(x, o.d_in, o.A, o.a, o.G, o.h, o.seed, threshold, rescale, self.overlaps)
                 update = k.gemm.Update(S, B, scale)
         result = self.gemm(
             k, x, o.w, (x.shape[0], N), update, c, o.d_in, o.d_out, o.bias, o.d_out is None or o.scale_bias,
@@ -201,9 +202,9 @@ class Triton:
             A, rescale = self.factor(o.A.t(), mask.rescale if masked else 1.0, dy) if into_x else (None, 1.0)
             alone = (want.B or want.G) and not (want.bias or want.d_out)  # else dy is read again anyway
             if alone and k.configs.one_read(*dy.shape, o.A.shape[0], k.launch.processors(dy.device)):
-                dT, parts["dB"] = k.outer.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s)
+                dT, parts["dB"] = k.outer.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s, self.overlaps)
             else:
-                dT = k.down.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s)
+                dT = k.down.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s, self.overlaps)
         if into_x and (o.w is not None or dT is not None):
             update = None
             if dT is not None:

@@ -1,0 +1,528 @@
+"""csrc/ without a GPU: its index arithmetic exhaustively, every plan in the emulator, mutants, the build, the choice.
+
+The emulator runs blocks, warps and whatever is asynchronous in an order drawn from a seed, with shared memory and
+results full of NaN at first: what is read too early, or never written, is a wrong number.
+"""
+
+import ctypes
+import json
+import shutil
+import subprocess
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, Shape
+from oracle import build
+
+import fused_peft as fp
+from fused_peft import dispatch, extension, verify
+from fused_peft.backends import cuda
+from fused_peft.backends.triton import _kernels
+from fused_peft.dropout import keep_mask
+from fused_peft.extension import KINDS, PLANS, Call, Plan
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = fp.source_dir("csrc")
+CUTLASS = ROOT / ".venv/cutlass/cutlass_library/source/include"
+TOOLKIT = extension.toolkit() / "include" if extension.nvcc() else Path("none")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+emulated = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels themselves run")
+
+
+def _program(tmp_path, source, *include):
+    command = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-w",
+        *(f"-I{i}" for i in (CSRC, *include)),
+        source,
+        "-o",
+        tmp_path / "program",
+    ]
+    subprocess.run(command, check=True)
+    return subprocess.run([tmp_path / "program"], capture_output=True, text=True, check=False)
+
+
+def test_index_arithmetic_exhaustively(tmp_path):
+    done = _program(tmp_path, ROOT / "tests/schedule_test.cpp")
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(
+    not CUTLASS.is_dir() or not (TOOLKIT / "cccl").is_dir(), reason="needs CUTLASS's and CUDA's headers"
+)
+def test_layouts_are_those_of_cutlass(tmp_path):
+    done = _program(tmp_path, ROOT / "tests/layout_test.cpp", CUTLASS, TOOLKIT, TOOLKIT / "cccl")
+    assert done.returncode == 0, done.stdout
+
+
+# Every plan, emulated
+
+
+def _nan(*shape, dtype):
+    return torch.full(shape, torch.nan, dtype=dtype)
+
+
+def _start(plan: Plan, call: Call) -> None:
+    extension.call(plan.name, call, True)
+
+
+class Gemm:
+    """Operands of one call of a plan, what it computes, and the same in fp64."""
+
+    def __init__(self, plan: Plan, M: int, N: int, K: int, R: int, vectors=torch.float32, seed: int = 0):
+        torch.manual_seed(seed)
+        self.plan, self.sizes, dtype = plan, (M, N, K, R), DTYPES[plan.dtype]
+        draw = lambda *shape: torch.randn(*shape).to(dtype)  # noqa: E731
+        self.x, self.w = draw(M, K), draw(*((K, N) if plan.across else (N, K)))
+        self.b, self.a, self.s = draw(N, R), draw(R, K) / K**0.5, draw(M, R)
+        self.d_in, self.d_out, self.bias = (torch.randn(n).to(vectors) for n in (K, N, N))
+        self.seed, self.threshold = torch.tensor([77, -3], dtype=torch.int32), -13000
+
+    def run(
+        self, start=_start, cluster=(1, 1), order=0, processors=4, inside=True, vectors=True, want=("y", "z"), group=2
+    ):
+        (M, N, K, R), plan, dtype = self.sizes, self.plan, self.x.dtype
+        y, z, t = (_nan(M, n, dtype=dtype) for n in (N, N, R))
+        flags = torch.zeros(M // plan.BM + 2, dtype=torch.int32)
+        of = {"s": self.s} if plan.form != "INLINE" else {"a": self.a, "t": t, "flags": flags}
+        if plan.form == "SCALED":
+            of |= {"d_in": self.d_in, "d_in_kind": KINDS[self.d_in.dtype]}
+        if vectors:
+            of |= {"d_out": self.d_out, "bias": self.bias}
+            of |= {"d_out_kind": KINDS[self.d_out.dtype], "bias_kind": KINDS[self.bias.dtype]}
+        of |= {name: out for name, out in (("y", y), ("z", z)) if name in want}
+        pairs = ((n, getattr(self, n)) for n in ("x", "w", "s", "b", "a"))
+        strides = {f"{n}_stride": operand.stride(0) for n, operand in pairs}
+        call = Call(
+            x=self.x, w=self.w, b=self.b, seed=self.seed, **of, **strides, M=M, N=N, K=K, R=R, threshold=self.threshold,
+            dtype=KINDS[dtype], bias_inside=inside, across=plan.across, cluster_m=cluster[0], cluster_n=cluster[1],
+            group=group, processors=processors, seed_of_order=order,
+        )  # fmt: skip
+        start(plan, call)
+        assert not flags.any(), "flags are left raised"
+        found = {"y": y, "z": z} | ({"t": t} if plan.form == "INLINE" else {})
+        return {name: out for name, out in found.items() if name == "t" or name in want}
+
+    def exact(self, inside=True, vectors=True):
+        (M, N, _, _), plan = self.sizes, self.plan
+        x, w, b = self.x.double(), self.w.double(), self.b.double()
+        if plan.form == "SCALED":
+            x = (self.x.float() * self.d_in.float()).to(self.x.dtype).double()
+        t = x @ self.a.double().t()
+        update = (t.to(self.x.dtype).double() if plan.form == "INLINE" else self.s.double()) @ b.t()
+        if plan.form == "MASKED":
+            p = (self.threshold + 32768) / 65536
+            update *= keep_mask(self.seed, (M, N), p)
+        z = x @ (w if plan.across else w.t()) + update
+        bias = self.bias.double() if vectors else 0
+        z = z + bias if inside else z
+        y = z * (self.d_out.double() if vectors else 1)
+        return {"y": y if inside else y + bias, "z": z, "t": t}
+
+    def disagreement(self, **options):
+        """The largest relative error, or the emulator's complaint."""
+        try:
+            got = self.run(**options)
+        except (RuntimeError, AssertionError) as e:
+            return str(e)
+        want = self.exact(**{k: v for k, v in options.items() if k in ("inside", "vectors")})
+        errors = [((g.double() - want[n]).norm() / want[n].norm()).item() for n, g in got.items()]
+        limit = verify.LIMITS[self.x.dtype]
+        return "" if all(e <= limit for e in errors) else f"errors {errors}"
+
+
+def _clusters(plan):
+    return ((1, 1), (2, 1) if plan.BN >= plan.BM else (1, 2))
+
+
+@emulated
+@pytest.mark.parametrize("plan", PLANS, ids=lambda p: p.name)
+def test_every_plan(plan):
+    R = plan.inner or 24
+    for i, cluster in enumerate(_clusters(plan)):
+        # edges in every direction; tiles and stages enough that rings, panels and flags are used again
+        odd = Gemm(plan, plan.BM * 2 + 72, plan.BN + 40, 5 * 64 + 8, R, seed=i)
+        assert not odd.disagreement(cluster=cluster, order=i, processors=2 + 2 * i)
+    even = Gemm(plan, plan.BM, plan.BN, 64, 8, vectors=DTYPES[plan.dtype])
+    assert not even.disagreement(inside=False)
+
+
+FEW = [p for p in PLANS if (p.dtype, p.BM, p.BN) == ("bf16", 128, 192)]
+
+
+@emulated
+@pytest.mark.parametrize("plan", FEW, ids=lambda p: p.name)
+def test_options(plan):
+    gemm = Gemm(plan, 70, 200, 136, 40 if plan.inner != 16 else 8, vectors=torch.float16)
+    for options in ({"vectors": False}, {"want": ("y",)}, {"want": ("z",)}, {"inside": False, "group": 1}):
+        assert not gemm.disagreement(**options)
+    if plan.form in ("LATE", "SCALED"):
+        no_rank = Gemm(plan, 70, 200, 136, 0)
+        assert not no_rank.disagreement()
+
+
+@emulated
+@pytest.mark.parametrize("plan", FEW, ids=lambda p: p.name)
+def test_any_order_of_events_gives_the_same_bits(plan):
+    gemm = Gemm(plan, 300, 400, 6 * 64, 16)
+    first = gemm.run(order=0, cluster=(2, 1))
+    for order in range(1, 5):
+        again = gemm.run(order=order, cluster=(2, 1), processors=2 + order % 3 * 2)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@emulated
+def test_rows_of_a_larger_tensor_and_what_lies_around_it():
+    gemm = Gemm(FEW[0], 130, 200, 72, 8)
+    padded = lambda t: torch.full((t.shape[0] + 3, t.shape[1] + 24), torch.nan, dtype=t.dtype)  # noqa: E731
+    for name in ("x", "w", "s", "b"):
+        t = getattr(gemm, name)
+        inside = padded(t)[: t.shape[0], 8 : 8 + t.shape[1]]
+        setattr(gemm, name, inside.copy_(t))
+    assert not gemm.disagreement()
+
+
+# Mutants: each must turn a comparison red
+
+MUTANTS = {  # what is wrong: file, old, new, form
+    "a stage is released while products read it": (
+        "gemm", "products_wait<1>();  // the stage before", "products_wait<3>();", "LATE",
+    ),
+    "the producer does not wait for the release": ("gemm", "slot.phase ^ 1", "slot.phase", "LATE"),
+    "results are stored before the fence": ("gemm", "fence_async_shared();\n    ptx::sync", "sync", "LATE"),
+    "a panel is written while a store reads it": ("gemm", "ptx::store_wait_read<P::DEEP - 1>();", "", "LATE"),
+    "a block ends while a store reads": ("gemm", "ptx::store_wait_read<0>();", "", "LATE"),
+    "accumulators are read while products run": (
+        "gemm", "products_wait<0>();\n    if (before >= 0)", "products_wait<4>();\n    if (before >= 0)", "LATE",
+    ),
+    "the last columns of the rank are left out": (
+        "schedule", "return ceil_div(left < DEPTH ? left : DEPTH, STEP)", "return left / STEP", "LATE",
+    ),
+    "the first product adds to what was there": ("gemm", "!first || k || step);\n            if", "1); if", "LATE"),
+    "d_out is left out": ("gemm", "z(i) * by[i / 4 * 2 + i % 2]", "z(i)", "LATE"),
+    "the bias twice": ("gemm", "acc[block][from + i] + (p.bias", "acc[block][from + i] + 2 * (p.bias", "LATE"),
+    "multicast reaches one block only": ("gemm", "column, row, 3);", "column, row, 1);", "LATE"),
+    "releases of the neighbour are not counted": ("gemm", "4 * CONSUMERS * p.schedule.size()", "4 * CONSUMERS", "LATE"),
+    "offsets of the transposed operand exchanged": (
+        "schedule", "* ROW, DEPTH * ROW, ATOM", "* ROW, ATOM, DEPTH * ROW", "MASKED",
+    ),
+    "one mask for two elements": ("gemm", "kept(bits, 1, p.threshold)", "kept(bits, 0, p.threshold)", "MASKED"),
+    "the mask is ignored": ("gemm", "      mask(tile);\n", "", "MASKED"),
+    "the mask also hits the main pair": (
+        "gemm", "mask(tile);\n      main_pair<false>(false, inner);", "main_pair<false>(false, inner);\n mask(tile);",
+        "MASKED",
+    ),
+    "registers change while a product reads them": ("gemm", "left[step % 2]", "left[0]", "SCALED"),
+    "x is not scaled": ("gemm", "v.x * by.x, v.y * by.y", "v.x, v.y", "SCALED"),
+    "T is read before its flag": ("gemm", "while (!ptx::read_acquire(flag)) ptx::pause();", "", "INLINE"),
+    "the flag goes up before all have stored": ("gemm", "ptx::sync_named<128 * CONSUMERS>(1);", "", "INLINE"),
+    "the flag stays up": ("gemm", "ptx::write(flag, 0u)", "(void)flag", "INLINE"),
+    "T of the wrong rows": ("gemm", "int m = row(tile, block, i), r", "int m = row(tile, block, 0), r", "INLINE"),
+}  # fmt: skip
+
+
+def _mutated(tmp_path, file, old, new, plan):
+    """A function that starts the plan compiled from csrc/ with one change."""
+    folder = tmp_path / "csrc"
+    shutil.copytree(CSRC, folder)
+    source = folder / f"{file}.cuh"
+    assert source.read_text().count(old) == 1, old
+    source.write_text(source.read_text().replace(old, new))
+    (folder / "plan.cpp").write_text(plan.source)
+    library = tmp_path / "plan.so"
+    flags = ["-std=c++17", "-O1", "-w", "-DFUSED_PEFT_EMULATE", "-fPIC", "-shared"]
+    subprocess.run(["g++", *flags, folder / "plan.cpp", "-o", library], check=True)
+    function = getattr(ctypes.CDLL(str(library)), f"fused_peft_{plan.name}")
+    function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_char_p
+
+    def start(plan, call):
+        if wrong := function(ctypes.addressof(call)):
+            raise RuntimeError(wrong.decode())
+
+    return start
+
+
+@emulated
+@pytest.mark.parametrize("name", ["none", *MUTANTS])
+def test_mutants(name, tmp_path):
+    file, old, new, form = MUTANTS.get(name, ("gemm", "// The side that loads.", "//", "INLINE"))
+    plan = next(p for p in FEW if p.form == form)
+    start = _mutated(tmp_path, file, old, new, plan)
+    gemm = Gemm(plan, 300, 424, 6 * 64, 8)
+    ways = [(order, (2 - order % 2, 1)) for order in range(5)]
+    found = [gemm.disagreement(start=start, cluster=cluster, order=order, processors=2) for order, cluster in ways]
+    assert any(found) == (name != "none"), found
+
+
+# The backend
+
+
+@pytest.fixture
+def forced():
+    if not torch.cuda.is_available() and extension.failure(True):
+        pytest.skip(extension.failure(True))
+    fp.set_backend("cuda")
+    fp.set_strict(True)
+
+
+SHAPE = Shape((130,), 136, 264, 16)
+
+
+def _measurable(case):
+    config = case.make(SHAPE.r)
+    with dispatch.forcing("eager"):
+        layer = build(case, SHAPE, dtype=torch.float16)
+    return config if layer.method.form == "factors" and not layer.factors().hadamard else None
+
+
+@emulated
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_methods(case, forced):
+    """Every method whose calls the backend takes: forward and backward within the limits, fp16."""
+    try:
+        found = verify.measure(case.make(SHAPE.r), torch.float16, shape=(130, SHAPE.K, SHAPE.N), draws=1)
+    except fp.StrictError as e:
+        pytest.skip(str(e).rpartition("cuda: ")[2])
+    for tensor, (error, plain) in found.items():
+        row = verify.Row(case.method, torch.float16, tensor, error, plain)
+        assert error <= max(row.limit, 1.25 * plain) * (4 if tensor not in ("y", "dx") else 1), (tensor, error, plain)
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("config", "used"),
+    [
+        (fp.LoraConfig(r=16), ["gemm_cuda INLINE", "down", "gemm_cuda LATE"]),
+        (fp.LoraConfig(r=16, lora_dropout=0.1), ["down", "gemm_cuda LATE", "down", "gemm_cuda MASKED"]),
+        (fp.LoraConfig(r=72), ["down", "gemm_cuda LATE", "down", "gemm_cuda LATE"]),
+        (fp.IA3Config(), ["gemm_cuda LATE", "gemm_cuda SCALED"]),
+        (fp.SSLConfig(), ["gemm_cuda SCALED", "gemm_lowrank_tma"]),  # the column sums for d_in's gradient are Triton's
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, fp.methods.PeftConfig) else None,
+)
+def test_what_is_launched(config, used, forced, monkeypatch):
+    k, seen, submit = _kernels(), [], _kernels().launch.submit
+
+    def watched(kernel, grid, args, *rest):
+        if kernel.__name__ not in ("outer", "back", "add_up"):
+            seen.append(" ".join(filter(None, [kernel.__name__, args.get("form") if kernel is cuda.GEMM else ""])))
+        submit(kernel, grid, args, *rest)
+
+    monkeypatch.setattr(k.launch, "submit", watched)
+    monkeypatch.setattr(k.configs, "one_read", lambda *_: False)
+    layer = fp.PeftLinear(136, 264, config=config, dtype=torch.float16)
+    layer(torch.randn(130, 136, dtype=torch.float16, requires_grad=True)).sum().backward()
+    assert seen == used
+
+
+@emulated
+def test_factor_is_scaled_and_rounded_once(forced):
+    x, B = torch.empty(1, 8, dtype=torch.float16), torch.randn(40, 16).t()
+    got, left = dispatch.backends()["cuda"].factor(B.t(), 0.3, x)
+    assert left == 1
+    torch.testing.assert_close(got, (B.t() * torch.tensor(0.3)).half(), rtol=0, atol=0)
+    same = torch.randn(16, 8).half()
+    assert dispatch.backends()["cuda"].factor(same, 1.0, x)[0] is same
+
+
+# The choice
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As on a machine with one sm_90 and everything it takes to build; nothing is built."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: (9, 0))
+    monkeypatch.setattr(extension, "failure", lambda emulated: None)
+    monkeypatch.setattr(cuda, "_broken", lambda emulated: None)
+    dispatch.choose.cache_clear()
+    yield monkeypatch
+    dispatch.choose.cache_clear()
+
+
+PROBLEM = dispatch.Problem(
+    "cuda", (9, 0), torch.bfloat16, torch.float32, 8192, 4096, 4096, 16, frozenset({"x", "w", "A", "B"})
+)
+
+
+def test_off_until_it_is_proven_and_measured(hopper):
+    choice = dispatch.choose(PROBLEM)
+    assert (choice.backend.name, choice.why()) == ("triton", "cuda: not verified on this architecture")
+    fp.set_strict(True)  # Triton is no fallback
+    assert dispatch.choose(PROBLEM).backend.name == "triton"
+    fp.set_strict(False)
+    hopper.setattr(extension, "proven", lambda arch: arch == (9, 0))
+    dispatch.choose.cache_clear()
+    assert dispatch.choose(PROBLEM).why() == "cuda: not measured fastest on this shape"
+    configs = _kernels().configs
+    key = configs.key("gemm_cuda", (9, 0), 16, 8192, 4096, 4096, 16)
+    hopper.setattr(configs, "table", lambda: {key: configs.default("gemm_cuda", (9, 0), 16, 8192, 4096, 4096, 16)})
+    dispatch.choose.cache_clear()
+    assert dispatch.choose(PROBLEM).backend.name == "cuda"
+    assert dispatch.choose(replace(PROBLEM, M=100)).backend.name == "triton"
+
+
+def test_asked_for_by_name(hopper):
+    fp.set_backend("cuda")
+    assert dispatch.choose(PROBLEM).backend.name == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float32}, "torch.float32 is not bfloat16 or float16"),
+        ({"arch": (8, 0)}, "sm_80 is not sm_90"),
+        ({"arch": (10, 0)}, "sm_100 is not sm_90"),
+        ({"r": 4}, "r=4 is not a multiple of 8"),
+        ({"M": 63}, "63 x 4096 x 4096 is below 64"),
+        ({"N": 4100}, "its rows are not whole 16 bytes"),
+        ({"hadamard": True}, "not one GEMM with a frozen weight"),
+        ({"drop_base": True}, "not one GEMM with a frozen weight"),
+    ],
+)
+def test_reasons(hopper, changes, reason):
+    fp.set_backend("cuda")
+    choice = dispatch.choose(replace(PROBLEM, **changes))
+    assert choice.backend.name == "eager"
+    assert reason in choice.why()
+
+
+def test_an_older_gpu_is_a_reason(hopper):
+    hopper.setattr(torch.cuda, "get_device_capability", lambda i=0: (8, 0))
+    assert dispatch.backends()["cuda"].available() == [
+        "no GPU here is an sm_90 (H100, H200), which the kernel is written for"
+    ]
+
+
+def test_the_record_is_of_these_sources(tmp_path, monkeypatch):
+    copy = tmp_path / "csrc"
+    shutil.copytree(CSRC, copy)
+    monkeypatch.setattr(extension, "source_dir", lambda name: copy)
+    extension.fingerprint.cache_clear()
+    (copy / extension.PROVEN).write_text(json.dumps({"sm_90": extension.fingerprint()}))
+    assert extension.proven((9, 0))
+    assert not extension.proven((9, 1))
+    (copy / "gemm.cuh").write_text((copy / "gemm.cuh").read_text() + "\n// changed\n")
+    extension.fingerprint.cache_clear()
+    assert not extension.proven((9, 0))
+    monkeypatch.undo()
+    extension.fingerprint.cache_clear()
+
+
+# The build
+
+
+@pytest.fixture
+def workshop(tmp_path, monkeypatch):
+    """A build folder of its own, and one plan to build."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(extension, "PLANS", PLANS[:1])
+    cleared = (extension.fingerprint, extension.library, extension.function, cuda._broken)
+    for cached in cleared:
+        cached.cache_clear()
+    yield types.SimpleNamespace(folder=tmp_path, monkeypatch=monkeypatch)
+    monkeypatch.undo()
+    for cached in cleared:
+        cached.cache_clear()
+
+
+def test_built_once_and_found_again(workshop):
+    assert extension.failure(True) is None
+    extension.library(True)
+    extension.library.cache_clear()
+    workshop.monkeypatch.setattr(extension, "_build", None)  # not called again
+    workshop.monkeypatch.setenv("PATH", "")  # nor is a compiler needed
+    assert extension.failure(True) is None
+    extension.library(True)
+
+
+def test_a_failed_build_is_a_reason_and_is_remembered(workshop):
+    broken = Plan("bf16", 128, 256, False, "NONE_SUCH")
+    workshop.monkeypatch.setattr(extension, "PLANS", [broken])
+    extension.fingerprint.cache_clear()
+    with pytest.raises(extension.BuildError, match=r"csrc/ failed to compile: .*error.*delete .*failed\.txt"):
+        extension.library(True)
+    assert "csrc/ failed to compile" in extension.failure(True)
+    workshop.monkeypatch.setattr(extension, "_build", None)
+    assert "csrc/ failed to compile" in cuda._broken(True)
+    if not torch.cuda.is_available():
+        assert "csrc/ failed to compile" in dispatch.backends()["cuda"].available()[0]
+        fp.set_backend("cuda")
+        layer = fp.PeftLinear(64, 64, config=fp.LoraConfig(r=8), dtype=torch.float16)
+        layer(torch.randn(64, 64, dtype=torch.float16))  # computed all the same
+        assert "csrc/ failed to compile" in fp.explain(torch.nn.Sequential(layer))[0].why
+
+
+def test_without_compilers(workshop):
+    workshop.monkeypatch.setenv("PATH", "")
+    workshop.monkeypatch.delenv("CUDA_HOME", raising=False)
+    workshop.monkeypatch.setattr(extension, "nvcc", lambda: None)
+    assert extension.failure() == (
+        "csrc/ cannot be compiled: ninja is not installed (pip install ninja), "
+        "nvcc is not on the PATH (install the CUDA toolkit, or set CUDA_HOME)"
+    )
+    with pytest.raises(extension.BuildError, match="nvcc is not on the PATH"):
+        extension.library()
+    with pytest.raises(RuntimeError, match="nvcc is not on the PATH; install"):
+        next(extension.compile_all(workshop.folder))
+
+
+@pytest.mark.skipif(not extension.nvcc(), reason="needs nvcc")
+def test_nvcc_builds_a_library_that_loads(workshop):
+    """Compiled, linked and loaded as on a machine with a GPU; a PyTorch without CUDA gets empty stand-ins to link."""
+    if torch.version.cuda is None:
+        (workshop.folder / "empty.c").write_text("")
+        for name in ("c10_cuda", "torch_cuda"):
+            command = ["g++", "-shared", "-o", workshop.folder / f"lib{name}.so", workshop.folder / "empty.c"]
+            subprocess.run(command, check=True)
+        workshop.monkeypatch.setenv("LIBRARY_PATH", str(workshop.folder))
+    loaded = extension.library()
+    assert loaded.fused_peft_sizes(0) == ctypes.sizeof(Call)
+    assert getattr(loaded, f"fused_peft_{PLANS[0].name}")
+
+
+# The check
+
+
+CLEAN = extension.Report("plan", 168, 0, 230_000, 5, 8, 8, 0, 3, ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"stack": 8}, "8 bytes of stack"),
+        ({"local": 2}, "2 local loads and stores"),
+        ({"wgmma": 0}, "no HGMMA"),
+        ({"tma_load": 0}, "no UTMALDG"),
+        ({"tma_store": 0}, "no UTMASTG"),
+        ({"fences": 20}, "20 fences of the whole GPU"),
+        ({"shared": 232449}, "232449 bytes of shared memory"),
+        ({"warnings": ("(C7510) wgmma serialized",)}, "C7510"),
+    ],
+)
+def test_the_check_refuses(changes, fault):
+    assert not CLEAN.faults()
+    assert any(fault in found for found in replace(CLEAN, **changes).faults())
+
+
+@pytest.mark.skipif(not extension.nvcc(), reason="needs nvcc")
+def test_asserts_in_device_code_are_refused(tmp_path, monkeypatch):
+    """What -DNDEBUG prevents: a call between products serialises them, and the check says so."""
+    folder = tmp_path / "csrc"
+    shutil.copytree(CSRC, folder)
+    source = folder / "gemm.cuh"
+    end = "        ptx::products_commit();\n        ptx::products_wait<1>();"
+    text = source.read_text().replace(end, "assert(k < 1 << 20);\n" + end, 1)
+    source.write_text("#include <cassert>\n" + text)
+    monkeypatch.setattr(extension, "source_dir", lambda name: folder)
+    monkeypatch.setattr(extension, "FLAGS", ("-std=c++17", "-O3"))
+    report = extension.compiled(PLANS[0], tmp_path, 1000)
+    assert any("C75" in fault for fault in report.faults()), report
