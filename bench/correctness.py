@@ -1,4 +1,4 @@
-"""The proof that bench/h200.py runs: every case, dtype and shape with the Triton backend forced.
+"""The proof that bench/h200.py runs: every case, dtype and shape with the Triton backend forced, then the CUDA one.
 
 A case is held to the paper formula in fp64 (where it runs in fp64 or fp32 on a small shape: half precision rounds what
 some formulas start from), and to the expression in fp64 on the same rounded inputs, beside plain PyTorch's error. Two
@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -33,18 +34,22 @@ from cases import CASES, SHAPES, Case, Shape
 from fused_peft.kernels import dropout as kernel
 
 import fused_peft as fp
-from fused_peft import verify
+from fused_peft import dispatch, verify
 from fused_peft.dropout import keep_mask, new_seed, threshold
 from fused_peft.methods import METHODS
 
-COLUMNS = "case dtype shape tensor against error limit plain ok repeat gpu note"
+COLUMNS = "case backend dtype shape tensor against error limit plain ok repeat gpu note"
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BACKENDS = ("triton", "cuda")
+# rows, columns and ranks that csrc/ takes: no tile is full, then many tiles
+WHOLE = ((130, 136, 72, 16), (257, 1024, 1000, 8), (1000, 336, 776, 64), (513, 520, 264, 24), (2048, 1024, 4096, 16))
 ODD = ((130, 136, 72), (257, 1024, 1000), (1000, 333, 777))  # M, K, N; TMA can address the first two
 PAPER = {"fp64": 1e-6, "fp32": 1e-4}  # scalars reach a kernel in fp32; tf32 or a wrong term is above 1e-4
 PAPER_SIZE = 20_000  # entries of a weight whose SVD in fp64 on the CPU costs little
 POOLED, SLACK = 1000, 4  # an error pooled over fewer numbers scatters, and may be this multiple of its limit
 KINK = 0.1  # gradients through relu in half precision: a number that rounds across the kink moves a row's gradient
-MEMCHECK = ("--tool", "memcheck", "--target-processes", "application-only", "--error-exitcode", "9")
+SANITIZE = ("--target-processes", "application-only", "--error-exitcode", "9", "--tool")
+WATCHED = (("triton", "memcheck"), ("cuda", "memcheck"), ("cuda", "racecheck"), ("cuda", "synccheck"))
 
 
 def ready() -> None:
@@ -69,26 +74,31 @@ def shaken(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def jobs() -> list[tuple[str, str, Shape | None]]:
-    """(case, dtype, shape), what tells most first."""
-    extras = [(name, "", None) for name in EXTRAS]
+def jobs() -> list[tuple[str, str, str, Shape | None]]:
+    """(case, backend, dtype, shape), what tells most first."""
+    extras = [(name, backend, "", None) for name, backend in (("dropout mask", "triton"), *product(GRAPHS, BACKENDS))]
+    whole = [Shape((M,), K, N, r) for M, K, N, r in WHOLE]
     if INTERPRETING:
         some = [c.name for c in CASES if c.name in ("lora+dropout", "dora+dropout", "ssb")]
-        return extras + [(name, dtype, SHAPES[1]) for dtype in DTYPES for name in some]
+        found = [(name, "triton", dtype, SHAPES[1]) for dtype in DTYPES for name in some]
+        return extras + found + [(name, "cuda", dtype, whole[0]) for dtype in ("bf16", "fp16") for name in some]
     odd = lambda r: [Shape((M,), K, N, r) for M, K, N in ODD]  # noqa: E731
-    shapes = (SHAPES[0], *odd(16), *SHAPES[1:], *(s for r in (5, 64, 130, 1) for s in odd(r)))
-    return extras + [(c.name, dtype, s) for s in shapes for dtype in ("fp32", "bf16", "fp16") for c in CASES]
+    first, rest = (SHAPES[0], *odd(16)), (*SHAPES[1:], *(s for r in (5, 64, 130, 1) for s in odd(r)))
+    triton = lambda shapes: [(c.name, "triton", d, s) for s in shapes for d in ("fp32", "bf16", "fp16") for c in CASES]  # noqa: E731
+    cuda = [(c.name, "cuda", dtype, s) for s in whole for dtype in ("bf16", "fp16") for c in CASES]
+    return extras + triton(first) + cuda + triton(rest)
 
 
-def check(name: str, dtype: str, shape: Shape | None) -> list[dict]:
+def check(name: str, backend: str, dtype: str, shape: Shape | None) -> list[dict]:
     """The rows of one job."""
-    about = {"case": name, "dtype": dtype, "shape": shape, "gpu": GPU}
+    about = {"case": name, "backend": backend, "dtype": dtype, "shape": shape, "gpu": GPU}
     if INTERPRETING and dtype == "bf16":
         return [{**about, "ok": "skipped", "note": "Triton's interpreter truncates to bf16 instead of rounding"}]
     try:
-        rows = EXTRAS[name]() if name in EXTRAS else _compared(_case(name), dtype, shape)
+        with dispatch.forcing(backend):
+            rows = EXTRAS[name]() if name in EXTRAS else _compared(_case(name), dtype, shape)
     except (fp.StrictError, _Refused) as e:
-        rows = [{"ok": "refused", "note": str(e).rpartition("triton: ")[2]}]
+        rows = [{"ok": "refused", "note": str(e).rpartition(f"{backend}: ")[2]}]
     except Exception as e:
         rows = [{"ok": "false", "note": f"{type(e).__name__}: {e}"[:500]}]
     return [{**about, **row} for row in rows]
@@ -196,44 +206,58 @@ def replayed() -> list[dict]:
 
 
 EXTRAS = {"dropout mask": masks, "CUDA graph": replayed}
+GRAPHS = ("CUDA graph",)
 
 
-def tiny() -> None:
+def tiny(backend: str) -> None:
     """What compute-sanitizer watches: forward and backward through the kernels, at edges inside tiles."""
     ready()
-    dtype = torch.float32 if INTERPRETING else torch.bfloat16
-    for name in ("lora", "lora+dropout", "dora+dropout", "ssb", "liera"):
-        for M, K, N in ((5, 24, 40), ODD[0]):
-            layer = fp.PeftLinear(K, N, config=config(name, 4), device=DEVICE, dtype=dtype)
+    fp.set_backend(backend)
+    dtype = torch.float16 if backend == "cuda" else torch.float32 if INTERPRETING else torch.bfloat16
+    for name in ("lora", "lora+dropout", "ssb", *(("dora+dropout", "liera") if backend == "triton" else ("dora",))):
+        for M, K, N in ((5, 24, 40), ODD[0]) if backend == "triton" else (WHOLE[0][:3], WHOLE[3][:3]):
+            layer = fp.PeftLinear(
+                K, N, config=config(name, 4 if backend == "triton" else 8), device=DEVICE, dtype=dtype
+            )
             layer(torch.randn(M, K, device=DEVICE, dtype=dtype, requires_grad=True)).float().sum().backward()
 
 
-def memcheck(seconds: float) -> dict:
-    """The row of compute-sanitizer's memcheck over ``tiny``."""
+def sanitize(backend: str, what: str, seconds: float) -> dict:
+    """The row of one of compute-sanitizer's tools over ``tiny``."""
     tool = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
-    about = {"case": "compute-sanitizer", "tensor": "memcheck", "gpu": GPU}
+    about = {"case": "compute-sanitizer", "backend": backend, "tensor": what, "gpu": GPU}
     if INTERPRETING or tool is None:
         return {**about, "ok": "skipped", "note": "no GPU" if INTERPRETING else "compute-sanitizer is not installed"}
     here = Path(__file__).resolve().parent
     env = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = ["timeout", "-k", "5", f"{seconds:.0f}", tool, *MEMCHECK, sys.executable, "-c"]
-    command.append("import correctness; correctness.tiny()")
+    command = ["timeout", "-k", "5", f"{seconds:.0f}", tool, *SANITIZE, what, sys.executable, "-c"]
+    command.append(f"import correctness; correctness.tiny({backend!r})")
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     late = done.returncode in (124, 137)
     last = " | ".join((done.stdout + done.stderr).splitlines()[-4:])[-400:]
     return {**about, "ok": "skipped" if late else _word(done.returncode == 0), "note": "out of time; " * late + last}
 
 
+def proven(rows: list[dict]) -> bool:
+    """Whether the CUDA backend's proof holds: every case, both dtypes, the graph, and nothing the sanitizer found."""
+    own = [r for r in rows if r["backend"] == "cuda"]
+    ran = {(r["case"], r["dtype"]) for r in own if r["ok"] in ("true", "refused")}
+    wanted = {*product((c.name for c in CASES), ("bf16", "fp16")), ("CUDA graph", "")}
+    return wanted <= ran and not any(r["ok"] == "false" for r in own)
+
+
 def prove(table: Table, workers, deadline: float) -> list[str]:
     """Every row of the proof; what was left out."""
     ready()
     with ThreadPoolExecutor(1) as beside:
-        watched = beside.submit(memcheck, max(1.0, min(120.0, deadline - time.time())))
+        each_s = max(1.0, min(60.0, (deadline - time.time()) / len(WATCHED)))
+        watched = [beside.submit(sanitize, *tool, each_s) for tool in WATCHED]
         asked, done = jobs(), set()
         for job, rows in each(workers, check, asked, deadline):
             done.add(job)
             for row in rows:
                 table.add(**row)
-        table.add(**watched.result())
-    missing = Counter(str(job[2] or job[0]) for job in asked if job not in done)
+        for row in watched:
+            table.add(**row.result())
+    missing = Counter(f"{job[3] or job[0]} with {job[1]}" for job in asked if job not in done)
     return [f"correctness: {n} cases and dtypes on {shape}" for shape, n in missing.items()]

@@ -1,14 +1,17 @@
 """Proof and timing of the kernels on one NVIDIA GPU, within a budget; partial results are on disk at any time.
 
     bench/h200.sh [SECONDS]
-    python bench/h200.py [--seconds 540] [--out out/h200] [--dry-run] [--only correctness,speed,tune]
+    python bench/h200.py [--seconds 540] [--out out/h200] [--dry-run] [--only correctness,gemm,speed,tune]
 
 correctness.csv  every case, dtype and shape with the Triton backend forced: against the paper formula in fp64 (fp32,
                  small shapes), and against the expression in fp64 on the same rounded inputs, beside plain PyTorch's
                  error; two runs bitwise equal; the dropout mask; CUDA graph replay; compute-sanitizer
-speed.csv        forward, backward and both against the frozen layer of the same round: Triton, the eager backend, HF
-                 PEFT with fp32 adapters (its default, and ours) and with bf16 ones (peft_half)
-measured.json    {key: how many times faster} where eager's forward + backward beat Triton's: kernels/measured.json
+proven.json      {architecture: hash of csrc/} if nothing of the CUDA backend failed: csrc/proven.json
+gemm.csv         bench/gemm.py's: the GEMM itself against cuBLAS
+speed.csv        forward, backward and both against the frozen layer of the same round: Triton, csrc/, eager, HF PEFT
+                 with fp32 adapters (its default, and ours) and with bf16 ones (peft_half)
+measured.json    {key: how many times faster} where eager's forward + backward beat Triton's, and under "cuda ..." the
+                 time of csrc/ as a multiple of the faster of those two: kernels/measured.json
 tuning.csv, tuned.json   bench/tune.py's
 
 Exit status 1 if a correctness row failed. Without a GPU, or with --dry-run: tiny shapes in Triton's interpreter on the
@@ -30,6 +33,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import correctness
+import gemm
 import torch
 import triton
 import tune
@@ -42,9 +46,11 @@ from timing import DEVICE, GPU, GRACE, INTERPRETING, Step, Table, captured, copi
 from torch import Tensor, nn
 
 import fused_peft as fp
+from fused_peft import dispatch, extension
+from fused_peft.dispatch import backends
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = {"correctness": 0.35, "speed": 0.45, "tune": 0.2}
+SHARES = {"correctness": 0.35, "gemm": 0.05, "speed": 0.4, "tune": 0.2}
 SPEED = "method contender step M K N r dtype graph ms_p20 ms_p50 ms_p80 ratio_p20 ratio_p50 ratio_p80 peak_mb"
 SPEED += " gpu driver torch triton commit"
 METHODS = ["lora", "lora+dropout", "dora", "ia3", "ssb", "parallel_adapter", "flora", "trilora", "liera", "svdiff"]
@@ -55,11 +61,12 @@ PEERS = {
     "liera": ("HiraConfig", {}),
 }  # fmt: skip
 STEPS = ("forward", "backward", "both")
-CONTENDERS = ("frozen", "triton", "eager", "peft", "peft_half")
-ROWS = (5, 1) if INTERPRETING else (8192, 1024, 128, 16, 1)
-LAYERS = ((24, 40),) if INTERPRETING else tune.LAYERS
-RANKS = (4,) if INTERPRETING else (16, 64, 8, 256)
-TIMED = "fp32" if INTERPRETING else "bf16"
+CONTENDERS = ("frozen", "triton", "cuda", "eager", "peft", "peft_half")
+FUSED = ("triton", "cuda", "eager")
+ROWS = (65, 1) if INTERPRETING else (8192, 1024, 128, 16, 1)
+LAYERS = ((72, 64),) if INTERPRETING else tune.LAYERS
+RANKS = (8,) if INTERPRETING else (16, 64, 8, 256)
+TIMED = "fp16" if INTERPRETING else "bf16"
 GRAPHED = 128  # up to so many rows the host is the limit, and a CUDA graph is timed too
 
 
@@ -99,7 +106,7 @@ def steps(layers: list[nn.Module], xs: list[Tensor], dys: list[Tensor]) -> dict[
 
 
 def enter(contender: str) -> None:
-    fp.set_backend(contender if contender in ("triton", "eager") else None)
+    fp.set_backend(contender if contender in FUSED else None)
 
 
 def prepare(method: str, layer: Layer) -> None:
@@ -130,11 +137,25 @@ def why(what: str, layer: Layer, e: Exception) -> str:
     return f"speed: {what}{shape}: {type(e).__name__}: {e}".splitlines()[0][:200]
 
 
+def cuda_takes(method: str, layer: Layer) -> bool:
+    """Whether the CUDA backend computes the layer's call."""
+    with dispatch.forcing("eager"):
+        model = fp.PeftLinear(layer.K, layer.N, config=config(method, layer.r), dtype=DTYPES[TIMED], device="meta")
+        if model.forms_weight(layer.M):
+            return False
+        x, device = torch.empty(layer.M, layer.K, dtype=DTYPES[TIMED], device="meta"), torch.device(DEVICE)
+        problem = dispatch.foreseen(model.factors(), x, model.weight, model.bias, None, True, device)
+    with dispatch.forcing("cuda"):
+        return not (backends()["cuda"].available() or backends()["cuda"].reasons(problem))
+
+
 def contenders(method: str, layer: Layer, linears, xs, dys, left: list[str]) -> tuple[dict, dict]:
     """{contender: its layers} of those that run, and {contender: MB that one forward + backward adds}."""
     models, peak = {}, {}
     for name in CONTENDERS:
         if name.startswith("peft") and method not in PEERS:
+            continue
+        if name == "cuda" and not cuda_takes(method, layer):
             continue
         try:
             enter(name)
@@ -184,15 +205,16 @@ def timed(method: str, layer: Layer, left: list[str]) -> list[tuple[str, str, di
     return found
 
 
-def measured_key(method: str, layer: Layer) -> str | None:
-    """The key that backends/triton.py looks up for the job's calls; None where the method makes none."""
+def measured_key(method: str, layer: Layer, what: str = "") -> str | None:
+    """The key that backends/triton.py, or with "cuda " backends/cuda.py, looks up for the job's calls; None where the
+    method makes none."""
     enter("frozen")
     model = fp.PeftLinear(layer.K, layer.N, config=config(method, layer.r), dtype=DTYPES[TIMED], device="meta")
     if model.forms_weight(layer.M):
         return None
     f, arch = model.factors(), launch.arch_of(torch.device(DEVICE, 0))
     kind = "hadamard" if f.hadamard else "low rank" if f.rank else "scales"
-    key = configs.key(kind, arch, 8 * DTYPES[TIMED].itemsize, layer.M, layer.N, layer.K, f.rank)
+    key = configs.key(what + kind, arch, 8 * DTYPES[TIMED].itemsize, layer.M, layer.N, layer.K, f.rank)
     return f"{'interpreter ' if INTERPRETING else ''}{key}"
 
 
@@ -218,13 +240,21 @@ def speed(table: Table, workers, deadline: float, measured: Path) -> list[str]:
                 about = {"method": method, "contender": name, "step": step, "M": layer.M, "K": layer.K, "N": layer.N}
                 about |= {"r": 0 if method in RANKLESS else layer.r, "dtype": TIMED, "graph": graph}
                 table.add(**about, **spread, peak_mb=peak.get(name), **facts)
-            key = measured_key(method, layer)
-            if key and step == "both" and graph == "no" and {"triton", "eager"} <= times.keys():
-                both = zip(times["triton"], times["eager"], strict=True)
-                ratios.setdefault(key, []).append(statistics.median(t / e for t, e in both))
-                slower = {k: round(statistics.median(found), 3) for k, found in ratios.items()}
-                measured.write_text(json.dumps({k: v for k, v in slower.items() if v > 1}, indent=1) + "\n")
+            if step == "both" and graph == "no" and {"triton", "eager"} <= times.keys():
+                compare(method, layer, times, ratios)
+                worth = lambda key, v: v < 1 if "cuda" in key else v > 1  # noqa: E731
+                found = {key: round(statistics.median(of), 3) for key, of in ratios.items()}
+                measured.write_text(json.dumps({k: v for k, v in found.items() if worth(k, v)}, indent=1) + "\n")
     return left
+
+
+def compare(method: str, layer: Layer, times: dict[str, list[float]], ratios: dict[str, list[float]]) -> None:
+    """Add what the dispatcher will look up: Triton's time over eager's, csrc/'s over the faster one's."""
+    ratio = lambda a, b: statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))  # noqa: E731
+    if key := measured_key(method, layer):
+        ratios.setdefault(key, []).append(ratio("triton", "eager"))
+    if "cuda" in times and (key := measured_key(method, layer, "cuda ")):
+        ratios.setdefault(key, []).append(max(ratio("cuda", "triton"), ratio("cuda", "eager")))
 
 
 def environment() -> dict[str, str]:
@@ -261,6 +291,11 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     end, left, proof, pace = begin + args.seconds - (0 if INTERPRETING else 2 * GRACE), [], None, None
     fp.set_strict(True)
+    try:
+        extension.library(INTERPRETING)  # once, before workers need it
+        print(f"{time.time() - begin:5.0f} s  csrc/ is built", flush=True)
+    except extension.BuildError as e:
+        left.append(str(e))
     with pool(ready) or nullcontext() as workers:
         for i, stage in enumerate(stages):
             part = SHARES[stage] / sum(SHARES[s] for s in stages[i:])
@@ -269,6 +304,11 @@ def main() -> int:
             if stage == "correctness":
                 proof = Table(args.out / "correctness.csv", correctness.COLUMNS)
                 left += correctness.prove(proof, workers, deadline)
+                if not INTERPRETING and correctness.proven(proof.rows):
+                    record = {"sm_{}{}".format(*launch.arch_of(torch.device(DEVICE, 0))): extension.fingerprint()}
+                    (args.out / extension.PROVEN).write_text(json.dumps(record) + "\n")
+            elif stage == "gemm":
+                left += gemm.measure(Table(args.out / "gemm.csv", gemm.COLUMNS), deadline, environment())
             elif stage == "speed":
                 pace = Table(args.out / "speed.csv", SPEED)
                 left += speed(pace, workers, deadline, args.out / "measured.json")

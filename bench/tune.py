@@ -32,6 +32,7 @@ from timing import DEVICE, GPU, INTERPRETING, Table, captured, copies_of, each, 
 from torch import Tensor
 
 import fused_peft as fp
+from fused_peft import dispatch
 
 GAIN = 0.98  # a config is kept below this multiple of the closed form's time
 CLOSE = 2e-2  # relative Frobenius distance between the results under two configs
@@ -40,30 +41,38 @@ DTYPE = torch.float16 if INTERPRETING else torch.bfloat16
 MOST = 2 if INTERPRETING else 24  # candidates around one config
 COLUMNS = "kind key config ms_p50 default_ms ratio_p50 note gpu"
 TILES = {
-    "BM": (16, 32, 64, 128, 256), "BN": (32, 64, 128, 256), "BK": (32, 64, 128, 256), "warps": (4, 8),
+    "BM": (16, 32, 64, 128, 256), "BN": (32, 64, 128, 192, 256), "BK": (32, 64, 128, 256), "warps": (4, 8),
     "stages": (2, 3, 4, 5), "group": (4, 8, 16), "late": (True, False), "flatten": (True, False),
+    "cluster": (1, 2),
 }  # fmt: skip
-BANDED = ("gemm_lowrank", "gemm_lowrank_tma", "hadamard", "hadamard_grads")  # read ``group``
+BANDED = ("gemm_cuda", "gemm_lowrank", "gemm_lowrank_tma", "hadamard", "hadamard_grads")  # read ``group``
 METHOD = dict.fromkeys(("hadamard", "form", "hadamard_grads"), "liera") | {"row_norm": "dora"}
 LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096), (1024, 1024))  # K, N
 ORDER = (
-    ("gemm_lowrank_tma", 8192), ("gemm_lowrank_tma", 1024), ("outer", 8192), ("outer", 1024), ("down", 8192),
+    ("gemm_cuda", 8192), ("gemm_cuda", 1024), ("gemm_lowrank_tma", 8192), ("gemm_lowrank_tma", 1024),
+    ("outer", 8192), ("outer", 1024), ("down", 8192),
     ("down", 1024), ("back", 8192), ("back", 1024), ("gemm_lowrank", 16), ("row_norm", 16), ("hadamard", 16),
     ("hadamard_grads", 8192), ("form", 8192), ("hadamard", 128), ("gemm_lowrank_tma", 128),
 )  # fmt: skip
 TARGETS = [(kind, M, *layer) for kind, M in ORDER for layer in LAYERS]
-SMALL = {"gemm_lowrank_tma": (64, 64, 72), "form": (130, 24, 40)}
+SMALL = {"gemm_lowrank_tma": (64, 64, 72), "gemm_cuda": (70, 64, 72), "form": (130, 24, 40)}
 TINY = [(kind, *SMALL.get(kind, (5, 24, 40))) for kind in dict(ORDER)]
 
 
 def fields(kind: str, c: Config) -> list[str]:
     """What may differ: a size that is 0 is not the kernel's, and back's BM decides what another launch adds up."""
+    if kind == "gemm_cuda":
+        return ["BM", "BN", "group", "cluster"]
     sizes = [f for f in ("BM", "BN", "BK") if getattr(c, f) and (kind, f) != ("back", "BM")]
     return [*sizes, "warps", "stages", *(("group",) * (kind in BANDED)), *(("late", "flatten") * kind.endswith("tma"))]
 
 
 def legal(kind: str, c: Config, rows: int) -> bool:
     """Whether the accumulator fits the registers, the stages fit shared memory, and the rows are not mostly padding."""
+    if kind == "gemm_cuda":
+        return (c.BM, c.BN) in configs.CUDA_TILES
+    if c.BN == 192:  # no power of two
+        return False
     by_rows = {"outer": (c.BN, R, c.BM), "hadamard_grads": (c.BN, c.BK, c.BM), "back": (c.BM, R, c.BN)}
     a, b, depth = by_rows.get(kind, (c.BM, c.BN or R, c.BK))
     fits = c.stages * (a + b) * depth * 2 <= 1024 * configs.shared_kib((9, 0))
@@ -111,7 +120,12 @@ def work(kind: str, M: int, K: int, N: int) -> Callable[[], list[Tensor]]:
         x, dy = (torch.randn(M, n, device=DEVICE, dtype=DTYPE) for n in (a, b))
         calls.append((layer, [x.requires_grad_(), *layer.adapter_tensors()], dy))
     both = lambda layer, leaves, dy: (y := layer(leaves[0]), *torch.autograd.grad(y, leaves, dy))  # noqa: E731
-    return lambda: [t.detach() for call in calls for t in both(*call)]
+
+    def run() -> list[Tensor]:
+        with dispatch.forcing("cuda" if kind == "gemm_cuda" else "triton"):
+            return [t.detach() for call in calls for t in both(*call)]
+
+    return run
 
 
 def attempt(kind: str, M: int, K: int, N: int, key: str, config: Config) -> str:
@@ -171,7 +185,7 @@ def tune(target: tuple, key: str, form: Config, table: Table, workers, deadline:
     return best
 
 
-def sweep(seconds: float, out: Path, kinds=configs.KINDS, workers=None) -> list[str]:
+def sweep(seconds: float, out: Path, kinds=(*configs.KINDS, "gemm_cuda"), workers=None) -> list[str]:
     """Tune for so many seconds: winners to ``out``, every candidate to tuning.csv beside it; what was left out."""
     ready()
     deadline, table, done, left = time.time() + seconds, Table(out.with_name("tuning.csv"), COLUMNS), {}, []
@@ -199,7 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--out", type=Path, default=Path("out/h200/tuned.json"))
-    parser.add_argument("--kinds", nargs="+", choices=configs.KINDS, default=configs.KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=tuple(dict(ORDER)), default=tuple(dict(ORDER)))
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter")
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,47 +1,58 @@
-// A factor as the GEMM reads it: (rows, columns) of any strides and dtype becomes 16-bit rows, times a scale, rounded once.
+// Factors as the GEMM reads them: matrices of any strides and dtype become 16-bit rows, times a scale, rounded once.
 #pragma once
 #include "launch.cuh"
 
 namespace fused_peft {
 
-struct Cast {
+struct Factor {
   const void* from;
   void* to;
   int64_t row_stride, column_stride;  // of ``from``, in elements
-  int rows, columns, kind, dtype;     // kinds of gemm.cuh
+  int rows, columns, kind;            // kind: of gemm.cuh
   float scale;
+};
+
+// One or two factors, in one launch; a second of no rows is none.
+struct Cast {
+  Factor factors[2];
+  int dtype;
   void* stream;
+
+  FUSED_PEFT_HOST_DEVICE int64_t size(int which) const { return int64_t{factors[which].rows} * factors[which].columns; }
 };
 
 template <class T>
 FUSED_PEFT_DEVICE void cast_one(const Cast& c, int64_t i) {
-  int64_t at = i / c.columns * c.row_stride + i % c.columns * c.column_stride;
+  bool second = i >= c.size(0);
+  const Factor& f = c.factors[second];
+  if (second) i -= c.size(0);
+  int64_t at = i / f.columns * f.row_stride + i % f.columns * f.column_stride;
   float value;
-  if (c.kind == FP32) {
-    value = ptx::read(static_cast<const float*>(c.from) + at);
+  if (f.kind == FP32) {
+    value = ptx::read(static_cast<const float*>(f.from) + at);
   } else {
-    uint32_t bits = ptx::read(static_cast<const uint16_t*>(c.from) + at);
-    value = c.kind == BF16 ? ptx::unpack<bf16>(bits).x : ptx::unpack<fp16>(bits).x;
+    uint32_t bits = ptx::read(static_cast<const uint16_t*>(f.from) + at);
+    value = f.kind == BF16 ? ptx::unpack<bf16>(bits).x : ptx::unpack<fp16>(bits).x;
   }
-  static_cast<uint16_t*>(c.to)[i] = static_cast<uint16_t>(ptx::pack<T>(value * c.scale, 0.f));
+  static_cast<uint16_t*>(f.to)[i] = static_cast<uint16_t>(ptx::pack<T>(value * f.scale, 0.f));
 }
 
 #ifdef FUSED_PEFT_EMULATE
 template <class T>
 Status cast_all(const Cast& c) {
-  for (int64_t i = 0; i < int64_t{c.rows} * c.columns; ++i) cast_one<T>(c, i);
+  for (int64_t i = 0; i < c.size(0) + c.size(1); ++i) cast_one<T>(c, i);
   return nullptr;
 }
 #else
 template <class T>
 __global__ void cast(const __grid_constant__ Cast c) {
   int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i < int64_t{c.rows} * c.columns) cast_one<T>(c, i);
+  if (i < c.size(0) + c.size(1)) cast_one<T>(c, i);
 }
 
 template <class T>
 Status cast_all(const Cast& c) {
-  int64_t size = int64_t{c.rows} * c.columns;
+  int64_t size = c.size(0) + c.size(1);
   cast<T><<<static_cast<unsigned>((size + 255) / 256), 256, 0, static_cast<cudaStream_t>(c.stream)>>>(c);
   return said(cudaGetLastError());
 }

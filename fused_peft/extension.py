@@ -89,13 +89,18 @@ class Call(_Struct):
     )
 
 
+class Factor(_Struct):
+    """csrc/cast.cuh's Factor; ``source`` is its ``from``."""
+
+    _fields_ = _fields(
+        pointers="source to", longs="row_stride column_stride", ints="rows columns kind", floats="scale"
+    )  # fmt: skip
+
+
 class Cast(_Struct):
     """csrc/cast.cuh's Cast."""
 
-    _fields_ = _fields(
-        pointers="source to", longs="row_stride column_stride", ints="rows columns kind dtype", floats="scale",
-        pointers_="stream",
-    )  # fmt: skip
+    _fields_ = [("factors", Factor * 2), *_fields(ints="dtype", pointers="stream")]
 
 
 class BuildError(RuntimeError):

@@ -20,6 +20,7 @@ from oracle import build
 import fused_peft as fp
 from fused_peft import dispatch, extension, verify
 from fused_peft.backends import cuda
+from fused_peft.backends import triton as backend_file
 from fused_peft.backends.triton import _kernels
 from fused_peft.dropout import keep_mask
 from fused_peft.extension import KINDS, PLANS, Call, Plan
@@ -362,9 +363,11 @@ def test_off_until_it_is_proven_and_measured(hopper):
     hopper.setattr(extension, "proven", lambda arch: arch == (9, 0))
     dispatch.choose.cache_clear()
     assert dispatch.choose(PROBLEM).why() == "cuda: not measured fastest on this shape"
-    configs = _kernels().configs
-    key = configs.key("gemm_cuda", (9, 0), 16, 8192, 4096, 4096, 16)
-    hopper.setattr(configs, "table", lambda: {key: configs.default("gemm_cuda", (9, 0), 16, 8192, 4096, 4096, 16)})
+    key = _kernels().configs.key("cuda low rank", (9, 0), 16, 8192, 4096, 4096, 16)
+    hopper.setattr(backend_file, "_table", lambda: {key: 1.01})
+    dispatch.choose.cache_clear()
+    assert dispatch.choose(PROBLEM).why() == "cuda: not measured fastest on this shape"
+    hopper.setattr(backend_file, "_table", lambda: {key: 0.97})
     dispatch.choose.cache_clear()
     assert dispatch.choose(PROBLEM).backend.name == "cuda"
     assert dispatch.choose(replace(PROBLEM, M=100)).backend.name == "triton"

@@ -53,7 +53,7 @@ def rows(file, columns):
 def test_nothing_is_left_out_and_few_files_come_back(ran):
     out, printed = ran
     assert "left out" not in printed
-    assert len(list(out.iterdir())) <= 8
+    assert len(list(out.iterdir())) <= 9
 
 
 def test_every_row_of_the_proof_holds(ran):
@@ -64,8 +64,13 @@ def test_every_row_of_the_proof_holds(ran):
         ("CUDA graph", ""),
         ("compute-sanitizer", ""),
     }
-    held = [r for r in found if r not in skipped]
+    refused = [r for r in found if r["ok"] == "refused"]
+    assert [(r["case"], r["backend"], r["note"]) for r in refused] == [
+        ("dora+dropout", "cuda", "the call is not one GEMM with a frozen weight")
+    ]
+    held = [r for r in found if r not in skipped and r not in refused]
     assert {r["ok"] for r in held} == {"true"}
+    assert {r["case"] for r in held if r["backend"] == "cuda"} == {"lora+dropout", "ssb"}
     assert {r["dtype"] for r in held} == {"", "fp64", "fp32", "fp16"}
     assert {r["against"] for r in held} == {"PyTorch's", "1 - p", "paper", "expression"}
     assert len({r["case"] for r in held}) == 4
@@ -85,16 +90,33 @@ def test_every_method_and_contender_is_timed(ran):
         for method, (kind, _) in h200.PEERS.items():
             if hasattr(peft, kind):
                 contenders[method] |= {"peft", "peft_half"}
-    assert timed == {(m, c, s, M) for m, some in contenders.items() for c in some for s in h200.STEPS for M in (5, 1)}
+    many, one = h200.ROWS
+    want = {(m, c, s, M) for m, some in contenders.items() for c in some for s in h200.STEPS for M in (many, one)}
+    taken = set(h200.METHODS) - {"liera", "svdiff"}
+    assert timed == want | {(m, "cuda", s, many) for m in taken for s in h200.STEPS}
     for r in found:
         assert 0 < float(r["ms_p20"]) <= float(r["ms_p50"]) <= float(r["ms_p80"])
         assert float(r["ratio_p50"]) == 1 if r["contender"] == "frozen" else float(r["ratio_p50"]) > 0
         assert r["commit"]
 
 
+def test_the_gemm_is_timed(ran):
+    found = rows(ran[0] / "gemm.csv", h200.gemm.COLUMNS)
+    assert [r["contender"] for r in found] == ["cublas", "cuda", "cuda+update", "triton", "triton+update"]
+    assert all(float(r["tflops"]) > 0 for r in found)
+
+
 def test_candidates_are_tuned(ran):
     found = rows(ran[0] / "tuning.csv", tune.COLUMNS)
-    assert {r["kind"] for r in found} >= {"gemm_lowrank", "gemm_lowrank_tma", "down", "outer", "hadamard", "row_norm"}
+    assert {r["kind"] for r in found} >= {
+        "gemm_lowrank",
+        "gemm_lowrank_tma",
+        "down",
+        "outer",
+        "hadamard",
+        "row_norm",
+        "gemm_cuda",
+    }
     assert {r["note"] for r in found} == {""}
 
 
@@ -109,9 +131,10 @@ def test_the_backend_finds_what_was_measured(method, monkeypatch):
     monkeypatch.setattr(backend, "_table", lambda: {key: 1.5})
     r = 0 if method == "ssb" else 20
     hadamard = method == "liera"
-    problem = Problem("cuda", (9, 0), torch.float32, torch.float32, 100, 32, 48, r, frozenset(), hadamard=hadamard)
-    assert backend._measured(problem) == 1.5
-    assert backend._measured(replace(problem, N=49)) is None
+    half = torch.float16
+    problem = Problem("cuda", (9, 0), half, half, 100, 32, 48, r, frozenset(), hadamard=hadamard)
+    assert backend.measured(problem) == 1.5
+    assert backend.measured(replace(problem, N=49)) is None
 
 
 def test_the_main_table_is_measured_first():
@@ -136,9 +159,23 @@ def test_work_stops_at_its_deadline():
     assert list(timing.each(None, abs, jobs, deadline=float("inf"))) == [((0,), 0), ((1,), 1), ((2,), 2)]
 
 
+def test_what_proves_the_cuda_backend():
+    about = {"backend": "cuda", "ok": "true"}
+    rows = [{**about, "case": c.name, "dtype": d} for c in correctness.CASES for d in ("bf16", "fp16")]
+    rows += [
+        {**about, "case": "CUDA graph", "dtype": ""},
+        {"backend": "triton", "ok": "false", "case": "", "dtype": ""},
+    ]
+    assert correctness.proven(rows)
+    assert correctness.proven([*rows, {**about, "case": "compute-sanitizer", "dtype": "", "ok": "skipped"}])
+    assert not correctness.proven([*rows, {**about, "case": "compute-sanitizer", "dtype": "", "ok": "false"}])
+    assert not correctness.proven(rows[1:])
+    assert not correctness.proven([{**rows[0], "ok": "skipped"}, *rows[1:]])
+
+
 def test_a_failed_case_is_a_row():
-    (row,) = correctness.check("no such case", "fp32", correctness.SHAPES[0])
+    (row,) = correctness.check("no such case", "triton", "fp32", correctness.SHAPES[0])
     assert row["ok"] == "false"
     assert "StopIteration" in row["note"]
-    (row,) = correctness.check("pissa", "fp32", correctness.Shape((2,), 4, 5, 6))
+    (row,) = correctness.check("pissa", "triton", "fp32", correctness.Shape((2,), 4, 5, 6))
     assert (row["ok"], "r=6" in row["note"]) == ("refused", True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import dispatch, extension
 from ..dispatch import Problem
-from ..extension import KINDS, Call, Cast, Plan
+from ..extension import KINDS, Call, Cast, Factor, Plan
 from . import triton as base
 
 HALF = (torch.bfloat16, torch.float16)
@@ -104,6 +104,26 @@ def fits(x, w, N: int, update, c, d_in, d_out, bias, mask, dual: bool, u) -> boo
     return not update.masked or (d_in is None and not _rows(w))
 
 
+def _cast(x: Tensor, *factors: tuple[Tensor, float]) -> list[Tensor]:
+    """Each factor times its scale as contiguous rows of x's dtype, rounded once; one that is so already as it is."""
+    launch, found, jobs = base._kernels().launch, [], []
+    for t, scale in factors:
+        fine = t.dtype == x.dtype and scale == 1 and _rows(t)
+        found.append(t if fine else torch.empty(t.shape, dtype=x.dtype, device=x.device))
+        if not fine:
+            jobs.append(
+                Factor(
+                    source=t, to=found[-1], row_stride=t.stride(0), column_stride=t.stride(1), rows=t.shape[0],
+                    columns=t.shape[1], kind=KINDS[t.dtype], scale=scale,
+                )
+            )  # fmt: skip
+    if jobs and not launch.recording():
+        cast = Cast(factors=(Factor * 2)(*jobs), dtype=KINDS[x.dtype], stream=launch.stream(x.device))
+        with launch.on(x.device):
+            extension.call("cast", cast, not x.is_cuda)
+    return found
+
+
 def _inlines(r: int, mask, a, G, h: str, d_in) -> bool:
     """Whether T can be made inside the GEMM: nothing on x before it, nothing after it."""
     plain = mask is None and a is None and G is None and d_in is None and h == "identity"
@@ -150,24 +170,14 @@ class Cuda(base.Triton):
     def _unproven(problem: Problem) -> list[str]:
         if problem.arch is None or not extension.proven(problem.arch):
             return ["not verified on this architecture"]
-        configs = base._kernels().configs
-        key = configs.key("gemm_cuda", problem.arch, 16, problem.M, problem.N, problem.K, problem.r)
-        return [] if key in configs.table() else ["not measured fastest on this shape"]
+        ratio = base.measured(problem, "cuda ")
+        return [] if ratio is not None and ratio < 1 else ["not measured fastest on this shape"]
 
     def factor(self, B: Tensor, scale: float, x: Tensor) -> tuple[Tensor, float]:
-        if B.shape[1] % 8 or x.dtype not in HALF or (B.dtype == x.dtype and scale == 1 and _rows(B)):
+        """The GEMM reads rows of x's dtype, the scale in them; what it cannot read anyway stays as it is."""
+        if B.shape[1] % 8 or x.dtype not in HALF:
             return B, scale
-        out = torch.empty(B.shape, dtype=x.dtype, device=x.device)
-        launch = base._kernels().launch
-        if launch.recording():
-            return out, 1.0
-        cast = Cast(
-            source=B, to=out, row_stride=B.stride(0), column_stride=B.stride(1), rows=B.shape[0], columns=B.shape[1],
-            kind=KINDS[B.dtype], dtype=KINDS[x.dtype], scale=scale, stream=launch.stream(x.device),
-        )  # fmt: skip
-        with launch.on(x.device):
-            extension.call("cast", cast, not x.is_cuda)
-        return out, 1.0
+        return _cast(x, (B, scale))[0], 1.0
 
     def inlines(self, k, o, x: Tensor, mask) -> bool:
         if super().inlines(k, o, x, mask):
@@ -198,13 +208,11 @@ class Cuda(base.Triton):
             if (config.BM, inner) == (256, 64):
                 config = k.configs.replace(config, BM=128, BN=256)
         A = B = S = T = None
-        if update is not None:
-            B, _ = self.factor(update.B, update.scale, x)
         if inline:
-            A, _ = self.factor(update.A, 1.0, x)
+            B, A = _cast(x, (update.B, update.scale), (update.A, 1.0))
             T = x.new_empty(M, R)
         elif update is not None:
-            S = update.S
+            (B,), S = _cast(x, (update.B, update.scale)), update.S
         masked = update is not None and not inline and update.masked
         form = "INLINE" if inline else "MASKED" if masked else "SCALED" if d_in is not None else "LATE"
         out = lambda wanted: x.new_empty(M, N) if wanted else None  # noqa: E731

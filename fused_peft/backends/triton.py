@@ -124,7 +124,7 @@ class Triton:
         return found
 
     def slower(self, problem: Problem) -> str | None:
-        ratio = _measured(problem)
+        ratio = measured(problem)
         return f"eager was measured {ratio:.2f} times as fast on this shape" if ratio and ratio > MARGIN else None
 
     def inlines(self, k, o: Operands, x: Tensor, mask) -> bool:
@@ -275,15 +275,16 @@ class Triton:
 
 @cache
 def _table() -> dict[str, float]:
-    """{key: eager's speed as a multiple of this backend's}, written by bench/h200.py on the GPU it names."""
+    """Written by bench/h200.py on the GPU it names."""
     file = _kernels().configs.MEASURED
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def _measured(p: Problem) -> float | None:
-    """How many times faster eager was measured, forward + backward, on the problem's bucket; None if never."""
+def measured(p: Problem, what: str = "") -> float | None:
+    """Forward + backward on the problem's bucket: how many times faster eager was measured than this backend; for
+    "cuda ", the time of csrc/ as a multiple of the faster of the two. None if never."""
     if p.arch is None:
         return None
     configs = _kernels().configs
     kind = "hadamard" if p.hadamard else "low rank" if p.r else "scales"
-    return _table().get(configs.key(kind, p.arch, 8 * p.dtype.itemsize, p.M, p.N, p.K, p.r))
+    return _table().get(configs.key(what + kind, p.arch, 8 * p.dtype.itemsize, p.M, p.N, p.K, p.r))
