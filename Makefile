@@ -1,4 +1,4 @@
-# make test: everything CI checks.  make gate: compile every kernel.
+# make test: everything CI checks.  make gate, make cuda-check: compile every kernel.
 # make demo: a fine-tuning run on real weights.  make bench: CPU figures.
 PYTHON ?= python3
 VENV := .venv
@@ -22,14 +22,25 @@ $(VENV)/dev: $(VENV)/torch pyproject.toml
 $(VENV)/triton-3.6: $(VENV)/torch
 	$(BIN)/pip install --quiet --no-deps --target $@ "triton==3.6.0"
 
-.PHONY: lint test gate demo bench report clean
+# CUTLASS's headers, which tests compare csrc/'s layouts with
+$(VENV)/cutlass: $(VENV)/torch
+	$(BIN)/pip install --quiet --no-deps --target $@ "nvidia-cutlass==4.2.0.0"
+
+.PHONY: lint test gate cuda-check without-nvcc demo bench report clean
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: lint gate
+test: lint gate $(if $(shell command -v nvcc),cuda-check,without-nvcc) $(VENV)/cutlass
 	$(BIN)/python -m pytest
+
+without-nvcc:
+	@echo "NOT CHECKED: csrc/, since nvcc is not on the PATH"
+
+# every plan of csrc/'s GEMM, without a GPU: no spills, wgmma and TMA in each, no warning of ptxas
+cuda-check: $(VENV)/dev
+	$(BIN)/python -m fused_peft compile --arch sm_90a --out build/cuda --json build/cuda/report.json
 
 # every kernel compiled for both architectures, without a GPU: no spills, shared memory that fits, tensor cores used
 gate: $(VENV)/dev $(VENV)/triton-3.6
