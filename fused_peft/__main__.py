@@ -39,6 +39,8 @@ def info() -> int:
     for name, backend in dispatch.backends().items():
         reasons = backend.available()
         devices = dispatch.devices(name)
+        if hasattr(backend, "standing"):
+            devices += f"; {backend.standing()}"
         print(f"backend      {name}: {'; '.join(reasons) if reasons else 'available'} ({devices})")
     return 0
 

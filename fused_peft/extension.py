@@ -15,6 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
@@ -170,30 +171,43 @@ def _write(file: Path, text: str) -> str:
 def library(emulated: bool = False) -> ctypes.CDLL:
     """The library, built if it is not yet. emulated: the same sources on the CPU, in csrc/emulator.h.
 
-    Raises BuildError; the failure is noted on disk, and ``failure`` returns it from then on.
+    Raises BuildError; the failure is noted on disk where that can be, and ``failure`` returns it from then on.
     """
     folder = _folder(emulated)
-    found = sorted(folder.glob("*.so")) if (folder / "built").exists() else []
-    if not found:
+    if not (folder / "built").exists():
         if known := failure(emulated):
             raise BuildError(known)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            found = [Path(_build(folder, emulated))]
-        except Exception as e:  # whatever compilers and loaders raise
+            with _alone(folder):
+                if not (folder / "built").exists():
+                    _build(folder, emulated)
+                    (folder / "built").touch()
+        except Exception as e:  # whatever compilers, loaders and file systems raise
             told = str(e).splitlines()
             first = next((line for line in told if re.search(r"error:|fatal", line)), told[0] if told else repr(e))
-            (folder / "failed.txt").write_text(f"{first}\n{e}")
-            raise BuildError(failure(emulated)) from e
-        (folder / "built").touch()
-    loaded = ctypes.CDLL(str(found[-1]))
+            with suppress(OSError):
+                (folder / "failed.txt").write_text(f"{first}\n{e}")
+            raise BuildError(failure(emulated) or f"csrc/ failed to compile: {first}") from e
+    loaded = ctypes.CDLL(str(max(folder.glob("*.so"))))
     sizes = [loaded.fused_peft_sizes(which) for which in (0, 1)]
     if sizes != [ctypes.sizeof(Call), ctypes.sizeof(Cast)]:
         raise BuildError(f"csrc/ and fused_peft/extension.py disagree on {sizes} bytes of arguments")
     return loaded
 
 
-def _build(folder: Path, emulated: bool) -> str:
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time. What a killed process left is no obstacle, as torch's own lock would be."""
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "building").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        yield
+
+
+def _build(folder: Path, emulated: bool) -> None:
     from torch.utils import cpp_extension
 
     suffix, csrc = ("cpp" if emulated else "cu"), str(source_dir("csrc"))
@@ -201,7 +215,7 @@ def _build(folder: Path, emulated: bool) -> str:
     sources.append(_write(folder / f"cast.{suffix}", '#include "cast.cuh"\n'))
     if not emulated and cpp_extension.CUDA_HOME is None:
         cpp_extension.CUDA_HOME = str(toolkit())
-    return cpp_extension.load(
+    cpp_extension.load(
         f"fused_peft_{fingerprint()}",
         sources,
         extra_cflags=["-O2", "-std=c++17", "-DFUSED_PEFT_EMULATE"] if emulated else [],

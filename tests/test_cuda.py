@@ -19,6 +19,7 @@ from oracle import build
 
 import fused_peft as fp
 from fused_peft import dispatch, extension, verify
+from fused_peft.__main__ import main
 from fused_peft.backends import cuda
 from fused_peft.backends import triton as backend_file
 from fused_peft.backends.triton import _kernels
@@ -267,8 +268,6 @@ def test_mutants(name, tmp_path):
 
 @pytest.fixture
 def forced():
-    if not torch.cuda.is_available() and extension.failure(True):
-        pytest.skip(extension.failure(True))
     fp.set_backend("cuda")
     fp.set_strict(True)
 
@@ -373,6 +372,12 @@ def test_off_until_it_is_proven_and_measured(hopper):
     assert dispatch.choose(replace(PROBLEM, M=100)).backend.name == "triton"
 
 
+def test_info_says_how_it_stands(capsys):
+    assert main(["info"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("backend      cuda")]
+    assert "tried first on cuda; off: not verified on this architecture" in line
+
+
 def test_asked_for_by_name(hopper):
     fp.set_backend("cuda")
     assert dispatch.choose(PROBLEM).backend.name == "cuda"
@@ -462,6 +467,21 @@ def test_a_failed_build_is_a_reason_and_is_remembered(workshop):
         layer = fp.PeftLinear(64, 64, config=fp.LoraConfig(r=8), dtype=torch.float16)
         layer(torch.randn(64, 64, dtype=torch.float16))  # computed all the same
         assert "csrc/ failed to compile" in fp.explain(torch.nn.Sequential(layer))[0].why
+
+
+def test_where_nothing_can_be_written(workshop):
+    (workshop.folder / "file").write_text("")
+    workshop.monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(workshop.folder / "file"))
+    with pytest.raises(extension.BuildError, match="Not a directory"):
+        extension.library(True)
+    assert "Not a directory" in cuda._broken(True)
+
+
+def test_a_lock_left_behind_is_no_obstacle(workshop):
+    folder = extension._folder(True)
+    folder.mkdir(parents=True)
+    (folder / "lock").write_text("")  # of a process that was killed: torch would wait for ever
+    extension.library(True)
 
 
 def test_without_compilers(workshop):

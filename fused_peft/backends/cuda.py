@@ -4,7 +4,7 @@ forward   down (S) and one GEMM, which starts while down is running and waits fo
           GEMM that makes S itself
 backward  dx from the same GEMM; what sums over rows, and GEMMs that csrc/ does not take, are the Triton backend's
 
-Off by default: it runs where kernels/tuned.json says it is fastest, and csrc/proven.json that the correctness run of
+Off by default: it runs where kernels/measured.json says it is fastest, and csrc/proven.json that the correctness run of
 these sources passed on the architecture; or where it is asked for by name.
 """
 
@@ -92,7 +92,7 @@ def fits(x, w, N: int, update, c, d_in, d_out, bias, mask, dual: bool, u) -> boo
         return False
     if min(x.shape[0], N, x.shape[1]) < LEAST or N % 8 or not _rows(x) or not (_rows(w) or _rows(w.t())):
         return False
-    if any(v is not None and v.data_ptr() % 16 for v in (d_in, d_out, bias)):
+    if any(v is not None and (v.data_ptr() % 16 or v.dtype not in KINDS) for v in (d_in, d_out, bias)):
         return False
     if update is None:
         return True
@@ -172,6 +172,11 @@ class Cuda(base.Triton):
             return ["not verified on this architecture"]
         ratio = base.measured(problem, "cuda ")
         return [] if ratio is not None and ratio < 1 else ["not measured fastest on this shape"]
+
+    def standing(self) -> str:
+        """Whether it runs without being asked for, in words."""
+        here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+        return "where measured fastest" if extension.proven(here) else "off: not verified on this architecture"
 
     def factor(self, B: Tensor, scale: float, x: Tensor) -> tuple[Tensor, float]:
         """The GEMM reads rows of x's dtype, the scale in them; what it cannot read anyway stays as it is."""
