@@ -195,9 +195,10 @@ struct Consumer {
     if (lane() < p.schedule.size()) ptx::barrier_arrive(memory + P::EMPTY + 8 * stage, lane());
   }
 
-  // The stages of one pair. ``first``: nothing is in the accumulators. Leaves no product under way.
+  // The main pair's stages. ``first``: nothing is in the accumulators. The last stage's products are still under way at the
+  // end; that stage is returned, for ``finish``.
   template <bool FIRST_COLUMN>
-  FUSED_PEFT_DEVICE void main_pair(int first, float (&inner)[P::BLOCKS][P::INNER ? P::INNER / 2 : 1]) {
+  FUSED_PEFT_DEVICE int main_pair(int first, float (&inner)[P::BLOCKS][P::INNER ? P::INNER / 2 : 1]) {
     int before = -1;
     for (int k = 0; k < p.K; k += DEPTH) {
       await();
@@ -226,8 +227,12 @@ struct Consumer {
       before = slot.stage;
       slot.advance(P::STAGES);
     }
+    return before;
+  }
+
+  FUSED_PEFT_DEVICE void finish(int stage) {
     ptx::products_wait<0>();
-    if (before >= 0) release(before);
+    if (stage >= 0) release(stage);
   }
 
   // One stage with x's tile scaled on its way through registers, a step at a time; one product is always under way.
@@ -263,7 +268,8 @@ struct Consumer {
     return ptx::pack<T>(v.x * by.x, v.y * by.y);
   }
 
-  FUSED_PEFT_DEVICE void rank_pair(int first) {
+  // The low-rank pair's stages, on top of products still under way on the stage ``before``; none are at the end.
+  FUSED_PEFT_DEVICE void rank_pair(int first, int before) {
     for (int i = 0; i * DEPTH < p.R; ++i) {
       await();
       uint32_t b = memory + P::W + slot.stage * P::W_BYTES;
@@ -276,10 +282,11 @@ struct Consumer {
         }
         ptx::products_commit();
       }
-      ptx::products_wait<0>();
-      release(slot.stage);
+      finish(before);
+      before = slot.stage;
       slot.advance(P::STAGES);
     }
+    finish(before);
   }
 
   // Global row and column of an accumulator.
@@ -361,20 +368,19 @@ struct Consumer {
   FUSED_PEFT_DEVICE void tile(const Tile& tile) {
     float inner[P::BLOCKS][P::INNER ? P::INNER / 2 : 1];
     if constexpr (P::FORM == MASKED) {
-      rank_pair(true);
+      rank_pair(true, -1);
       mask(tile);
-      main_pair<false>(false, inner);
+      finish(main_pair<false>(false, inner));
     } else if constexpr (P::FORM == INLINE) {
       if (tile.n == 0) {
-        main_pair<true>(true, inner);
+        finish(main_pair<true>(true, inner));
         publish(tile, inner);
+        rank_pair(false, -1);
       } else {
-        main_pair<false>(true, inner);
+        rank_pair(false, main_pair<false>(true, inner));
       }
-      rank_pair(false);
     } else {
-      main_pair<false>(true, inner);
-      rank_pair(false);
+      rank_pair(false, main_pair<false>(true, inner));
     }
     epilogue(tile);
   }

@@ -202,7 +202,7 @@ MUTANTS = {  # what is wrong: file, old, new, form
     "a panel is written while a store reads it": ("gemm", "ptx::store_wait_read<P::DEEP - 1>();", "", "LATE"),
     "a block ends while a store reads": ("gemm", "ptx::store_wait_read<0>();", "", "LATE"),
     "accumulators are read while products run": (
-        "gemm", "products_wait<0>();\n    if (before >= 0)", "products_wait<4>();\n    if (before >= 0)", "LATE",
+        "gemm", "products_wait<0>();\n    if (stage", "products_wait<4>();\n    if (stage", "LATE",
     ),
     "the last columns of the rank are left out": (
         "schedule", "return ceil_div(left < DEPTH ? left : DEPTH, STEP)", "return left / STEP", "LATE",
@@ -218,7 +218,8 @@ MUTANTS = {  # what is wrong: file, old, new, form
     "one mask for two elements": ("gemm", "kept(bits, 1, p.threshold)", "kept(bits, 0, p.threshold)", "MASKED"),
     "the mask is ignored": ("gemm", "      mask(tile);\n", "", "MASKED"),
     "the mask also hits the main pair": (
-        "gemm", "mask(tile);\n      main_pair<false>(false, inner);", "main_pair<false>(false, inner);\n mask(tile);",
+        "gemm", "mask(tile);\n      finish(main_pair<false>(false, inner));",
+        "finish(main_pair<false>(false, inner)); mask(tile);",
         "MASKED",
     ),
     "registers change while a product reads them": ("gemm", "left[step % 2]", "left[0]", "SCALED"),
