@@ -110,9 +110,15 @@ def enter(contender: str) -> None:
 
 
 def prepare(method: str, layer: Layer) -> None:
-    """Compile what a job's Triton contender launches, into the cache that all processes share."""
-    with suppress(Exception):  # told by the job itself
-        model = build("triton", method, linear_for(layer, DTYPES[TIMED], DEVICE), layer.r)
+    """Compile what a job's contenders launch of Triton's, into the cache that all processes share."""
+    for backend in ("triton", "cuda") if cuda_takes(method, layer) else ("triton",):
+        with suppress(Exception):  # told by the job itself
+            compile_for(backend, method, layer)
+
+
+def compile_for(backend: str, method: str, layer: Layer) -> None:
+    with dispatch.forcing(backend):
+        model = build(backend, method, linear_for(layer, DTYPES[TIMED], DEVICE), layer.r)
         x, dy = (torch.randn(layer.M, n, device=DEVICE, dtype=DTYPES[TIMED]) for n in (layer.K, layer.N))
         steps([model], [x.requires_grad_()], [dy])["both"](0)
 
@@ -243,8 +249,8 @@ def speed(table: Table, workers, deadline: float, measured: Path) -> list[str]:
             if step == "both" and graph == "no" and {"triton", "eager"} <= times.keys():
                 compare(method, layer, times, ratios)
                 worth = lambda key, v: v < 1 if "cuda" in key else v > 1  # noqa: E731
-                found = {key: round(statistics.median(of), 3) for key, of in ratios.items()}
-                measured.write_text(json.dumps({k: v for k, v in found.items() if worth(k, v)}, indent=1) + "\n")
+                known = {key: round(statistics.median(of), 3) for key, of in ratios.items()}
+                measured.write_text(json.dumps({k: v for k, v in known.items() if worth(k, v)}, indent=1) + "\n")
     return left
 
 
@@ -304,7 +310,11 @@ def main() -> int:
             if stage == "correctness":
                 proof = Table(args.out / "correctness.csv", correctness.COLUMNS)
                 left += correctness.prove(proof, workers, deadline)
-                if not INTERPRETING and correctness.proven(proof.rows):
+                missing = correctness.unproven(proof.rows)
+                print(
+                    f"csrc/ is proven: {'no, ' + missing[0] if missing else 'yes'} ({len(missing)} missing)", flush=True
+                )
+                if not missing:
                     record = {"sm_{}{}".format(*launch.arch_of(torch.device(DEVICE, 0))): extension.fingerprint()}
                     (args.out / extension.PROVEN).write_text(json.dumps(record) + "\n")
             elif stage == "gemm":

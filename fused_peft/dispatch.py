@@ -188,7 +188,7 @@ def devices(name: str) -> str:
 def set_backend(name: str | None) -> None:
     """Prefer one backend for every call, or None for the default order. FUSED_PEFT_BACKEND sets it at import.
 
-    A backend that cannot compute a call is explained and replaced by eager, or raises in strict mode.
+    A call it cannot compute is explained and goes to those after it in the default order, or raises in strict mode.
     Raises ValueError for an unknown name.
     """
     global _forced
@@ -227,7 +227,9 @@ def set_strict(strict: bool) -> None:
 def choose(problem: Problem) -> Choice:
     """The first backend that can compute the problem, less those that eager is measured to beat. Strict mode ignores
     those measurements, and raises StrictError where only eager, or not the backend asked for, is left."""
-    names = [_forced] if _forced else _priority.get(problem.device, [])
+    names = _priority.get(problem.device, [])
+    if _forced:
+        names = [_forced, *names[names.index(_forced) + 1 :]] if _forced in names else [_forced]
     refusals = []
     for name in [*names, "eager"]:
         backend = _backends[name]
@@ -238,7 +240,7 @@ def choose(problem: Problem) -> Choice:
             break
         refusals.append((name, reasons))
     choice = Choice(_backends[name], tuple(refusals))
-    if reasons or (_strict and refusals and name == "eager"):
+    if reasons or (_strict and refusals and (name == "eager" or _forced)):
         raise StrictError(f"no preferred backend can compute {problem}: {choice.why()}")
     return choice
 

@@ -13,9 +13,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
@@ -24,12 +25,13 @@ from pathlib import Path
 import torch
 
 from . import source_dir
+from .kernels.configs import CUDA_TILES
 
 KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # enum Kind of csrc/gemm.cuh
-TILES = ((128, 256), (256, 128), (128, 192))
 INNER = (16, 64)  # the most r of an INLINE plan; the second accumulator of 256 x 128 and 64 would spill
 ARCH = "-gencode=arch=compute_90a,code=sm_90a"
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")  # an assert in device code is a call, and ptxas then serialises every wgmma
+EMULATED = ("-O2", "-std=c++17", "-DFUSED_PEFT_EMULATE")
 FENCES = 7  # at a cluster's start and end, and around INLINE's flag; none belongs into a loop
 PROVEN = "proven.json"  # {architecture: hash of the sources whose correctness run passed there}
 
@@ -63,9 +65,16 @@ FORMS = [("LATE", across, 0) for across in (False, True)] + [("SCALED", across, 
 FORMS += [("MASKED", True, 0), *(("INLINE", False, inner) for inner in INNER)]
 PLANS = [
     Plan(dtype, *tile, across, form, inner)
-    for dtype, tile, (form, across, inner) in product(("bf16", "fp16"), TILES, FORMS)
+    for dtype, tile, (form, across, inner) in product(("bf16", "fp16"), CUDA_TILES, FORMS)
     if (tile, inner) != ((256, 128), 64)
 ]
+
+
+@cache
+def tile_for(BM: int, BN: int, inner: int) -> tuple[int, int]:
+    """The tile itself, or the first of all where no plan of that tile and ``inner`` is compiled."""
+    compiled = {(p.BM, p.BN, p.inner) for p in PLANS}
+    return (BM, BN) if (BM, BN, inner) in compiled else CUDA_TILES[0]
 
 
 class _Struct(ctypes.Structure):
@@ -110,8 +119,8 @@ class BuildError(RuntimeError):
 
 @cache
 def fingerprint() -> str:
-    """A hash of csrc/'s sources and of the plans."""
-    digest = hashlib.sha256("".join(plan.source for plan in PLANS).encode())
+    """A hash of what is compiled for a GPU: csrc/'s sources, the plans, the compiler's flags."""
+    digest = hashlib.sha256("".join((*(plan.source for plan in PLANS), *FLAGS, ARCH)).encode())
     for file in sorted(source_dir("csrc").glob("*.cuh")):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
@@ -139,21 +148,37 @@ def toolkit() -> Path:
     return Path(top.group(1).strip() if top else Path(nvcc()).parent / "..").resolve()
 
 
+def _path() -> str:
+    """The PATH, this Python's own commands first: ninja may be in an environment that is not activated."""
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+
+
 def _folder(emulated: bool) -> Path:
     """Where the library of these sources is, or will be, built."""
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "torch_extensions"
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache_home)
-    return root / f"fused_peft_{fingerprint()}_{'emulated' if emulated else f'cu{torch.version.cuda}'}"
+    kind = f"cu{torch.version.cuda}"
+    if emulated:
+        also = (source_dir("csrc") / "emulator.h").read_bytes() + " ".join(EMULATED).encode()
+        kind = f"emulated_{hashlib.sha256(also).hexdigest()[:8]}"
+    return root / f"fused_peft_{fingerprint()}_{kind}"
+
+
+def _built(folder: Path) -> Path | None:
+    """The finished library there."""
+    return next(iter(folder.glob("*.so")), None) if (folder / "built").exists() else None
 
 
 def failure(emulated: bool = False) -> str | None:
-    """Why the library cannot be built or loaded here; None while nothing is known against it."""
-    if (_folder(emulated) / "built").exists():
+    """Why the library cannot be built here; None while nothing is known against it."""
+    folder = _folder(emulated)
+    if _built(folder):
         return None
-    noted = _folder(emulated) / "failed.txt"
+    noted = folder / "failed.txt"
     if noted.exists():
-        return f"csrc/ failed to compile: {noted.read_text().splitlines()[0]} (delete {noted} to try again)"
-    missing = [] if shutil.which("ninja") else ["ninja is not installed (pip install ninja)"]
+        first = (noted.read_text().splitlines() or ["no reason is noted"])[0]
+        return f"csrc/ failed to compile: {first} (delete {noted} to try again)"
+    missing = [] if shutil.which("ninja", path=_path()) else ["ninja is not installed (pip install ninja)"]
     if emulated and not shutil.which("g++"):
         missing.append("g++ is not on the PATH")
     if not emulated and not nvcc():
@@ -174,25 +199,35 @@ def library(emulated: bool = False) -> ctypes.CDLL:
     Raises BuildError; the failure is noted on disk where that can be, and ``failure`` returns it from then on.
     """
     folder = _folder(emulated)
-    if not (folder / "built").exists():
-        if known := failure(emulated):
-            raise BuildError(known)
-        try:
-            with _alone(folder):
-                if not (folder / "built").exists():
-                    _build(folder, emulated)
-                    (folder / "built").touch()
-        except Exception as e:  # whatever compilers, loaders and file systems raise
-            told = str(e).splitlines()
-            first = next((line for line in told if re.search(r"error:|fatal", line)), told[0] if told else repr(e))
-            with suppress(OSError):
-                (folder / "failed.txt").write_text(f"{first}\n{e}")
-            raise BuildError(failure(emulated) or f"csrc/ failed to compile: {first}") from e
-    loaded = ctypes.CDLL(str(max(folder.glob("*.so"))))
+    if not _built(folder):
+        with _alone(folder):
+            if known := failure(emulated):  # perhaps of a process that was here first
+                raise BuildError(known)
+            if not _built(folder):
+                _attempt(folder, emulated)
+    try:
+        loaded = ctypes.CDLL(str(_built(folder)))
+    except OSError as e:
+        raise BuildError(f"csrc/ is built but does not load: {e} (delete {folder} to build it anew)") from e
     sizes = [loaded.fused_peft_sizes(which) for which in (0, 1)]
     if sizes != [ctypes.sizeof(Call), ctypes.sizeof(Cast)]:
         raise BuildError(f"csrc/ and fused_peft/extension.py disagree on {sizes} bytes of arguments")
     return loaded
+
+
+def _attempt(folder: Path, emulated: bool) -> None:
+    """Build, and note that it is built, or why not."""
+    try:
+        _build(folder, emulated)
+        (folder / "built").touch()
+        if not _built(folder):
+            raise RuntimeError("error: the build left no library")
+    except Exception as e:  # whatever compilers and file systems raise
+        told = str(e).splitlines()
+        first = next((line for line in told if re.search(r"error:|fatal", line)), told[0] if told else repr(e))
+        with suppress(OSError):
+            (folder / "failed.txt").write_text(f"{first}\n{e}")
+        raise BuildError(failure(emulated) or f"csrc/ failed to compile: {first}") from e
 
 
 @contextmanager
@@ -200,32 +235,38 @@ def _alone(folder: Path) -> Iterator[None]:
     """One process at a time. What a killed process left is no obstacle, as torch's own lock would be."""
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "building").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        (folder / "lock").unlink(missing_ok=True)
+    with ExitStack() as stack:
+        with suppress(OSError):  # the build reports a folder that cannot be written; not every file system can lock
+            folder.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context((folder / "building").open("w")), fcntl.LOCK_EX)
+            (folder / "lock").unlink(missing_ok=True)
         yield
 
 
 def _build(folder: Path, emulated: bool) -> None:
     from torch.utils import cpp_extension
 
-    suffix, csrc = ("cpp" if emulated else "cu"), str(source_dir("csrc"))
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = "cpp" if emulated else "cu"
     sources = [_write(folder / f"{plan.name}.{suffix}", plan.source) for plan in PLANS]
     sources.append(_write(folder / f"cast.{suffix}", '#include "cast.cuh"\n'))
     if not emulated and cpp_extension.CUDA_HOME is None:
         cpp_extension.CUDA_HOME = str(toolkit())
-    cpp_extension.load(
-        f"fused_peft_{fingerprint()}",
-        sources,
-        extra_cflags=["-O2", "-std=c++17", "-DFUSED_PEFT_EMULATE"] if emulated else [],
-        extra_cuda_cflags=[*FLAGS, ARCH],
-        extra_ldflags=["-Wl,--as-needed"],
-        extra_include_paths=[csrc],
-        build_directory=str(folder),
-        with_cuda=not emulated,
-        is_python_module=False,
-    )
+    before, os.environ["PATH"] = os.environ.get("PATH", ""), _path()
+    try:
+        cpp_extension.load(
+            f"fused_peft_{fingerprint()}",
+            sources,
+            extra_cflags=list(EMULATED) if emulated else [],
+            extra_cuda_cflags=[*FLAGS, ARCH],
+            extra_ldflags=["-Wl,--as-needed"],
+            extra_include_paths=[str(source_dir("csrc"))],
+            build_directory=str(folder),
+            with_cuda=not emulated,
+            is_python_module=False,
+        )
+    finally:
+        os.environ["PATH"] = before
 
 
 @cache

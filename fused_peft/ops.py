@@ -351,7 +351,7 @@ def _linear_backward_op(
 ) -> list[Tensor]:
     o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard)
     # x and c need not be kept; dy stands in for what a Problem reads of them
-    backend = backend_for(o._replace(x=dy if x is None else x, c=dy))
+    backend = backend_for(o._replace(x=dy if x is None else x, c=dy if w is None or need[2] else None))
     grads = backend.backward(dy, o, T, z, tuple(need))
     # a functional op's results share no memory, and a backend may return parts of one buffer
     return [g.contiguous() if g.untyped_storage().nbytes() == g.nbytes else g.clone() for g in grads if g is not None]

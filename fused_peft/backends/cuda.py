@@ -135,22 +135,32 @@ class Cuda(base.Triton):
     overlaps = True
 
     def available(self) -> list[str]:
-        k = base._missing() or base._kernels()
-        if isinstance(k, str):
-            return [k]
-        if not torch.cuda.is_available() and not k.launch.interpreting():
-            return ["no CUDA device is available"]
-        if torch.cuda.is_available() and not any(
-            torch.cuda.get_device_capability(i) == (9, 0) for i in range(torch.cuda.device_count())
-        ):
-            return ["no GPU here is an sm_90 (H100, H200), which the kernel is written for"]
-        known = extension.failure(not torch.cuda.is_available())
-        return [known] if known else []
+        found, gpus = super().available(), range(torch.cuda.device_count()) if torch.cuda.is_available() else None
+        if not found and gpus is not None and not any(torch.cuda.get_device_capability(i) == (9, 0) for i in gpus):
+            found = ["no GPU here is an sm_90 (H100, H200), which the kernel is written for"]
+        if not found and (known := extension.failure(gpus is None)):
+            found = [known]
+        return found
+
+    def slower(self, problem: Problem) -> str | None:
+        return None  # that it is faster than both others is among the reasons
 
     def reasons(self, problem: Problem) -> list[str]:
         found = super().reasons(problem)
         if problem.arch not in ((9, 0), None):
             found.append(f"sm_{problem.arch[0]}{problem.arch[1]} is not sm_90, which the kernel is written for")
+        if "w" in problem.present or "c" in problem.present:  # else a norm of rows, which is Triton's
+            found += self._unfit(problem)
+        if dispatch.forced() != self.name:
+            found += self._unproven(problem)
+        if not found and (broken := _broken(problem.device != "cuda")):
+            found.append(broken)
+        return found
+
+    @staticmethod
+    def _unfit(problem: Problem) -> list[str]:
+        """Why csrc/ cannot compute the call's forward GEMM."""
+        found = []
         if problem.dtype not in HALF:
             found.append(f"{problem.dtype} is not bfloat16 or float16")
         if problem.hadamard or problem.drop_base or "c" in problem.present:
@@ -160,10 +170,6 @@ class Cuda(base.Triton):
             found.append(f"{shape} is below {LEAST} somewhere, or its rows are not whole 16 bytes")
         if problem.r % 8:
             found.append(f"r={problem.r} is not a multiple of 8, so that S's rows are not whole 16 bytes")
-        if dispatch.forced() != self.name:
-            found += self._unproven(problem)
-        if not found and (broken := _broken(problem.device != "cuda")):
-            found.append(broken)
         return found
 
     @staticmethod
@@ -175,8 +181,9 @@ class Cuda(base.Triton):
 
     def standing(self) -> str:
         """Whether it runs without being asked for, in words."""
-        here = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-        return "where measured fastest" if extension.proven(here) else "off: not verified on this architecture"
+        if not torch.cuda.is_available() or extension.proven(torch.cuda.get_device_capability()):
+            return "where verified and measured fastest"
+        return "off: not verified on this architecture"
 
     def factor(self, B: Tensor, scale: float, x: Tensor) -> tuple[Tensor, float]:
         """The GEMM reads rows of x's dtype, the scale in them; what it cannot read anyway stays as it is."""
@@ -210,8 +217,7 @@ class Cuda(base.Triton):
         inner = 0
         if inline:
             inner = min(n for n in extension.INNER if n >= R)
-            if (config.BM, inner) == (256, 64):
-                config = k.configs.replace(config, BM=128, BN=256)
+        BM, BN = extension.tile_for(config.BM, config.BN, inner)
         A = B = S = T = None
         if inline:
             B, A = _cast(x, (update.B, update.scale), (update.A, 1.0))
@@ -226,7 +232,7 @@ class Cuda(base.Triton):
             "x": x, "w": w.t() if across else w, "s": S, "b": B, "a": A, "t": T, "d_in": d_in, "d_out": d_out,
             "bias": bias, "seed": mask.seed if masked else None, "y": y, "z": z, "M": M, "N": N, "K": K, "R": R,
             "threshold": mask.threshold if masked else 0, "bias_inside": bias_inside, "across": across, "form": form,
-            "inner": inner, "overlap": S is not None, "BM": config.BM, "BN": config.BN, "group": config.group,
+            "inner": inner, "overlap": S is not None, "BM": BM, "BN": BN, "group": config.group,
             "cluster": config.cluster,
         }  # fmt: skip
         processors = k.launch.processors(x.device) if x.is_cuda else EMULATOR["processors"]
