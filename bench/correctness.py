@@ -225,7 +225,7 @@ EXTRAS = {"dropout mask": masks, "CUDA graph": replayed}
 
 
 def planned(plan: Plan) -> list[dict]:
-    """A plan of csrc/'s GEMM with every cluster, at edges and on many tiles a block: against fp64, and twice the same."""
+    """A plan of csrc/'s GEMM with every cluster, at edges and on many tiles a block: against fp64, twice the same."""
     rows, R = [], plan.inner or 24
     small = (2 * plan.BM + 72, plan.BN + 40, 328, R)
     shapes = (small,) if INTERPRETING else (small, (20 * plan.BM + 8, 21 * plan.BN + 8, 1032, R))

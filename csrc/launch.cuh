@@ -134,7 +134,15 @@ Status start(const Call& c) {
   config.stream = static_cast<cudaStream_t>(c.stream);
   config.attrs = attributes;
   config.numAttrs = 2;
-  return said(cudaLaunchKernelEx(&config, gemm<P>, static_cast<const Parameters>(p)));
+  error = cudaLaunchKernelEx(&config, gemm<P>, static_cast<const Parameters>(p));
+  if (error == cudaErrorCooperativeLaunchTooLarge) {  // part of the GPU is not ours: as many blocks as it can hold
+    int clusters = 0;
+    said(error);
+    error = cudaOccupancyMaxActiveClusters(&clusters, gemm<P>, &config);
+    config.gridDim = dim3(static_cast<unsigned>(clusters * p.schedule.size()));
+    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, gemm<P>, static_cast<const Parameters>(p));
+  }
+  return said(error);
 }
 #endif
 

@@ -78,8 +78,13 @@ def tile_for(BM: int, BN: int, inner: int) -> tuple[int, int]:
 
 
 class _Struct(ctypes.Structure):
+    """Fields by name; a tensor stands for its address, what is left out for null or zero."""
+
     def __init__(self, **fields):
-        super().__init__(**{k: v.data_ptr() if isinstance(v, torch.Tensor) else v for k, v in fields.items()})
+        super().__init__()
+        for name, value in fields.items():
+            if value is not None:
+                setattr(self, name, value.data_ptr() if isinstance(value, torch.Tensor) else value)
 
 
 def _fields(**kinds: str) -> list[tuple[str, type]]:

@@ -14,6 +14,7 @@ import torch
 
 from fused_peft.backends import triton as backend
 from fused_peft.dispatch import Problem
+from fused_peft.extension import PLANS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
@@ -176,7 +177,8 @@ def test_what_proves_the_cuda_backend(monkeypatch):
     assert correctness.unproven(rows) == []
     others = [{**rows[0], "backend": "triton", "ok": "false"}]
     assert correctness.unproven(rows + others) == []
-    for i in (0, len(rows) // 2, len(rows) - 1):
+    some = [next(i for i, r in enumerate(rows) if r["case"] == case) for case in ("CUDA graph", PLANS[5].name, "lora")]
+    for i in (*some, len(rows) - 1):
         for ok in ("false", "skipped", "refused"):
             assert correctness.unproven([*rows[:i], {**rows[i], "ok": ok}, *rows[i + 1 :]]), rows[i]
     assert len(correctness.unproven([{**r, "ok": "refused"} for r in rows])) > 100
