@@ -148,12 +148,23 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
                 raise FileExistsError(f"path={str(path)!r} is an existing file; give a folder")
             path.mkdir(parents=True, exist_ok=True)
             aside = path / f".{WEIGHTS_NAME}.{os.getpid()}"
-            save_file({k: t.clone() for k, t in tensors.items()}, aside, metadata={"format": "pt"})
+            save_file(_apart(tensors), aside, metadata={"format": "pt"})
             os.replace(aside, path / WEIGHTS_NAME)
             write_config(state.config, path)
     finally:
         if together:
             torch.distributed.barrier()  # nobody reads the files before they are there
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with memory of their own, as safetensors wants them; copied where they share it."""
+    found, seen = {}, set()
+    for key, t in tensors.items():
+        memory = t.untyped_storage()
+        alone = memory.data_ptr() not in seen and memory.nbytes() == t.nbytes
+        seen.add(memory.data_ptr())
+        found[key] = t if alone else t.clone()
+    return found
 
 
 def write_config(config: PeftConfig, path: Path) -> None:

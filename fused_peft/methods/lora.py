@@ -92,7 +92,7 @@ def init_from_weight(W, bias, config, new):
         A, B = R[:r], Q[:, :r]
     else:
         niter = int(how.rpartition("_")[2]) if how.startswith("pissa_niter") else None
-        U, S, Vh = decomposed(W, new, rank=r if niter is not None else None, niter=niter)
+        U, S, Vh = decomposed(W, new, rank=None if how == "milora" else r, niter=niter)
         part = slice(-r, None) if how == "milora" else slice(r)
         root = (S[part] / s).sqrt()
         A, B = root[:, None] * Vh[part], U[:, part] * root

@@ -23,8 +23,8 @@ class LoraXsConfig(LowRankConfig):
 def init(W, bias, config, new):
     r = config.r
     rank_fits(r, W)
-    U, S, Vh = decomposed(W, new)
-    return Init({"lora_R": new(r, r).zero_()}, {"frozen_A": Vh[:r].contiguous(), "frozen_B": U[:, :r] * S[:r]})
+    U, S, Vh = decomposed(W, new, rank=r)
+    return Init({"lora_R": new(r, r).zero_()}, {"frozen_A": Vh.contiguous(), "frozen_B": U * S})
 
 
 LORA_XS = Method(

@@ -29,9 +29,9 @@ class SpectralAdapterConfig(LowRankConfig):
 def init(W, bias, config, new):
     r = config.r
     rank_fits(r, W)
-    U, S, Vh = decomposed(W, new)
+    U, S, Vh = decomposed(W, new, rank=r)
     params = {"lora_A": new(W.shape[0], r).zero_(), "lora_B": new(r, W.shape[1]).zero_()}
-    return Init(params, {"top_U": U[:, :r].contiguous(), "top_S": S[:r].contiguous(), "top_Vh": Vh[:r].contiguous()})
+    return Init(params, {"top_U": U.contiguous(), "top_S": S.contiguous(), "top_Vh": Vh.contiguous()})
 
 
 def factors(layer):
