@@ -56,7 +56,7 @@ demo: $(VENV)/demo
 	$(BIN)/python bench/demo.py $(if $(METHODS),--methods $(METHODS))
 
 bench: $(VENV)/dev
-	$(BIN)/python bench/cpu.py --out bench/results/cpu/layers.csv
+	$(BIN)/python -m pytest bench/bench_layers.py --benchmark-columns=median --csv bench/results/cpu/layers.csv
 	$(BIN)/python bench/overhead.py --out bench/results/cpu/overhead.csv
 	$(BIN)/python bench/mpc.py --out bench/results/cpu/mpc.csv
 	OMP_NUM_THREADS=1 $(BIN)/python bench/accelerated.py --out bench/results/cpu/accelerated.csv

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +19,7 @@ import demo
 import peft
 import tables
 import torch
-from cpu import KEEP_MEMORY
+from clock import environment, keep_memory, relative, spread
 from torch import nn
 
 import fused_peft as fp
@@ -73,10 +71,11 @@ def measure(rounds: int, names: tuple[str, ...] = tuple(METHODS), models=MODELS)
                     optimizers[kind].zero_grad()
                     if i >= 2:
                         seconds[kind].append(time.perf_counter() - started)
-            ratio = statistics.median(a / b for a, b in zip(seconds["accelerated"], seconds["stock"], strict=True))
-            per_second = {k: f"{1 / statistics.median(s):.2f}" for k, s in seconds.items()}
-            row = {"model": of, "method": name, **per_second, "time_ratio_p50": f"{ratio:.3f}"}
-            rows.append({**row, "threads": torch.get_num_threads(), "torch": torch.__version__})
+            rates = {}
+            for kind, each in seconds.items():
+                rates |= spread(f"{kind}_per_second", [1 / s for s in each], 2)
+            ratio = spread("time_ratio", relative(seconds, "accelerated", "stock"))
+            rows.append({"model": of, "method": name, **rates, **ratio, **environment()})
             print(*rows[-1].values(), sep="\t", flush=True)
     return rows
 
@@ -90,6 +89,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not KEEP_MEMORY.items() <= os.environ.items():  # read by the C library at start-up only
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    keep_memory(sys.argv)
     main()

@@ -1,14 +1,16 @@
-"""One training step of a single linear layer, as every contender computes it: the frozen layer, HF PEFT and ours."""
+"""What one linear layer is compared with: the frozen layer, HF PEFT's, and the same method written out in PyTorch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fused_peft as fp
+from fused_peft.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -24,56 +26,36 @@ class Shape:
         return f"{self.M}x{self.K}x{self.N} r={self.r}"
 
 
-CPU_SHAPES = (Shape(2048, 2048, 2048, 16), Shape(2048, 768, 3072, 8))
-TINY = Shape(4, 16, 16, 2)
+def our_configs(r: int) -> dict[str, fp.methods.PeftConfig]:
+    """A config of every method, and of the variants that take another path."""
+    found = {name: method.example(r) for name, method in METHODS.items()}
+    found["lora+dropout"] = replace(found["lora"], lora_dropout=0.1)
+    found["dora+dropout"] = replace(found["dora"], lora_dropout=0.1)
+    found["ia3 (input)"] = fp.IA3Config(feedforward_modules=".*")
+    return dict(sorted(found.items()))
 
 
-def _ours(config: Callable[[Shape], fp.methods.PeftConfig]):
-    def build(linear: nn.Linear, shape: Shape) -> nn.Module:
-        return fp.PeftLinear.from_linear(linear, config(shape), adapter_dtype=linear.weight.dtype)
+def peft_configs(r: int) -> dict:
+    """HF PEFT's config of the methods that it has, for a model whose only layer is named "0"."""
+    import peft
 
-    return build
-
-
-def _peft(config: Callable[[Shape], object]):
-    def build(linear: nn.Linear, shape: Shape) -> nn.Module:
-        import peft
-
-        model = peft.get_peft_model(nn.Sequential(linear), config(shape), autocast_adapter_dtype=False)
-        return model.base_model.model[0]
-
-    return build
-
-
-def _peft_config(kind: str, **kwargs):
-    def make(shape: Shape):
-        import peft
-
-        rank = {"r": shape.r, "lora_alpha": 2 * shape.r} if kind == "LoraConfig" else {}
-        return getattr(peft, kind)(target_modules=["0"], **rank, **kwargs)
-
-    return make
-
-
-# pair -> (ours, the peer it is held against, or None where HF PEFT lacks the method)
-PAIRS = {
-    "lora": (
-        _ours(lambda s: fp.LoraConfig(r=s.r, lora_alpha=2 * s.r)),
-        _peft(_peft_config("LoraConfig")),
-    ),
-    "lora_dropout": (
-        _ours(lambda s: fp.LoraConfig(r=s.r, lora_alpha=2 * s.r, lora_dropout=0.1)),
-        _peft(_peft_config("LoraConfig", lora_dropout=0.1)),
-    ),
-    "ia3": (_ours(lambda s: fp.IA3Config()), _peft(_peft_config("IA3Config", feedforward_modules=[]))),
-    "ia3_feedforward": (
-        _ours(lambda s: fp.IA3Config(feedforward_modules=".*")),
-        _peft(_peft_config("IA3Config", feedforward_modules=["0"])),
-    ),
-    "ssl": (_ours(lambda s: fp.SSLConfig()), None),
-    "ssb": (_ours(lambda s: fp.SSBConfig()), None),
-    "bitfit": (_ours(lambda s: fp.BitFitConfig()), None),
-}
+    lora = {"r": r, "lora_alpha": 2 * r, "target_modules": ["0"]}
+    return {
+        "lora": peft.LoraConfig(**lora),
+        "lora+dropout": peft.LoraConfig(**lora, lora_dropout=0.1),
+        "dora": peft.LoraConfig(**lora, use_dora=True),
+        "dora+dropout": peft.LoraConfig(**lora, use_dora=True, lora_dropout=0.1),
+        "pissa": peft.LoraConfig(**lora, init_lora_weights="pissa_niter_2"),
+        "olora": peft.LoraConfig(**lora, init_lora_weights="olora"),
+        "adalora": peft.AdaLoraConfig(
+            init_r=r, target_r=r, lora_alpha=2 * r, total_step=100, target_modules=["0"]
+        ),
+        "ia3": peft.IA3Config(feedforward_modules=[], target_modules=["0"]),
+        "ia3 (input)": peft.IA3Config(feedforward_modules=["0"], target_modules=["0"]),
+        "vera": peft.VeraConfig(r=r, target_modules=["0"]),
+        "delora": peft.DeloraConfig(r=r, target_modules=["0"]),
+        "liera": peft.HiraConfig(r=r, target_modules=["0"]),
+    }  # fmt: skip
 
 
 def linear_for(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> nn.Linear:
@@ -81,24 +63,72 @@ def linear_for(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> nn.Line
     return nn.Linear(shape.K, shape.N, device=device, dtype=dtype).requires_grad_(False)
 
 
-def step(layer: nn.Module, shape: Shape, dtype: torch.dtype, device: str = "cpu") -> Callable[[], None]:
-    """Forward and backward of one layer whose input needs a gradient, as inside a network."""
-    x = torch.randn(shape.M, shape.K, device=device, dtype=dtype, requires_grad=True)
-    dy = torch.randn(shape.M, shape.N, device=device, dtype=dtype)
+def ours(name: str, linear: nn.Linear, r: int) -> fp.PeftLinear:
+    """Adapters in the base's dtype, as every contender has them."""
+    return fp.PeftLinear.from_linear(linear, our_configs(r)[name], adapter_dtype=linear.weight.dtype)
+
+
+def peft_layer(name: str, linear: nn.Linear, r: int, **options) -> nn.Module:
+    """HF PEFT's layer around ``linear``. KeyError for a method that it lacks."""
+    import peft
+
+    return peft.get_peft_model(nn.Sequential(linear), peft_configs(r)[name], **options).base_model.model[0]
+
+
+class Written(nn.Module):
+    """A method as its authors write it: the formula in PyTorch, autograd through it, dropout drawn by PyTorch."""
+
+    def __init__(self, layer: fp.PeftLinear):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
+        weight, bias, method = layer.weight, layer.bias, layer.method
+        if method.output is not None:  # on the layer's result
+            z = F.linear(x, weight, bias)
+            return method.output(layer).to(x.dtype).expression(z, None, None, z, None)
+        if layer.forms_weight(x.shape[0]):
+            return F.linear(x, layer.formed_weight(*layer.adapter_tensors()).to(x.dtype), bias)
+        f = layer.factors().to(x.dtype)
+        keep = torch.rand_like(x) >= f.p if f.p and layer.training else None
+        return f.expression(x, None if method.replaces_weight else weight, bias, keep=keep)
+
+
+class Addmm(nn.Module):
+    """LoRA with the library's GEMM and one addmm on top."""
+
+    def __init__(self, layer: fp.PeftLinear):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        f = self.layer.factors()
+        return torch.addmm(F.linear(x, self.layer.weight, self.layer.bias), F.linear(x, f.A), f.B.t(), alpha=f.s)
+
+
+COMPILED = ("lora", "dora", "ssb")  # compiling takes longer than timing
+
+
+def layers(name: str, shape: Shape, dtype: torch.dtype, compiled: bool = False) -> dict[str, nn.Module]:
+    """{contender: its layer}: frozen, ours, HF PEFT's, written out, that compiled, LoRA with addmm."""
+    base = lambda: linear_for(shape, dtype)  # noqa: E731
+    found = {"frozen": base(), "ours": ours(name, base(), shape.r)}
+    if name in peft_configs(shape.r):
+        found["peft"] = peft_layer(name, base(), shape.r, autocast_adapter_dtype=False).train()
+    found["written"] = Written(ours(name, base(), shape.r))
+    if name == "lora":
+        found["addmm"] = Addmm(ours(name, base(), shape.r))
+    if compiled and name in COMPILED:
+        found["compiled"] = torch.compile(Written(ours(name, base(), shape.r)))
+    return found
+
+
+def step(layer: nn.Module, shape: Shape, dtype: torch.dtype, backward: bool = True) -> Callable[[], object]:
+    """Forward, and backward, of one layer whose input needs a gradient, as inside a network."""
+    x = torch.randn(shape.M, shape.K, dtype=dtype, requires_grad=True)
+    dy = torch.randn(shape.M, shape.N, dtype=dtype)
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
-
-    def run() -> None:
-        torch.autograd.grad(layer(x), wanted, dy)
-
-    return run
-
-
-def contenders(shape: Shape, dtype: torch.dtype, names=tuple(PAIRS), peers: bool = True) -> dict[str, Callable]:
-    """{name: one training step}: frozen, then ours and HF PEFT's for every pair."""
-    steps = {"frozen": step(linear_for(shape, dtype), shape, dtype)}
-    for name in names:
-        ours, peer = PAIRS[name]
-        steps[f"{name} ours"] = step(ours(linear_for(shape, dtype), shape), shape, dtype)
-        if peers and peer is not None:
-            steps[f"{name} peft"] = step(peer(linear_for(shape, dtype), shape), shape, dtype)
-    return steps
+    if backward:
+        return lambda: torch.autograd.grad(layer(x), wanted, dy)
+    return lambda: layer(x)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from cpu import quantile
+from clock import quantile
 from timing import DEVICE, INTERPRETING, Step, Table, copies_of, interleaved
 
 from fused_peft.backends.triton import _kernels

@@ -39,8 +39,8 @@ import triton
 import tune
 from baselines import Shape as Layer
 from baselines import linear_for
+from clock import quantile
 from correctness import DTYPES, config, ready, shaken
-from cpu import quantile
 from fused_peft.kernels import configs, launch
 from timing import DEVICE, GPU, GRACE, INTERPRETING, Step, Table, captured, copies_of, each, interleaved, pool
 from torch import Tensor, nn

@@ -13,41 +13,12 @@ from pathlib import Path
 
 import tables
 import torch
+from baselines import our_configs, peft_configs, peft_layer
 from torch import nn
 
 import fused_peft as fp
-from fused_peft.methods import METHODS
 
 WIDTH, TOKENS, R = 1024, 512, 16
-
-
-def peft_configs() -> dict:
-    """PEFT's config of the methods that it has."""
-    import peft
-
-    lora = {"r": R, "lora_alpha": 2 * R}
-    return {
-        "lora": peft.LoraConfig(**lora),
-        "lora+dropout": peft.LoraConfig(**lora, lora_dropout=0.1),
-        "dora": peft.LoraConfig(**lora, use_dora=True),
-        "dora+dropout": peft.LoraConfig(**lora, use_dora=True, lora_dropout=0.1),
-        "pissa": peft.LoraConfig(**lora, init_lora_weights="pissa"),
-        "olora": peft.LoraConfig(**lora, init_lora_weights="olora"),
-        "adalora": peft.AdaLoraConfig(init_r=R, target_r=R, lora_alpha=2 * R, total_step=100),
-        "ia3": peft.IA3Config(feedforward_modules=[]),
-        "ia3 (input)": peft.IA3Config(feedforward_modules=["0"]),
-        "vera": peft.VeraConfig(r=R),
-        "delora": peft.DeloraConfig(r=R),
-        "liera": peft.HiraConfig(r=R),
-    }
-
-
-def our_configs() -> dict:
-    found = {name: method.example(R) for name, method in METHODS.items()}
-    found["lora+dropout"] = fp.LoraConfig(r=R, lora_dropout=0.1)
-    found["dora+dropout"] = fp.DoraConfig(r=R, lora_dropout=0.1)
-    found["ia3 (input)"] = fp.IA3Config(feedforward_modules=".*")
-    return dict(sorted(found.items()))
 
 
 def saved(layer: nn.Module) -> float:
@@ -69,18 +40,15 @@ def saved(layer: nn.Module) -> float:
 
 
 def rows() -> list[dict[str, str]]:
-    import peft
-
-    theirs, out = peft_configs(), []
-    for name, config in our_configs().items():
+    theirs, out = peft_configs(R), []
+    for name, config in our_configs(R).items():
         torch.manual_seed(0)
         linear = nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)
         ours = saved(fp.PeftLinear.from_linear(linear, config))
         row = {"method": name, "ours": f"{ours:.3f}", "HF PEFT": ""}
         if name in theirs:
-            theirs[name].target_modules = {"0"}
-            model = peft.get_peft_model(nn.Sequential(nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16)), theirs[name])
-            row["HF PEFT"] = f"{saved(model.base_model.model[0].train()):.3f}"
+            peer = peft_layer(name, nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16), R)
+            row["HF PEFT"] = f"{saved(peer.train()):.3f}"
         out.append(row)
     return out
 

@@ -16,9 +16,11 @@ from pathlib import Path
 import tables
 import torch
 import torch.nn.functional as F
-from baselines import PAIRS, TINY, linear_for
+from baselines import Shape, linear_for, ours, peft_layer
 
 from fused_peft import ops
+
+TINY = Shape(4, 16, 16, 2)
 
 
 def cases() -> dict:
@@ -26,8 +28,9 @@ def cases() -> dict:
     linear = linear_for(TINY, torch.float32)
     w, b = linear.weight, linear.bias
     trained = w.clone().requires_grad_()
-    ours, peer = (build(linear_for(TINY, torch.float32), TINY) for build in PAIRS["lora"])
-    f = ours.factors()
+    mine = ours("lora", linear_for(TINY, torch.float32), TINY.r)
+    peer = peft_layer("lora", linear_for(TINY, torch.float32), TINY.r)
+    f = mine.factors()
     A, B = f.A.detach(), f.B.detach()
     x = torch.randn(TINY.M, TINY.K, requires_grad=True)
     plain = x.detach()
@@ -60,9 +63,9 @@ def cases() -> dict:
         "fused forward": fused,
         "fused forward + backward": lambda: fused().backward(dy),
         "nn.Linear layer forward": lambda: linear(x),
-        "PeftLinear layer forward": lambda: ours(x),
+        "PeftLinear layer forward": lambda: mine(x),
         "HF PEFT layer forward": lambda: peer(x),
-        "PeftLinear layer forward + backward": lambda: ours(x).backward(dy),
+        "PeftLinear layer forward + backward": lambda: mine(x).backward(dy),
         "HF PEFT layer forward + backward": lambda: peer(x).backward(dy),
     }
 

@@ -28,18 +28,18 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
 
 
 def cpu_layers() -> str:
-    """One line a method, one column a shape and dtype: ratio to the frozen layer, HF PEFT's behind it."""
-    measured = rows("cpu/layers.csv")
+    """One line a method, one column a shape and dtype: forward + backward as a ratio to the frozen layer, HF PEFT's
+    behind it."""
+    measured = [r for r in rows("cpu/layers.csv") if r["step"] == "forward + backward"]
     columns = list(dict.fromkeys((r["shape"], r["dtype"]) for r in measured))
-    by = {(r["shape"], r["dtype"], r["step"]): r["ratio_p50"] for r in measured}
-    methods = [s.removesuffix(" ours") for s in dict.fromkeys(r["step"] for r in measured) if s.endswith(" ours")]
+    by = {(r["shape"], r["dtype"], r["method"], r["contender"]): f"{float(r['ratio_p50']):.2f}" for r in measured}
 
     def cell(method, column):
-        peer = by.get((*column, f"{method} peft"))
-        return by[(*column, f"{method} ours")] + (f" ({peer})" if peer else "")
+        mine, peer = (by.get((*column, method, who)) for who in ("ours", "peft"))
+        return (mine or "") + (f" ({peer})" if peer else "")
 
     header = ["forward + backward", *(f"{shape} {dtype}" for shape, dtype in columns)]
-    return markdown(header, [[m, *(cell(m, c) for c in columns)] for m in methods])
+    return markdown(header, [[m, *(cell(m, c) for c in columns)] for m in dict.fromkeys(r["method"] for r in measured)])
 
 
 def overhead() -> str:
@@ -74,7 +74,7 @@ def estimate() -> str:
 def accelerated() -> str:
     found = rows("cpu/accelerated.csv")
     header = ["training steps per second", "HF PEFT", "accelerated", "time, accelerated / HF PEFT"]
-    columns = ("stock", "accelerated", "time_ratio_p50")
+    columns = ("stock_per_second_p50", "accelerated_per_second_p50", "time_ratio_p50")
     return markdown(header, [[f"{r['model']} {r['method']}", *(r[c] for c in columns)] for r in found])
 
 

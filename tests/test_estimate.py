@@ -225,7 +225,7 @@ def test_the_committed_table_of_one_layer():
     committed = {r["method"]: r for r in csv.DictReader((BENCH / "results/cpu/saved_bytes.csv").open())}
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(memory.WIDTH, memory.WIDTH, dtype=torch.bfloat16))
-    for name, config in memory.our_configs().items():
+    for name, config in memory.our_configs(memory.R).items():
         config.target_modules = ["0"]
         found = fp.estimate(model, config, memory.TOKENS, device="cpu")
         assert f"{found.beyond_x / (memory.TOKENS * memory.WIDTH * 2):.3f}" == committed[name]["ours"]

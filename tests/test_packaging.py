@@ -88,7 +88,14 @@ def test_sdist_is_complete(dist):
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {n.partition("/")[2] for n in archive.getnames()}
-    for name in ("Makefile", "kernels/dropout.py", "csrc/gemm.cuh", "tests/paper.py", "bench/cpu.py", "README.md"):
+    for name in (
+        "Makefile",
+        "kernels/dropout.py",
+        "csrc/gemm.cuh",
+        "tests/paper.py",
+        "bench/bench_layers.py",
+        "README.md",
+    ):
         assert name in names
 
 
