@@ -445,7 +445,8 @@ def test_a_library_that_is_gone_or_does_not_load(workshop):
     forgetful = type(cpp_extension.JIT_EXTENSION_VERSIONER)()  # as in another process
     workshop.monkeypatch.setattr(cpp_extension, "JIT_EXTENSION_VERSIONER", forgetful)
     extension.library(True)  # built anew
-    file.unlink()  # a file of that name is loaded already, and would be found so
+    for built in file.parent.glob("*.so"):  # files of their names are loaded already, and would be found so
+        built.unlink()
     file.with_name("other.so").write_bytes(b"of another machine")
     extension.library.cache_clear()
     with pytest.raises(extension.BuildError, match="built but does not load"):
