@@ -10,6 +10,7 @@ all, as multiples of the frozen layer's time in the same round. Nothing is timed
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ METHODS = tuple(our_configs(8))
 CASES = [(name, WIDE) for name in METHODS] + [(name, SQUARE) for name in MAIN]
 
 
+@cache
 def right(name: str, dtype: torch.dtype) -> None:
     """Raises AssertionError where a method is wrong, not merely rounded otherwise: a wrong result has no speed."""
     found = verify.measure(our_configs(8)[name], dtype, shape=(64, 96, 80), draws=2)
@@ -46,7 +48,7 @@ def test_layer(benchmark, measured, request, name, shape, dtype, what):
     found = layers(name, shape, DTYPES[dtype], compiled)
     steps = {who: step(layer, shape, DTYPES[dtype], what != "forward") for who, layer in found.items()}
     seconds: dict[str, list[float]] = {who: [] for who in steps}
-    for run in (*steps.values(), *steps.values()):
+    for run in steps.values():
         run()
 
     def others() -> None:
@@ -56,7 +58,8 @@ def test_layer(benchmark, measured, request, name, shape, dtype, what):
 
     mine = lambda: seconds["ours"].append(timed(steps["ours"]))  # noqa: E731
     benchmark.group = f"{shape} {dtype} {what}"
-    benchmark.pedantic(mine, setup=others, rounds=2 if tiny else request.config.getoption("--rounds"))
+    rounds = 2 if tiny else request.config.getoption("--rounds")
+    benchmark.pedantic(mine, setup=others, rounds=rounds, warmup_rounds=0)
     for who in steps:
         about = {"shape": str(shape), "dtype": dtype, "step": what, "method": name, "contender": who}
         peer = spread("vs_peft", relative(seconds, who, "peft")) if who == "ours" and "peft" in steps else {}

@@ -15,7 +15,7 @@ import tables
 
 def pytest_addoption(parser):
     parser.addoption("--csv", type=Path, help="file for the measured rows")
-    parser.addoption("--rounds", type=int, default=7, help="rounds of every comparison")
+    parser.addoption("--rounds", type=int, default=5, help="rounds of every comparison")
     parser.addoption("--tiny", action="store_true", help="shapes that take no time: does everything run?")
 
 
