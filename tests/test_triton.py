@@ -340,10 +340,8 @@ def test_eager_runs_where_it_was_measured_faster(monkeypatch):
     fp.set_backend(None)
     fp.set_strict(False)
     choice = dispatch.choose(problem)
-    assert (choice.backend.name, choice.why()) == (
-        "eager",
-        "triton: eager was measured 1.20 times as fast on this shape",
-    )
+    assert choice.backend.name == "eager"
+    assert choice.why().endswith("; triton: eager was measured 1.20 times as fast on this shape")
     fp.set_backend("triton")
     assert dispatch.choose(problem).backend.name == "triton"
 
