@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,15 @@ def run(out: Path, world: int) -> dict[str, dict[str, str]]:
         command = [sys.executable, "-W", "ignore", str(RUN), str(out), *map(str, (rank, world, port)), *CHECKS[world]]
         processes.append(subprocess.Popen(command, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT))
     try:
-        for p in processes:
-            p.wait(timeout=600)
+        deadline = time.monotonic() + 600
+        while time.monotonic() < deadline and any(p.poll() is None for p in processes):
+            if any(p.returncode for p in processes):
+                break
+            time.sleep(0.1)
     finally:
         for p in processes:
             p.kill()
-    assert not any(p.returncode for p in processes), "\n".join(log.read_text()[-3000:] for log in logs)
+    assert all(p.wait() == 0 for p in processes), "\n".join(log.read_text()[-3000:] for log in logs)
     return json.loads((out / f"{world}.json").read_text())
 
 
