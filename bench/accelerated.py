@@ -11,15 +11,15 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import demo
 import peft
 import tables
 import torch
-from clock import environment, keep_memory, relative, spread
+from clock import environment, interleave, keep_memory, relative, spread
 from torch import nn
 
 import fused_peft as fp
@@ -62,15 +62,13 @@ def measure(rounds: int, names: tuple[str, ...] = tuple(METHODS), models=MODELS)
             both = {"stock": stock, "accelerated": fp.accelerate(copy.deepcopy(stock))}
             trained = {k: [p for p in m.parameters() if p.requires_grad] for k, m in both.items()}
             optimizers = {k: torch.optim.AdamW(ps, lr=1e-4) for k, ps in trained.items()}
-            seconds = {k: [] for k in both}
-            for i in range(rounds + 2):
-                for kind, model in both.items():
-                    started = time.perf_counter()
-                    loss(model).backward()
-                    optimizers[kind].step()
-                    optimizers[kind].zero_grad()
-                    if i >= 2:
-                        seconds[kind].append(time.perf_counter() - started)
+
+            def step(kind: str) -> None:
+                loss(both[kind]).backward()  # noqa: B023
+                optimizers[kind].step()  # noqa: B023
+                optimizers[kind].zero_grad()  # noqa: B023
+
+            seconds = interleave({kind: partial(step, kind) for kind in both}, rounds)
             rates = {}
             for kind, each in seconds.items():
                 rates |= spread(f"{kind}_per_second", [1 / s for s in each], 2)

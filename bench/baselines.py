@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_peft as fp
-from fused_peft.methods import METHODS
+from fused_peft import verify
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,9 @@ class Shape:
 
 
 def our_configs(r: int) -> dict[str, fp.methods.PeftConfig]:
-    """A config of every method, and of the variants that take another path."""
-    found = {name: method.example(r) for name, method in METHODS.items()}
-    found["lora+dropout"] = replace(found["lora"], lora_dropout=0.1)
-    found["dora+dropout"] = replace(found["dora"], lora_dropout=0.1)
-    found["ia3 (input)"] = fp.IA3Config(feedforward_modules=".*")
-    return dict(sorted(found.items()))
+    """``verify``'s configs, and DoRA's with dropout."""
+    found = verify.configs(r)
+    return dict(sorted({**found, "dora+dropout": replace(found["dora"], lora_dropout=0.1)}.items()))
 
 
 def peft_configs(r: int) -> dict:
@@ -84,15 +81,10 @@ class Written(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         layer = self.layer
-        weight, bias, method = layer.weight, layer.bias, layer.method
-        if method.output is not None:  # on the layer's result
-            z = F.linear(x, weight, bias)
-            return method.output(layer).to(x.dtype).expression(z, None, None, z, None)
-        if layer.forms_weight(x.shape[0]):
-            return F.linear(x, layer.formed_weight(*layer.adapter_tensors()).to(x.dtype), bias)
-        f = layer.factors().to(x.dtype)
-        keep = torch.rand_like(x) >= f.p if f.p and layer.training else None
-        return f.expression(x, None if method.replaces_weight else weight, bias, keep=keep)
+        drops = layer.training and layer.method.output is None
+        p = getattr(layer.config, "lora_dropout", 0.0) if drops else 0.0
+        keep = torch.rand_like(x) >= p if p else None
+        return verify.written_out(layer, x, x.dtype, keep, layer.forms_weight(x.shape[0]))
 
 
 class Addmm(nn.Module):

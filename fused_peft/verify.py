@@ -42,9 +42,9 @@ class Row:
         return self.error <= min(self.limit, EAGER_FACTOR * self.plain)
 
 
-def configs() -> dict[str, PeftConfig]:
+def configs(r: int = 16) -> dict[str, PeftConfig]:
     """A config of every method, and the variants that take another path through the kernels."""
-    found = {name: method.example(16) for name, method in METHODS.items()}
+    found = {name: method.example(r) for name, method in METHODS.items()}
     found["lora+dropout"] = replace(found["lora"], lora_dropout=0.1)
     found["ia3 (input)"] = replace(found["ia3"], feedforward_modules=".*")
     return found
@@ -55,7 +55,7 @@ def _gradients(run, tensors: dict[str, Tensor], dy: Tensor) -> dict[str, Tensor]
     return {"y": y.detach(), **dict(zip(tensors, torch.autograd.grad(y, list(tensors.values()), dy), strict=True))}
 
 
-def _written_out(layer: PeftLinear, x: Tensor, dtype: torch.dtype, keep: Tensor | None, formed: bool) -> Tensor:
+def written_out(layer: PeftLinear, x: Tensor, dtype: torch.dtype, keep: Tensor | None, formed: bool) -> Tensor:
     """The layer in plain PyTorch, every tensor in one dtype; formed: with its weight formed."""
     bias = None if layer.bias is None else layer.bias.to(dtype)
     weight, method = layer.weight.to(dtype), layer.method
@@ -120,7 +120,7 @@ def _draw(config, dtype, device, adapter_dtype, shape, seed) -> list[dict[str, T
         if kind == "fused":
             results[kind] = _gradients(lambda t=twin, i=leaf: t(i), tensors, dy)
         else:
-            written = lambda t=twin, i=leaf, c=compute: _written_out(t, i, c, keep, formed)  # noqa: E731
+            written = lambda t=twin, i=leaf, c=compute: written_out(t, i, c, keep, formed)  # noqa: E731
             with dispatch.forcing("eager"):  # a norm in fp64 is not for the backend under test
                 results[kind] = _gradients(written, tensors, dy.to(compute))
     return [results[kind] for kind in ("fused", "plain", "exact")]
