@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import product, repeat
@@ -291,16 +291,25 @@ def compile_all(arch: str, folder: Path, jobs: int | None = None, only: str = ""
 
 
 def run(arch: str, folder: Path, json_file: Path | None, jobs: int | None = None, only: str = "") -> int:
-    """Compile, print one line a kernel, write the JSON report; 1 when the gate refuses one."""
-    reports = []
-    for r in compile_all(arch, folder, jobs, only):
-        reports.append(r)
+    """Compile, print one line a kernel, write the JSON report; 1 when the gate refuses one, or there is none."""
+
+    def line(r: Report) -> str:
         counts = f"wgmma {r.wgmma} mma {r.mma} tma {r.tma_load}/{r.tma_store}"
-        faults = "".join(f"  FAULT: {fault}" for fault in r.faults())
-        print(f"{r.name:<72} {r.registers:3} regs {r.stack:4} stack {r.shared:6} shared  {counts}{faults}", flush=True)
+        return f"{r.name:<72} {r.registers:3} regs {r.stack:4} stack {r.shared:6} shared  {counts}"
+
+    about = {"triton": importlib.metadata.version("triton")}
+    return judged(arch, "kernels", compile_all(arch, folder, jobs, only), line, about, json_file)
+
+
+def judged(arch: str, what: str, reports: Iterable, line: Callable, about: dict, json_file: Path | None) -> int:
+    """Print a line and the faults of every report as it comes, write them all; 1 when one of ``what`` is refused, or
+    there is none."""
+    rows = []
+    for r in reports:
+        rows.append({**asdict(r), "faults": r.faults()})
+        print(line(r), *(f" FAULT: {fault}" for fault in rows[-1]["faults"]), flush=True)
     if json_file:
-        rows = [{**asdict(r), "faults": r.faults()} for r in reports]
-        json_file.write_text(json.dumps({"triton": importlib.metadata.version("triton"), "kernels": rows}, indent=1))
-    faulty = sum(bool(r.faults()) for r in reports)
-    print(f"{arch}: {len(reports)} kernels compiled, {faulty or 'none'} refused")
-    return int(faulty > 0)
+        json_file.write_text(json.dumps({**about, what: rows}, indent=1))
+    faulty = sum(bool(row["faults"]) for row in rows)
+    print(f"{arch}: {len(rows)} {what} compiled, {faulty or 'none'} refused")
+    return int(faulty > 0 or not rows)

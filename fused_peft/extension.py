@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -365,16 +365,11 @@ def compile_all(folder: Path, only: str = "", jobs: int | None = None) -> Iterat
 
 
 def run(folder: Path, json_file: Path | None, jobs: int | None = None, only: str = "") -> int:
-    """Compile, print one line a plan, write the JSON report; 1 when the check refuses one."""
-    reports = []
-    for r in compile_all(folder, only, jobs):
-        reports.append(r)
+    """Compile, print one line a plan, write the JSON report; 1 when the check refuses one, or there is none."""
+    from .aot import judged
+
+    def line(r: Report) -> str:
         counts = f"fences {r.fences}  HGMMA {r.wgmma:3} UTMALDG {r.tma_load:2} UTMASTG {r.tma_store:2}"
-        faults = "".join(f"  FAULT: {fault}" for fault in r.faults())
-        print(f"{r.name:<32} {r.registers} regs {r.stack} stack {r.shared} shared  {counts}{faults}", flush=True)
-    if json_file:
-        rows = [{**asdict(r), "faults": r.faults()} for r in reports]
-        json_file.write_text(json.dumps({"sources": fingerprint(), "plans": rows}, indent=1))
-    faulty = sum(bool(r.faults()) for r in reports)
-    print(f"sm_90a: {len(reports)} plans compiled, {faulty or 'none'} refused")
-    return int(faulty > 0 or not reports)
+        return f"{r.name:<32} {r.registers} regs {r.stack} stack {r.shared} shared  {counts}"
+
+    return judged("sm_90a", "plans", compile_all(folder, only, jobs), line, {"sources": fingerprint()}, json_file)
