@@ -75,6 +75,7 @@ class Schedule(list[Launch]):
         self.s, self.has, self.parts, options = s, set(names.split()), [], options or {}
         M, K, N, k, r = s.M, s.K, s.N, min(s.K, s.N), s.r if "A" in self.has else 0
         self.relu, self.dual, self.hadamard = (bool(options.get(n)) for n in ("h", "drop_base", "hadamard"))
+        self.inline_rows = options.get("inline_rows", configs.INLINE_ROWS)
         self.r, self.low, self.formed = r, r > 0 and not self.hadamard, "k" in self.has
         self.dora = self.low and "d_out" in self.has
         self.S = "S" if self.relu or self.has & {"G", "M"} else "T"  # what B multiplies
@@ -145,7 +146,7 @@ def _ours_forward(q: Schedule) -> None:
     elif q.dora:
         q.torch(NORM)
     q.torch("randint -> seed")
-    if q.low and not q.dual and M <= configs.INLINE_ROWS and r <= gemm_lowrank.INLINE_RANK:
+    if q.low and not q.dual and q.inline_rows >= M and r <= gemm_lowrank.INLINE_RANK:
         tiles = ceil(N / configs.narrow(q.tile("gemm_lowrank", M, N, K), 64).BN)  # each makes S
         flops = q.base + tiles * (q.down + q.gate) + q.up
         return q.fused("gemm_lowrank", "x w A a G M B d_out seed -> y z T", flops)
@@ -221,7 +222,7 @@ def _eager_forward(q: Schedule) -> None:
 
 def _eager_backward(q: Schedule) -> None:
     q.torch(SUM_DY_Z if "d_out" in q.has else "")
-    q.torch("mul dy d_out -> y32; copy y32 -> dy" if q.dora else "cast d_out -> d_out16; mul dy d_out16 -> dy")
+    q.torch("mul y32 d_out -> y32; copy y32 -> dy" if q.dora else "cast d_out -> d_out16; mul dy d_out16 -> dy")
     q.torch("sum dy -> bias")
     q.torch(f"{LIERA_GRADS}; {LIERA}" if q.hadamard else f"{SVDIFF}; {SVDIFF_GRADS}" if q.formed else "")
     if q.low:
@@ -283,6 +284,13 @@ def schedule(who: str, method: str, shape: Shape, backward: bool) -> list[Launch
     (_ours_forward if fused else _eager_forward)(q)
     if backward:
         (_ours_backward if fused else _eager_backward)(q)
+    return q
+
+
+def lora_forward(shape: Shape, one_launch: bool) -> list[Launch]:
+    """Our LoRA's forward in one launch or in two, whatever the kernels would choose."""
+    q = Schedule(shape, "A B", {"inline_rows": shape.M if one_launch else 0})
+    _ours_forward(q)
     return q
 
 
