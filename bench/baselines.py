@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch import nn
 
 import fused_peft as fp
 from fused_peft import verify
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,16 @@ def peft_configs(r: int) -> dict:
         "delora": peft.DeloraConfig(r=r, target_modules=["0"]),
         "liera": peft.HiraConfig(r=r, target_modules=["0"]),
     }  # fmt: skip
+
+
+@cache
+def right(name: str, dtype: torch.dtype) -> None:
+    """Raises AssertionError where a method is wrong, not merely rounded otherwise: a wrong result has no speed."""
+    found = verify.measure(our_configs(8)[name], dtype, shape=(64, 96, 80), draws=2)
+    method = our_configs(8)[name].method_name
+    for tensor, (error, plain) in found.items():
+        limit = 4 * max(verify.Row(method, dtype, tensor, error, plain).limit, plain)  # of few numbers: they scatter
+        assert error <= limit, f"{name}: {tensor} is off by {error:.1e}, {limit:.1e} is allowed"
 
 
 def linear_for(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> nn.Linear:

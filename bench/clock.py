@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from importlib import metadata
+from pathlib import Path
 
 import torch
 
-# The C allocator keeps freed memory: page faults, which fall on a contender by chance, outweigh the differences.
+# The C allocator keeps freed memory, and has enough of it from the start: page faults, which fall on a contender by
+# chance, outweigh the differences.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
+PREFAULT = 1 << 31
 
 
 def keep_memory(command: list[str]) -> None:
-    """Start the process anew with KEEP_MEMORY, which the C library reads at start-up only."""
+    """Start the process anew with KEEP_MEMORY, which the C library reads at start-up only, and touch PREFAULT bytes."""
     if not KEEP_MEMORY.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *command], {**os.environ, **KEEP_MEMORY})
+    torch.zeros(PREFAULT, dtype=torch.uint8)
 
 
 def interleave(steps: dict[str, Callable], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -30,11 +38,16 @@ def interleave(steps: dict[str, Callable], rounds: int, warmup: int = 2) -> dict
     times = {name: [] for name in steps}
     for i in range(rounds + warmup):
         for name, run in steps.items():
-            start = time.perf_counter()
-            run()
+            taken = seconds(run)
             if i >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(taken)
     return times
+
+
+def seconds(run: Callable) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def quantile(values: list[float], q: float) -> float:
@@ -53,6 +66,22 @@ def relative(times: dict[str, list[float]], name: str, base: str) -> list[float]
     return [a / b for a, b in zip(times[name], times[base], strict=True)]
 
 
+def compared(times: dict[str, list[float]], name: str) -> dict[str, float | str]:
+    """The columns of one contender: its time as a multiple of the frozen layer's, and of HF PEFT's where that runs."""
+    peer = "peft" in times and name not in ("peft", "frozen")
+    against = spread("vs_peft", relative(times, name, "peft")) if peer else {f"vs_peft_p{q}": "" for q in (20, 50, 80)}
+    return {**spread("ratio", relative(times, name, "frozen")), **against, **environment()}
+
+
 def environment() -> dict[str, str | int]:
     """The columns that say where a figure comes from."""
-    return {"torch": torch.__version__, "cpu": platform.machine(), "threads": torch.get_num_threads()}
+    return {**_machine(), "threads": torch.get_num_threads()}
+
+
+@cache
+def _machine() -> dict[str, str]:
+    file, versions = Path("/proc/cpuinfo"), {"torch": torch.__version__}
+    model = re.search(r"model name\s*:\s*(.+)", file.read_text()) if file.exists() else None
+    with suppress(metadata.PackageNotFoundError):
+        versions["peft"] = metadata.version("peft")
+    return {**versions, "cpu": model[1] if model else platform.machine()}

@@ -3,9 +3,9 @@
     python bench/compare.py BEFORE.csv AFTER.csv [--margin 0.03]
 
 Lines belong together when everything but figures and the environment is the same. A figure is a column NAME_p50, with
-NAME_p20 and NAME_p80 around it where the file has them. It changed when the two ranges do not overlap, and the medians
-differ by more than the margin. More is better where the name ends in "per_second", less anywhere else. Exit status 1 if
-anything got worse, 2 if no line is in both files.
+NAME_p20 and NAME_p80 around it where the file has them, or an exact one in bytes. It changed when the two ranges do not
+overlap, and the medians differ by more than the margin. More is better where the name ends in "per_second", less
+anywhere else. Exit status 1 if anything got worse, 2 if no line is in both files.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import tables
 
-ENVIRONMENT = {"torch", "triton", "cpu", "gpu", "driver", "commit", "threads", "python", "peak_mb"}
+ENVIRONMENT = {"torch", "triton", "peft", "cpu", "gpu", "driver", "commit", "threads", "python", "peak_mb"}
 FIGURE = re.compile(r"(.+)_p(?:20|50|80)")
+EXACT = re.compile(r"_bytes$|^mb$")  # figures without a range
 
 
 class Change(NamedTuple):
@@ -40,7 +41,7 @@ def key(row: dict[str, str], figures: set[str]) -> str:
 
 def spread(row: dict[str, str], figure: str) -> tuple[float, float, float] | None:
     """(p20, p50, p80) of a figure; the median alone three times where the file has no range; None without a value."""
-    middle = row.get(f"{figure}_p50")
+    middle = row.get(f"{figure}_p50") or row.get(figure)
     if not middle:
         return None
     return tuple(float(row.get(f"{figure}_p{q}") or middle) for q in (20, 50, 80))
@@ -49,6 +50,7 @@ def spread(row: dict[str, str], figure: str) -> tuple[float, float, float] | Non
 def compare(before: list[dict[str, str]], after: list[dict[str, str]], margin: float = 0.03) -> list[Change]:
     """Every figure that both files have, in the order of the first. Raises ValueError where lines are not unique."""
     figures = [m[1] for name in before[0] if (m := FIGURE.fullmatch(name)) and name.endswith("_p50")]
+    figures += [name for name in before[0] if EXACT.search(name)]
     rows = []
     for found in (before, after):
         by = {key(row, set(figures)): row for row in found}

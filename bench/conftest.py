@@ -1,36 +1,71 @@
-"""The benchmark suites under pytest-benchmark: --csv FILE writes what they measured, a line a contender."""
+"""The benchmark suites under pytest-benchmark: --results DIR gets a CSV file of what each measured."""
 
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent / "examples")]
 
-import clock
-import tables
+import clock  # noqa: E402
+import tables  # noqa: E402
 
 
 def pytest_addoption(parser):
-    parser.addoption("--csv", type=Path, help="file for the measured rows")
+    parser.addoption("--results", type=Path, help="folder for the measured rows")
     parser.addoption("--rounds", type=int, default=5, help="rounds of every comparison")
-    parser.addoption("--tiny", action="store_true", help="shapes that take no time: does everything run?")
+    parser.addoption("--tiny", action="store_true", help="sizes that take no time: does everything run?")
 
 
 def pytest_configure(config):
-    if config.getoption("--csv") and not config.getoption("--tiny"):
+    if config.getoption("--results") and not config.getoption("--tiny"):
         clock.keep_memory(["-m", "pytest", *config.invocation_params.args])
-    config.measured = []
+    config.measured = defaultdict(list)
 
 
 @pytest.fixture
-def measured(request) -> list[dict]:
-    """The rows of this session."""
-    return request.config.measured
+def tiny(request) -> bool:
+    return request.config.getoption("--tiny")
+
+
+@pytest.fixture
+def rounds(request, tiny) -> int:
+    return 2 if tiny else request.config.getoption("--rounds")
+
+
+@pytest.fixture
+def measured(request) -> Callable[..., None]:
+    """measured(name, **row): a line of NAME.csv."""
+    return lambda name, **row: request.config.measured[name].append(row)
+
+
+@pytest.fixture
+def in_turn(benchmark, rounds) -> Callable[..., dict[str, list[float]]]:
+    """in_turn(runs, shown, warmup=1): seconds of every run in every round, in which they take turns; pytest-benchmark
+    shows the one named ``shown``."""
+
+    def timed(runs: dict[str, Callable], shown: str, warmup: int = 1) -> dict[str, list[float]]:
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for run in [*runs.values()] * warmup:
+            run()
+
+        def others() -> None:
+            for name, run in runs.items():
+                if name != shown:
+                    seconds[name].append(clock.seconds(run))
+
+        mine = lambda: seconds[shown].append(clock.seconds(runs[shown]))  # noqa: E731
+        benchmark.pedantic(mine, setup=others, rounds=rounds, warmup_rounds=0)
+        return seconds
+
+    return timed
 
 
 def pytest_sessionfinish(session, exitstatus):
-    if session.config.measured and session.config.getoption("--csv"):
-        tables.write(session.config.getoption("--csv"), session.config.measured)
+    folder = session.config.getoption("--results")
+    for name, rows in session.config.measured.items() if folder else ():
+        tables.write(folder / f"{name}.csv", rows)

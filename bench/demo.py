@@ -26,14 +26,13 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 from statistics import median
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # the model is an installed package
 
-import matplotlib
 import peft
+import plot
 import torch
 import torch.nn.functional as F
 import transformers
@@ -41,9 +40,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import fused_peft as fp
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 CLASSES, EXAMPLES, TEST_SHARE, DATA_SEED = 12, 2700, 0.2, 0
 MAX_LENGTH, BATCH, CHUNK = 32, 32, 16  # tokens, examples a batch, batches among which examples are sorted by length
@@ -317,37 +313,8 @@ def report(runs: dict[str, Run], base: Classifier, out: Path) -> None:
     for name, rows in ("results", table), ("losses", losses):
         with (out / f"{name}.csv").open("w", newline="") as f:
             csv.writer(f).writerows(rows)
-    points = {name: (100 * run.accuracy, 1000 * run.trainable / total) for name, run in runs.items()}
-    plot({name: run.losses for name, run in runs.items()}, points, out / "demo.png")
+    plot.draw(lambda: plot.demo(out), out / "demo.png")
     print(f"results.csv, losses.csv, demo.png and the saved adapter are in {out}")
-
-
-def plot(curves: dict[str, list[float]], points: dict[str, tuple[float, float]], file: Path) -> None:
-    """Left: smoothed losses. Right: accuracy (percent) against trainable parameters (per mille), a label a point."""
-    few = len(curves) <= 6
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5 if few else 7), layout="constrained")
-    colours = {name: f"C{i}" if few else plt.get_cmap("turbo")(i / len(curves)) for i, name in enumerate(curves)}
-    for name, losses in curves.items():
-        smooth = accumulate(losses, lambda mean, loss: 0.9 * mean + 0.1 * loss)
-        dashes = "--" if name == "peft_lora" else "-"  # it coincides with ours
-        left.plot(list(smooth), dashes, color=colours[name], label=name, linewidth=1.5 if few else 0.9)
-    left.set(xlabel="step", ylabel="training loss, smoothed", ylim=(0, None))
-    if few:
-        left.legend()
-    ranked = sorted(points.items(), key=lambda item: (item[1][0], -item[1][1]))
-    low, high = ranked[0][1][0], max(ranked[-1][1][0], ranked[0][1][0] + 1)
-    for i, (name, (accuracy, share)) in enumerate(ranked):  # labels in a column of their own, in order
-        height = low + (high - low) * i / max(len(ranked) - 1, 1)
-        peer = {"fillstyle": "none", "markersize": 11} if name == "peft_lora" else {}
-        right.plot(share, accuracy, "o", color=colours[name], **peer)
-        right.plot((share, 100), (accuracy, height), color=colours[name], linewidth=0.4)
-        right.text(110, height, name, va="center", color=colours[name], fontsize=9)
-    right.set_xscale("symlog", linthresh=0.1, linscale=0.3)
-    right.set(xlim=(-0.02, 100), ylabel="test accuracy, %", xlabel="trainable parameters without the head, per mille")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    figure.savefig(file, dpi=150)
-    plt.close(figure)
 
 
 def arguments() -> argparse.Namespace:

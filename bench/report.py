@@ -42,12 +42,48 @@ def cpu_layers() -> str:
     return markdown(header, [[m, *(cell(m, c) for c in columns)] for m in dict.fromkeys(r["method"] for r in measured)])
 
 
+def first() -> str:
+    """What is trained most: time over the frozen layer, and memory."""
+    chosen = "lora", "lora+dropout", "dora", "dora+dropout", "adalora", "ia3", "delora", "liera", "ssb", "ssl"
+    measured = rows("cpu/layers.csv")
+    shape = measured[0]["shape"]
+    by = {(r["method"], r["contender"]): f"{float(r['ratio_p50']):.2f}" for r in measured
+          if (r["shape"], r["dtype"], r["step"]) == (shape, "fp32", "forward + backward")}  # fmt: skip
+    kept = {(r["method"], r["contender"]): f"{int(r['kept_bytes']) / int(r['x_bytes']):.2f}"
+            for r in rows("cpu/memory.csv")}  # fmt: skip
+    header = ["method", "ours / frozen", "HF PEFT / frozen", "kept for backward: ours", "HF PEFT"]
+    cells = [(m, who) for m in chosen for who in ("ours", "peft")]
+    body = [[found.get(cell, "") for found in (by, kept) for cell in cells if cell[0] == m] for m in chosen]
+    return markdown(header, [[m, *line] for m, line in zip(chosen, body, strict=True)])
+
+
 def overhead() -> str:
-    found = {r["case"]: r["microseconds_or_ratio"] for r in rows("cpu/overhead.csv")}
-    shown = [k for k in found if k.startswith(("F.linear", "fused", "PeftLinear", "HF PEFT")) and "/ F.linear" not in k]
-    body = [[k, found[k]] for k in shown]
-    body += [[k, found[k]] for k in found if "/ F.linear" in k]
-    return markdown(["one call, one thread", "µs (last two: ratio)"], body)
+    found = {r["case"]: float(r["us_p50"]) for r in rows("cpu/overhead.csv")}
+    kinds = ("forward", "forward + backward")
+    lines = {name: [f"{found[f'{name} {kind}']:.2f}" for kind in kinds] for name in
+             ("F.linear", "fused", "PeftLinear layer", "HF PEFT layer")}  # fmt: skip
+    lines["overhead of fused"] = [f"{found[f'fused {kind}: overhead']:.2f}" for kind in kinds]
+    lines["overhead / F.linear (ratio)"] = [
+        f"{found[f'fused {kind}: overhead'] / found[f'F.linear {kind}']:.2f}" for kind in kinds
+    ]
+    return markdown(["µs a call, one thread", *kinds], [[name, *cells] for name, cells in lines.items()])
+
+
+def wrap() -> str:
+    found = {r["contender"]: r for r in rows("cpu/wrap.csv")}
+    body = [[name, f"{float(found[who]['seconds_p50']):.3f}", found[who]["mb"]] for who, name in NAMES.items()
+            if who in found]  # fmt: skip
+    return markdown(["get_peft_model", "seconds", "MB of host memory"], body)
+
+
+def checkpoint() -> str:
+    found = {r["step"]: r for r in rows("cpu/checkpoint.csv")}
+    body = [[step, *(found[f"{s}{step}"]["ms_p50"] for s in ("", "safetensors ")), found[step]["ratio_p50"]]
+            for step in ("save", "load")]  # fmt: skip
+    return markdown(["LoRA adapter of Llama-3-8B", "ours, ms", "safetensors, ms", "ratio"], body)
+
+
+NAMES = {"ours": "ours", "peft": "HF PEFT"}
 
 
 def demo() -> str:
@@ -60,9 +96,21 @@ def demo_all() -> str:
     return markdown(list(found[0]), [list(r.values()) for r in found])
 
 
-def saved_bytes() -> str:
-    found = rows("cpu/saved_bytes.csv")
-    return markdown(["kept for backward beyond x", "ours", "HF PEFT"], [list(r.values()) for r in found])
+def memory() -> str:
+    found = rows("cpu/memory.csv")
+    by = {(r["method"], r["contender"]): r for r in found}
+    who = ("ours", "peft", "written")
+
+    def cells(method: str, what: str) -> list[str]:
+        chosen = [by.get((method, w)) for w in who]
+        return [f"{int(r[what]) / int(r['x_bytes']):.2f}" if r else "" for r in chosen]
+
+    labels = "ours", "HF PEFT", "written out"
+    header = ["multiples of x", *(f"kept: {w}" for w in labels), *(f"peak: {w}" for w in labels)]
+    methods = list(dict.fromkeys(r["method"] for r in found))
+    floor = by[methods[0], "frozen"]
+    lines = [["frozen layer", "0.00", "", "", f"{int(floor['peak_bytes']) / int(floor['x_bytes']):.2f}", "", ""]]
+    return markdown(header, lines + [[m, *cells(m, "kept_bytes"), *cells(m, "peak_bytes")] for m in methods])
 
 
 def estimate() -> str:
@@ -71,11 +119,17 @@ def estimate() -> str:
     return markdown(header, [[f"{r['model']} {r['method']}", *list(r.values())[2:]] for r in found])
 
 
-def accelerated() -> str:
-    found = rows("cpu/accelerated.csv")
-    header = ["training steps per second", "HF PEFT", "accelerated", "time, accelerated / HF PEFT"]
-    columns = ("stock_per_second_p50", "accelerated_per_second_p50", "time_ratio_p50")
-    return markdown(header, [[f"{r['model']} {r['method']}", *(r[c] for c in columns)] for r in found])
+def training() -> str:
+    found = {(r["model"], r["method"], r["contender"]): r for r in rows("cpu/training.csv")}
+    cell = lambda row, column: row[column] if row else ""  # noqa: E731
+    header = ["tokens per second", "floor", "HF PEFT", "accelerated", "ours", "accelerated / HF PEFT, time", "ours"]
+    body = []
+    for model, method in dict.fromkeys(key[:2] for key in found):
+        of = {who: found.get((model, method, who)) for who in ("frozen", "peft", "accelerated", "ours")}
+        rates = [f"{float(r['tokens_per_second_p50']):,.0f}" if r else "" for r in of.values()]
+        against = [cell(of[who], "vs_peft_p50") for who in ("accelerated", "ours")]
+        body.append([f"{model} {method}", *rates, *against])
+    return markdown(header, body)
 
 
 def gpu() -> str:
@@ -103,8 +157,31 @@ def gpu() -> str:
 
 
 def mpc() -> str:
-    found = rows("cpu/mpc.csv")
-    return markdown([*list(found[0])[:2], "% of the model"], [list(r.values())[:3] for r in found])
+    body = [[r["step"], r["ms_p50"], r["percent_of_the_model_p50"]] for r in rows("cpu/mpc.csv")]
+    return markdown(["forward + backward", "milliseconds", "% of the model"], body)
+
+
+def law() -> str:
+    """The fitted overheads, and what they tend to."""
+    import scaling
+
+    measured, body = rows("cpu/scaling.csv"), []
+    large = scaling.Shape(8192, 4096, 4096, 16)
+    for method, who in dict.fromkeys((r["method"], r["contender"]) for r in measured):
+        if who in NAMES:
+            fit = scaling.fit(measured, method, who, "forward + backward")
+            c = fit.overhead.coefficients
+            units = {"call": 1e3, "passes": 1e9, "skinny": 1e9, "weight": 1e9, "weight rank": 1e9}  # ms: µs, ps
+            cells = [f"{units[name] * c[name]:.3g}" for name in units]
+            body.append([f"{method}, {NAMES[who]}", *cells, f"{fit.ratio(large):.3f}", f"{100 * fit.error:.1f}"])
+    header = ["forward + backward", "call, µs", "ps per M(K + N)", "per M·r(K + N)", "per N·K", "per N·K·r"]
+    return markdown([*header, "predicted ratio, 8192 × 4096 × 4096, r = 16", "error, %"], body)
+
+
+def crossovers() -> str:
+    import scaling
+
+    return markdown(["choice", "step", "crossover"], [list(row) for row in scaling.crossovers(rows("cpu/scaling.csv"))])
 
 
 def methods() -> str:
@@ -114,16 +191,21 @@ def methods() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "accelerated": accelerated,
+    "checkpoint": checkpoint,
     "cpu-layers": cpu_layers,
-    "overhead": overhead,
+    "crossovers": crossovers,
     "demo": demo,
     "demo-all": demo_all,
     "estimate": estimate,
+    "first": first,
     "gpu": gpu,
+    "law": law,
+    "memory": memory,
     "methods": methods,
     "mpc": mpc,
-    "saved-bytes": saved_bytes,
+    "overhead": overhead,
+    "training": training,
+    "wrap": wrap,
 }
 
 

@@ -299,8 +299,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool =
             slots |= _prompt_slot(planned.state.config, model.soft_prompt.embedding.weight)
     with torch.no_grad():
         for key, (tensor, _) in slots.items():
-            tensor.copy_(placed_as(stored[key].reshape(tensor.shape), tensor))
-            if isinstance(tensor, nn.Parameter):
+            value = stored[key]
+            tensor.copy_(placed_as(value if value.shape == tensor.shape else value.reshape(tensor.shape), tensor))
+            if tensor.requires_grad != is_trainable and isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(is_trainable)
         for tensor, value in shared:
             tensor.copy_(placed_as(value, tensor))
