@@ -1,5 +1,5 @@
 # make test: everything CI checks.  make gate, make cuda-check: compile every kernel.
-# make demo: a fine-tuning run on real weights.  make bench: CPU figures.
+# make demo: a fine-tuning run on real weights.  make bench: CPU figures, tables and plots.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +26,7 @@ $(VENV)/triton-3.6: $(VENV)/torch
 $(VENV)/cutlass: $(VENV)/torch
 	$(BIN)/pip install --quiet --no-deps --target $@ "nvidia-cutlass==4.2.0.0"
 
-.PHONY: lint test gate cuda-check without-nvcc demo bench report clean
+.PHONY: lint test gate cuda-check without-nvcc demo bench bench-gpu report clean
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -56,16 +56,17 @@ demo: $(VENV)/demo
 	$(BIN)/python bench/demo.py $(if $(METHODS),--methods $(METHODS))
 
 bench: $(VENV)/dev
-	$(BIN)/python -m pytest bench/bench_layers.py --benchmark-columns=median --csv bench/results/cpu/layers.csv
-	$(BIN)/python bench/overhead.py --out bench/results/cpu/overhead.csv
-	$(BIN)/python bench/mpc.py --out bench/results/cpu/mpc.csv
-	OMP_NUM_THREADS=1 $(BIN)/python bench/accelerated.py --out bench/results/cpu/accelerated.csv
-	$(BIN)/python bench/memory.py --out bench/results/cpu/saved_bytes.csv
+	$(BIN)/python -m pytest bench --benchmark-columns=median --results bench/results/cpu
 	$(BIN)/python bench/estimate.py --out bench/results/estimate.csv
 	$(MAKE) report
 
+# in the Python environment of a GPU machine, whose PyTorch has CUDA
+bench-gpu:
+	bench/h200.sh
+
 report: $(VENV)/dev
 	$(BIN)/python bench/report.py
+	$(BIN)/python bench/plot.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out

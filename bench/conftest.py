@@ -45,21 +45,30 @@ def measured(request) -> Callable[..., None]:
 
 @pytest.fixture
 def in_turn(benchmark, rounds) -> Callable[..., dict[str, list[float]]]:
-    """in_turn(runs, shown, warmup=1): seconds of every run in every round, in which they take turns; pytest-benchmark
-    shows the one named ``shown``."""
+    """in_turn(runs, shown, calls=1, warmup=1): seconds a call of every run, in rounds in which they take turns, their
+    order another in each; pytest-benchmark shows the one named ``shown``. Where a sample is several calls, one that is
+    not timed goes before it, since a short call is slow in the cache that another leaves."""
 
-    def timed(runs: dict[str, Callable], shown: str, warmup: int = 1) -> dict[str, list[float]]:
+    def timed(runs: dict[str, Callable], shown: str, calls: int = 1, warmup: int = 1) -> dict[str, list[float]]:
         seconds: dict[str, list[float]] = {name: [] for name in runs}
+        others = [name for name in runs if name != shown]
         for run in [*runs.values()] * warmup:
             run()
 
-        def others() -> None:
-            for name, run in runs.items():
-                if name != shown:
-                    seconds[name].append(clock.seconds(run))
+        def sample(name: str) -> None:
+            run = runs[name]
+            seconds[name].append(clock.seconds(lambda: [run() for _ in range(calls)] if calls > 1 else run()) / calls)
 
-        mine = lambda: seconds[shown].append(clock.seconds(runs[shown]))  # noqa: E731
-        benchmark.pedantic(mine, setup=others, rounds=rounds, warmup_rounds=0)
+        def before() -> None:
+            others.append(others.pop(0))
+            for name in others:
+                if calls > 1:
+                    runs[name]()
+                sample(name)
+            if calls > 1:
+                runs[shown]()
+
+        benchmark.pedantic(sample, args=(shown,), setup=before, rounds=rounds, warmup_rounds=0)
         return seconds
 
     return timed

@@ -244,7 +244,7 @@ def _check(stored: dict[str, Tensor], slots: dict, path: Path) -> None:
         parts += [f"has {_listing(extra)}, which the model does not"] if extra else []
         raise AdapterFormatError(f"{path / WEIGHTS_NAME} {' and '.join(parts)}; was it made for another architecture?")
     for key, (tensor, shape) in slots.items():
-        if tuple(stored[key].shape) != shape:
+        if stored[key].shape != shape:
             raise AdapterFormatError(
                 f"{path / WEIGHTS_NAME}: {key} has shape {tuple(stored[key].shape)}, but the model needs "
                 f"{shape}; was it made for another architecture?"

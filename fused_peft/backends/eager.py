@@ -43,11 +43,11 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
-def _columns(B: Tensor, dt: torch.dtype) -> Tensor:
-    """B in dt; a large one on a CPU column after column, whose products with tall matrices are up to a third faster."""
-    if B.is_cpu and B.shape[0] >= 256:
-        return B.t().to(dt, memory_format=torch.contiguous_format, copy=True).t()
-    return B if B.dtype == dt else B.to(dt)
+def _narrowed(dz: Tensor, B: Tensor, s: float) -> Tensor:
+    """s·dz B in dz's dtype; where both are large on a CPU from B column after column, up to a third faster."""
+    if B.is_cpu and B.shape[0] >= 2048 and dz.shape[0] >= 1024:
+        return _mm(dz, B.t().to(dz.dtype, memory_format=torch.contiguous_format, copy=True).t(), s)
+    return _mm(dz, B if B.dtype == dz.dtype else B.to(dz.dtype), s)
 
 
 def _gated(U: Tensor, G: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ class Eager:
                 else:
                     dB, dG = BG @ G.t(), B.t() @ BG if want_G else None
             if into_x or want_A or want_a or of_dS:
-                dT = _mm(dz, _columns(B, dt), s)  # dS so far
+                dT = _narrowed(dz, B, s)  # dS so far
                 if of_dS:
                     dG = _dot_columns(dT, U, G) if G.dim() == 1 else torch.mm(dT.t(), U).to(G.dtype)
                 if G is not None:

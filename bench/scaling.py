@@ -1,0 +1,155 @@
+"""The scaling law of a layer's overhead, fitted to ``bench_scaling.py``'s times, and where one way overtakes another.
+
+frozen    t = h + M·K·N / g
+overhead  t − t_frozen = h' + b·M(K + N) + a·M·r(K + N) + c·N·K + e·N·K·r,  no coefficient negative
+
+Every pass over x, dx, y or dy costs b, every skinny product a, and what is done to the weight itself (DoRA's norm, a
+formed weight) c and e. As a multiple of the frozen layer the overhead tends, with many tokens, to
+g(b + a·r)(1/K + 1/N): it falls as one over the width and rises with the rank. Least squares on relative errors.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise, product
+
+import numpy as np
+import roofline
+from baselines import Shape
+from scipy.optimize import nnls
+
+TERMS: dict[str, Callable[[Shape], float]] = {
+    "call": lambda s: 1,
+    "passes": lambda s: s.M * (s.K + s.N),
+    "skinny": lambda s: s.M * s.r * (s.K + s.N),
+    "weight": lambda s: s.K * s.N,
+    "weight rank": lambda s: s.K * s.N * s.r,
+    "product": lambda s: s.M * s.K * s.N,
+}
+BASE = Shape(1024, 1024, 1024, 16)  # where the swept lines meet
+OF_A_METHOD = ("call", "passes", "skinny", "weight", "weight rank")
+OF_A_FORMED_WEIGHT = (*OF_A_METHOD, "product")  # dW
+
+
+@dataclass(frozen=True)
+class Law:
+    """Milliseconds a term; error: the median relative error of the times that it predicts."""
+
+    coefficients: dict[str, float]
+    error: float = 0.0
+
+    def __call__(self, shape: Shape) -> float:
+        return sum(value * TERMS[name](shape) for name, value in self.coefficients.items())
+
+
+def solve(points: list[tuple[Shape, float]], terms: tuple[str, ...], scale: list[float]) -> Law:
+    """The law through the points, weighed by 1 / scale."""
+    weights = 1 / np.array(scale)
+    columns = np.array([[TERMS[name](shape) for name in terms] for shape, _ in points]) * weights[:, None]
+    norms = np.linalg.norm(columns, axis=0)  # terms differ by nine orders of magnitude
+    found = nnls(columns / norms, np.array([ms for _, ms in points]) * weights)[0] / norms
+    return Law(dict(zip(terms, found.tolist(), strict=True)))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a contender takes, in ms: the frozen layer's law plus its own."""
+
+    frozen: Law
+    overhead: Law
+    error: float
+    points: tuple[tuple[Shape, float, float], ...]  # shape, ms, ratio to the frozen layer in the same rounds
+
+    def ms(self, shape: Shape) -> float:
+        return self.frozen(shape) + self.overhead(shape)
+
+    def ratio(self, shape: Shape) -> float:
+        return self.ms(shape) / self.frozen(shape)
+
+
+def fit(rows: list[dict[str, str]], method: str, contender: str, step: str) -> Fit:
+    """KeyError where the rows do not have them."""
+    chosen = [r for r in rows if (r["method"], r["contender"], r["step"]) == (method, contender, step)]
+    if not chosen:
+        raise KeyError((method, contender, step))
+    floors = [r for r in rows if r["contender"] == "frozen" and r["step"] == step]
+    shape = lambda r: Shape(*(int(r[k]) for k in ("M", "K", "N", "r")))  # noqa: E731
+    floor = [(shape(r), float(r["ms_p50"])) for r in floors]
+    frozen = solve(floor, ("call", "product"), [ms for _, ms in floor])
+    points = [(shape(r), float(r["ms_p50"]), float(r["ratio_p50"])) for r in chosen]
+    # the overhead measured in the same rounds, on the law's floor
+    above = [(s, (ratio - 1) * frozen(s)) for s, _, ratio in points]
+    terms = OF_A_FORMED_WEIGHT if contender == "formed" else OF_A_METHOD
+    overhead = solve(above, terms, [frozen(s) for s, _ in above])
+    found = Fit(frozen, overhead, 0.0, tuple(points))
+    error = statistics.median(abs(found.ratio(s) / ratio - 1) for s, _, ratio in points)
+    return Fit(frozen, overhead, error, tuple(points))
+
+
+def along(shape: Shape, base: Shape, field: str) -> bool:
+    """Whether the shape differs from the base in that field alone (the width: K and N)."""
+    same = {"M", "K", "r"} - {field}
+    return shape.K == shape.N and all(getattr(shape, name) == getattr(base, name) for name in same)
+
+
+def moved(base: Shape, field: str, x: float) -> Shape:
+    values = vars(base) | ({"K": x, "N": x} if field == "K" else {field: x})
+    return Shape(**values)
+
+
+def crossing(pairs: list[tuple[float, float]]) -> float | None:
+    """Where the second thing, at first dearer, becomes cheaper: pairs (x, cost of it / cost of the first), x growing,
+    interpolated on a logarithmic scale; None where it never does."""
+    for (x0, y0), (x1, y1) in pairwise(sorted(pairs)):
+        if y0 >= 1 > y1:
+            share = np.log(y0) / (np.log(y0) - np.log(y1))
+            return float(np.exp(np.log(x0) + share * (np.log(x1) - np.log(x0))))
+    return None
+
+
+def crossovers(rows: list[dict[str, str]]) -> Iterator[tuple[str, str, str]]:
+    """(choice, step, where the second overtakes the first): on the CPU measured and fitted, around BASE; on an H200 by
+    the roofline model, K = N = 4096, r = 16."""
+    steps = "forward", "forward + backward"
+    for (first, second, field), step in product(CHOICES, steps):
+        one, other = (fit(rows, "lora", who, step) for who in (first, second))
+        times = {s: ratio for s, _, ratio in one.points if along(s, BASE, field)}
+        pairs = [(getattr(s, field), ratio / times[s]) for s, _, ratio in other.points if s in times]
+        low, high = min(pairs)[0], max(pairs)[0]
+        law = [(x, other.ms(moved(BASE, field, x)) / one.ms(moved(BASE, field, x))) for x in geometric(low, high)]
+        found = [where(field, crossing(points), max(points)[1] < 1) for points in (pairs, law)]
+        choice = f"{NAMES[first]}, then {NAMES[second]}; CPU, {field} = {low} to {high}"
+        ends = f"second / first {min(pairs)[1]:.2f} to {max(pairs)[1]:.2f}"
+        yield choice, step, f"{found[0]} measured, {found[1]} fitted; {ends}"
+    yield from predicted()
+
+
+CHOICES = (("ours", "formed", "r"), ("ours", "formed", "M"), ("addmm", "ours", "M"))
+NAMES = {"ours": "fused, factored", "formed": "weight formed in each call", "addmm": "addmm on the library's GEMM"}
+
+
+def geometric(low: float, high: float) -> list[float]:
+    return [low * (high / low) ** (i / 200) for i in range(201)]
+
+
+def where(field: str, x: float | None, ahead: bool) -> str:
+    """``ahead``: whether the second is the cheaper one at the end."""
+    return f"{field} = {x:.0f}" if x else "all along" if ahead else "nowhere"
+
+
+def predicted() -> Iterator[tuple[str, str, str]]:
+    seconds = lambda launches, each: sum(launch.seconds + each for launch in launches)  # noqa: E731
+    for each in (0.0, 3e-6):
+        ways = lambda M: [roofline.lora_forward(Shape(M, 4096, 4096, 16), one) for one in (True, False)]  # noqa: E731
+        pairs = [(M, seconds(ways(M)[1], each) / seconds(ways(M)[0], each)) for M in range(1, 2049)]
+        choice = f"one launch, then two; H200, {1e6 * each:.0f} µs a launch"
+        yield choice, "forward", f"{where('M', crossing(pairs), False)} predicted"
+    for N, step in product((4096, 14336), (False, True)):
+        shape = Shape(8192, 4096, N, 16)
+        ours, eager = (roofline.schedule(who, "lora", shape, step) for who in ("ours", "eager"))
+        gemms = sum(launch.seconds for launch in ours if launch.name == "gemm_lowrank")
+        share = gemms / (seconds(eager, 0) - (seconds(ours, 0) - gemms))
+        choice = f"addmm, then fused; H200, N = {N}"
+        yield choice, "forward + backward" if step else "forward", f"at {100 * share:.1f} % of cuBLAS's rate, predicted"
