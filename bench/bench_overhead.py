@@ -1,4 +1,5 @@
-"""What the library itself costs beside the arithmetic: a call, wrapping a large model, saving and loading its adapter.
+"""What the library costs beside the arithmetic: a call, wrapping a large model, saving and loading its adapter, the SVD
+that a method starts from.
 
     python -m pytest bench/bench_overhead.py --results bench/results/cpu
 
@@ -14,6 +15,7 @@ import statistics
 import tracemalloc
 
 import estimate
+import pytest
 import torch
 import torch.nn.functional as F
 from baselines import Shape, linear_for, ours, peft_layer, right
@@ -25,6 +27,7 @@ from torch import nn
 
 import fused_peft as fp
 from fused_peft import ops
+from fused_peft.methods import svd
 
 TINY, CALLS = Shape(4, 16, 16, 2), 500
 LORA = {"r": 16, "target_modules": "all-linear"}
@@ -150,3 +153,25 @@ def test_checkpoint(in_turn, measured, tmp_path):
         measured(
             "checkpoint", step=name, **spread("ms", [1e3 * s for s in each]), **spread("ratio", ratio), **environment()
         )
+
+
+@pytest.mark.parametrize("weight", ["nn.Linear, untrained", "singular values as 1 / sqrt(i)"])
+def test_init(benchmark, measured, tiny, weight):
+    """The leading triplets that PiSSA starts from, r = 16, against a full decomposition: seconds, the largest angle
+    (radians) between the two left subspaces, and the largest relative difference of a singular value."""
+    torch.manual_seed(0)
+    n, r = 1024 if tiny else 4096, 16
+    W = nn.Linear(n, n).weight.detach()
+    if weight != "nn.Linear, untrained":
+        left, right = (torch.linalg.qr(torch.randn(n, n)).Q for _ in range(2))
+        W = left * torch.arange(1, n + 1).rsqrt() @ right
+    times, found = [], []
+    benchmark.pedantic(lambda: times.append(seconds(lambda: found.append(svd.leading(W, r)))), rounds=1 if tiny else 3)
+    full = seconds(lambda: found.append(torch.linalg.svd(W, full_matrices=False)))
+    (U, S, _), (left, values, _) = found[0], found[-1]
+    left, U = left[:, :r].double(), U.double()
+    angle = torch.linalg.matrix_norm(U - left @ (left.t() @ U), 2).asin().item()
+    figures = {**spread("ms", [1e3 * s for s in times]), "full_ms": round(1e3 * full)}
+    figures |= {"angle": f"{angle:.1e}", "values_differ": f"{((S - values[:r]) / values[:r]).abs().max().item():.1e}"}
+    benchmark.extra_info |= figures
+    measured("init", weight=weight, **figures, **environment())

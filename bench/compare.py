@@ -20,7 +20,7 @@ import tables
 
 ENVIRONMENT = {"torch", "triton", "peft", "cpu", "gpu", "driver", "commit", "threads", "python", "peak_mb"}
 FIGURE = re.compile(r"(.+)_p(?:20|50|80)")
-EXACT = re.compile(r"_bytes$|^mb$")  # figures without a range
+EXACT = re.compile(r"_bytes$|^mb$|^full_ms$|^angle$|^values_differ$")  # figures without a range
 
 
 class Change(NamedTuple):

@@ -83,6 +83,18 @@ def checkpoint() -> str:
     return markdown(["LoRA adapter of Llama-3-8B", "ours, ms", "safetensors, ms", "ratio"], body)
 
 
+def init() -> str:
+    header = [
+        "r = 16 of 4096 × 4096",
+        "ms",
+        "full decomposition, ms",
+        "largest angle, rad",
+        "singular values differ by",
+    ]
+    columns = ("weight", "ms_p50", "full_ms", "angle", "values_differ")
+    return markdown(header, [[r[c] for c in columns] for r in rows("cpu/init.csv")])
+
+
 NAMES = {"ours": "ours", "peft": "HF PEFT"}
 
 
@@ -199,6 +211,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "estimate": estimate,
     "first": first,
     "gpu": gpu,
+    "init": init,
     "law": law,
     "memory": memory,
     "methods": methods,
