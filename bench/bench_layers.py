@@ -4,7 +4,7 @@
 
 Contenders of a method run in turn, a round each: the frozen layer, ours, HF PEFT's, the formula written out in PyTorch,
 that under torch.compile (some methods), LoRA as F.linear and addmm. pytest-benchmark shows ours; the rows have them
-all, as multiples of the frozen layer's time in the same round. Nothing is timed before it is right.
+all, as multiples of the frozen layer's time in the same round. Ours is not timed before it is right.
 """
 
 from __future__ import annotations

@@ -56,7 +56,9 @@ def test_scaling(benchmark, in_turn, measured, tiny, shape, name, what):
     torch.manual_seed(0)
     shape = TINY if tiny else shape
     runs = {k: step(v, shape, torch.float32, what != "forward") for k, v in contenders(name, shape).items()}
-    calls = 1 if tiny else max(1, round(3e-3 / seconds(runs["frozen"])))  # 3 ms a sample
+    for _ in range(3):
+        once = seconds(runs["frozen"])
+    calls = 1 if tiny else max(1, round(3e-3 / once))  # 3 ms a sample
     benchmark.group = f"{name} {what}"
     times = in_turn(runs, "ours", calls)
     for who, each in times.items():

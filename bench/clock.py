@@ -33,15 +33,34 @@ def keep_memory(command: list[str]) -> None:
     torch.zeros(PREFAULT, dtype=torch.uint8)
 
 
-def interleave(steps: dict[str, Callable], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of every step in every round."""
-    times = {name: [] for name in steps}
-    for i in range(rounds + warmup):
-        for name, run in steps.items():
-            taken = seconds(run)
-            if i >= warmup:
-                times[name].append(taken)
-    return times
+class Turns:
+    """Seconds a call of every run, in rounds: the others, in an order that turns every round, then the shown one.
+
+    Where a sample is several calls, one that is not timed goes before it: a short call is slow in the cache that
+    another leaves.
+    """
+
+    def __init__(self, runs: dict[str, Callable], shown: str, calls: int = 1):
+        self.runs, self.shown, self.calls = runs, shown, calls
+        self.seconds: dict[str, list[float]] = {name: [] for name in runs}
+        self._others = [name for name in runs if name != shown]
+
+    def sample(self, name: str) -> None:
+        run, calls = self.runs[name], self.calls
+        taken = seconds(run) if calls == 1 else seconds(lambda: [run() for _ in range(calls)])
+        self.seconds[name].append(taken / calls)
+
+    def others(self) -> None:
+        """A round up to the shown one's sample."""
+        self._others.append(self._others.pop(0)) if self._others else None
+        for name in self._others:
+            self._untimed(name)
+            self.sample(name)
+        self._untimed(self.shown)
+
+    def _untimed(self, name: str) -> None:
+        if self.calls > 1:
+            self.runs[name]()
 
 
 def seconds(run: Callable) -> float:

@@ -11,6 +11,7 @@ anywhere else. Exit status 1 if anything got worse, 2 if no line is in both file
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -64,7 +65,8 @@ def compare(before: list[dict[str, str]], after: list[dict[str, str]], margin: f
             if old is None or new is None:
                 continue
             more = figure.endswith("per_second")
-            gain = new[1] / old[1] if more else old[1] / new[1]
+            above, below = (new[1], old[1]) if more else (old[1], new[1])
+            gain = above / below if below else 1.0 if above == below else math.inf
             apart = new[0] > old[2] or new[2] < old[0]
             changes.append(Change(line, figure, old[1], new[1], gain, apart and abs(gain - 1) > margin))
     return changes

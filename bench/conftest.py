@@ -22,9 +22,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if config.getoption("--results") and not config.getoption("--tiny"):
+    if not config.getoption("--tiny") and not config.getoption("--collect-only"):
         clock.keep_memory(["-m", "pytest", *config.invocation_params.args])
-    config.measured = defaultdict(list)
+    config.measured, config.partial = defaultdict(list), False
 
 
 @pytest.fixture
@@ -45,36 +45,27 @@ def measured(request) -> Callable[..., None]:
 
 @pytest.fixture
 def in_turn(benchmark, rounds) -> Callable[..., dict[str, list[float]]]:
-    """in_turn(runs, shown, calls=1, warmup=1): seconds a call of every run, in rounds in which they take turns, their
-    order another in each; pytest-benchmark shows the one named ``shown``. Where a sample is several calls, one that is
-    not timed goes before it, since a short call is slow in the cache that another leaves."""
+    """in_turn(runs, shown, calls=1, warmup=1): seconds a call of every run, taking turns as ``clock.Turns`` has it;
+    pytest-benchmark shows the one named ``shown``."""
 
     def timed(runs: dict[str, Callable], shown: str, calls: int = 1, warmup: int = 1) -> dict[str, list[float]]:
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        others = [name for name in runs if name != shown]
+        turns = clock.Turns(runs, shown, calls)
         for run in [*runs.values()] * warmup:
             run()
-
-        def sample(name: str) -> None:
-            run = runs[name]
-            seconds[name].append(clock.seconds(lambda: [run() for _ in range(calls)] if calls > 1 else run()) / calls)
-
-        def before() -> None:
-            others.append(others.pop(0))
-            for name in others:
-                if calls > 1:
-                    runs[name]()
-                sample(name)
-            if calls > 1:
-                runs[shown]()
-
-        benchmark.pedantic(sample, args=(shown,), setup=before, rounds=rounds, warmup_rounds=0)
-        return seconds
+        benchmark.pedantic(turns.sample, args=(shown,), setup=turns.others, rounds=rounds, warmup_rounds=0)
+        return turns.seconds
 
     return timed
 
 
+def pytest_deselected(items):
+    items[0].config.partial = True
+
+
 def pytest_sessionfinish(session, exitstatus):
-    folder = session.config.getoption("--results")
-    for name, rows in session.config.measured.items() if folder else ():
-        tables.write(folder / f"{name}.csv", rows)
+    """Writes the tables; as NAME.partial.csv where a suite did not run in full, so that nothing complete is lost."""
+    config = session.config
+    partial = exitstatus != 0 or config.partial or any("::" in arg for arg in config.args)
+    folder = config.getoption("--results")
+    for name, rows in config.measured.items() if folder else ():
+        tables.write(folder / f"{name}{'.partial' * partial}.csv", rows)

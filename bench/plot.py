@@ -93,22 +93,26 @@ def scaling_law() -> Drawn:
     import scaling
 
     rows = report.rows("cpu/scaling.csv")
-    lines = {("lora", "ours"): OURS, ("lora", "peft"): PEER, ("lora", "addmm"): OTHER, ("dora", "ours"): FIFTH}
+    lines = {
+        ("lora", "ours"): (OURS, "o"), ("lora", "peft"): (PEER, "D"), ("lora", "addmm"): (OTHER, "+"),
+        ("dora", "ours"): (FIFTH, "x"),
+    }  # fmt: skip
     figure, panels = subplots(1, 3, (9, 3.4), sharey=True)
     found = {}
     swept = {"tokens M": "M", "rank r": "r", "width K = N": "K"}
     for axes, (label, field) in zip(panels, swept.items(), strict=True):
-        for (method, who), colour in lines.items():
+        for (method, who), (colour, marker) in lines.items():
             fit = scaling.fit(rows, method, who, "forward + backward")
-            points = sorted(
-                (getattr(s, field), ratio) for s, _, ratio in fit.points if scaling.along(s, scaling.BASE, field)
-            )
-            found[f"{method} {who} {field}"] = points
+            along = [(s, ratio) for s, ratio in fit.points if scaling.along(s, scaling.BASE, field)]
+            points = sorted((getattr(s, field), ratio) for s, ratio in along)
             name = f"{method}, {'HF PEFT' if who == 'peft' else who}"
-            axes.plot(*zip(*points, strict=True), "o", color=colour, markersize=4, label=name)
+            hollow = {"fillstyle": "none"} if marker == "D" else {}
+            axes.plot(*zip(*points, strict=True), marker, color=colour, markersize=6, label=name, **hollow)
             low, high = points[0][0], points[-1][0]
             xs = [low * (high / low) ** (i / 40) for i in range(41)]
-            axes.plot(xs, [fit.ratio(scaling.moved(scaling.BASE, field, x)) for x in xs], color=colour, linewidth=1)
+            ys = [fit.ratio(scaling.moved(scaling.BASE, field, x)) for x in xs]
+            axes.plot(xs, ys, color=colour, linewidth=1)
+            found[f"{method} {who} {field}"] = points, [round(y, 6) for y in ys]
         axes.set(xscale="log", xlabel=label)
         axes.set_xticks(ticks := [x for x, _ in points], [str(x) for x in ticks], minor=False)
         axes.minorticks_off()
@@ -120,9 +124,13 @@ def scaling_law() -> Drawn:
 
 def roofline() -> Drawn:
     """GFLOP/s of what the formula asks for against its arithmetic intensity, below what the machine can do at best."""
+    import scaling
+
     ceiling = next(r for r in report.rows("cpu/ceiling.csv") if r["dtype"] == "fp32")
     rate, width = (float(ceiling[k]) for k in ("gflops_per_second_p50", "gb_per_second_p50"))
-    rows = [r for r in report.rows("cpu/scaling.csv") if r["step"] == "forward + backward" and r["method"] == "lora"]
+    measured = report.rows("cpu/scaling.csv")
+    floors = scaling.floors(measured, "forward + backward")
+    rows = [r for r in measured if r["step"] == "forward + backward" and r["method"] == "lora"]
     figure, (axes,) = subplots(1, 1, (6, 4))
     found: dict = {"ceiling": (rate, width)}
     shown = {"frozen": (FLOOR, "s"), "ours": (OURS, "o"), "peft": (PEER, "^"), "addmm": (OTHER, "v")}
@@ -130,16 +138,17 @@ def roofline() -> Drawn:
         points = []
         for r in rows:
             if r["contender"] == who:
-                flops, bytes_moved = needed(Shape(*(int(r[k]) for k in ("M", "K", "N", "r"))), who != "frozen")
-                points.append((flops / bytes_moved, 1e-6 * flops / float(r["ms_p50"])))
+                shape = scaling.shape_of(r)
+                flops, bytes_moved = needed(shape, who != "frozen")
+                ms = floors[shape] * float(r["ratio_p50"])
+                points.append((flops / bytes_moved, 1e-6 * flops / ms))
         found[who] = points
         label = {"peft": "LoRA, HF PEFT", "frozen": "frozen layer"}.get(who, f"LoRA, {who}")
         axes.plot(*zip(*points, strict=True), marker, color=colour, label=label, markersize=5)
-    lowest = min(x for who in shown for x, _ in found[who])
     highest = max(x for who in shown for x, _ in found[who])
-    xs = [lowest * 0.8, max(rate / width, lowest), highest * 1.2]
+    xs = [0.4 * rate / width, rate / width, highest * 1.2]
     axes.plot(xs, [min(rate, width * x) for x in xs], color=TEXT, linewidth=1.5)
-    axes.text(xs[0], 1.02 * rate, f"a large product, {rate:.0f} GFLOP/s; a copy, {width:.0f} GB/s", fontsize=8)
+    axes.text(xs[1], 1.02 * rate, f"a large product, {rate:.0f} GFLOP/s; a copy, {width:.0f} GB/s", fontsize=8)
     axes.set(xscale="log", ylim=(0, 1.12 * rate), xlabel="FLOP a byte that has to be moved", ylabel="GFLOP/s, fp32")
     axes.legend(fontsize=8, loc="lower right")
     return figure, found
@@ -153,7 +162,7 @@ def needed(s: Shape, low_rank: bool) -> tuple[int, int]:
 
 
 def demo(folder: Path) -> Drawn:
-    """What ``demo.py`` wrote there. Left: smoothed losses. Right: accuracy against what trains, a label a point."""
+    """What ``demo.py`` wrote there: accuracy against what trains, a label a point; of a few their losses too."""
     rows, steps = tables.read(folder / "results.csv"), tables.read(folder / "losses.csv")
     points = {r["method"]: (float(r["accuracy_percent"]), float(r["per_mille"])) for r in rows}
     curves = {
@@ -161,14 +170,15 @@ def demo(folder: Path) -> Drawn:
         for name in points
     }
     few = len(curves) <= 6
-    figure, (left, right) = subplots(1, 2, (9, 4 if few else 6.5))
+    figure, panels = subplots(1, 2, (9, 4)) if few else subplots(1, 1, (9, 6.5))
+    right = panels[-1]
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(curves)}
-    for name, losses in curves.items():
-        dashes = "--" if name == "peft_lora" else "-"  # it coincides with ours
-        left.plot(losses, dashes, color=colours[name], label=name, linewidth=1.5 if few else 0.8)
-    left.set(xlabel="step", ylabel="training loss, smoothed", ylim=(0, None))
     if few:
-        left.legend()
+        for name, losses in curves.items():
+            dashes = "--" if name == "peft_lora" else "-"  # it coincides with ours
+            panels[0].plot(losses, dashes, color=colours[name], label=name, linewidth=1.5)
+        panels[0].set(xlabel="step", ylabel="training loss, smoothed", ylim=(0, None))
+        panels[0].legend()
     ranked = sorted(points.items(), key=lambda item: (item[1][0], -item[1][1]))
     low, high = ranked[0][1][0], max(ranked[-1][1][0], ranked[0][1][0] + 1)
     for i, (name, (accuracy, share)) in enumerate(ranked):  # labels in a column of their own, in order

@@ -57,6 +57,24 @@ def first() -> str:
     return markdown(header, [[m, *line] for m, line in zip(chosen, body, strict=True)])
 
 
+def behind() -> str:
+    """Where another contender takes at least 3 % less time than ours, forward + backward."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for file, about in (("layers", ("shape", "dtype")), ("scaling", ("M", "K", "N", "r"))):
+        of: dict[tuple, dict[str, float]] = {}
+        for r in rows(f"cpu/{file}.csv"):
+            if r["step"] == "forward + backward":
+                case = " ".join(r[c] for c in about) if file == "layers" else "{M}x{K}x{N} r={r} fp32".format(**r)
+                of.setdefault((r["method"], case), {})[r["contender"]] = float(r["ratio_p50"])
+        for (method, case), ratios in of.items():
+            for who in ratios.keys() - {"ours", "frozen"}:
+                if ratios["ours"] / ratios[who] > 1.03:
+                    found.setdefault((method, who), []).append(f"{case}: {ratios['ours'] / ratios[who]:.2f}")
+    return markdown(
+        ["method", "against", "ours / it"], [[m, LABELS[w], "; ".join(c)] for (m, w), c in sorted(found.items())]
+    )
+
+
 def overhead() -> str:
     found = {r["case"]: float(r["us_p50"]) for r in rows("cpu/overhead.csv")}
     kinds = ("forward", "forward + backward")
@@ -95,6 +113,10 @@ def init() -> str:
     return markdown(header, [[r[c] for c in columns] for r in rows("cpu/init.csv")])
 
 
+LABELS = {
+    "peft": "HF PEFT", "written": "the formula written out", "compiled": "that under torch.compile",
+    "addmm": "F.linear and addmm", "formed": "the weight formed in each call",
+}  # fmt: skip
 NAMES = {"ours": "ours", "peft": "HF PEFT"}
 
 
@@ -121,7 +143,8 @@ def memory() -> str:
     header = ["multiples of x", *(f"kept: {w}" for w in labels), *(f"peak: {w}" for w in labels)]
     methods = list(dict.fromkeys(r["method"] for r in found))
     floor = by[methods[0], "frozen"]
-    lines = [["frozen layer", "0.00", "", "", f"{int(floor['peak_bytes']) / int(floor['x_bytes']):.2f}", "", ""]]
+    kept, peak = (f"{int(floor[what]) / int(floor['x_bytes']):.2f}" for what in ("kept_bytes", "peak_bytes"))
+    lines = [["frozen layer", kept, "", "", peak, "", ""]]
     return markdown(header, lines + [[m, *cells(m, "kept_bytes"), *cells(m, "peak_bytes")] for m in methods])
 
 
@@ -134,7 +157,8 @@ def estimate() -> str:
 def training() -> str:
     found = {(r["model"], r["method"], r["contender"]): r for r in rows("cpu/training.csv")}
     cell = lambda row, column: row[column] if row else ""  # noqa: E731
-    header = ["tokens per second", "floor", "HF PEFT", "accelerated", "ours", "accelerated / HF PEFT, time", "ours"]
+    header = ["tokens per second", "floor", "HF PEFT", "accelerated", "ours"]
+    header += ["time: accelerated / HF PEFT", "time: ours / HF PEFT"]
     body = []
     for model, method in dict.fromkeys(key[:2] for key in found):
         of = {who: found.get((model, method, who)) for who in ("frozen", "peft", "accelerated", "ours")}
@@ -174,20 +198,22 @@ def mpc() -> str:
 
 
 def law() -> str:
-    """The fitted overheads, and what they tend to."""
+    """The fitted overheads."""
     import scaling
 
     measured, body = rows("cpu/scaling.csv"), []
-    large = scaling.Shape(8192, 4096, 4096, 16)
     for method, who in dict.fromkeys((r["method"], r["contender"]) for r in measured):
         if who in NAMES:
             fit = scaling.fit(measured, method, who, "forward + backward")
             c = fit.overhead.coefficients
             units = {"call": 1e3, "passes": 1e9, "skinny": 1e9, "weight": 1e9, "weight rank": 1e9}  # ms: µs, ps
             cells = [f"{units[name] * c[name]:.3g}" for name in units]
-            body.append([f"{method}, {NAMES[who]}", *cells, f"{fit.ratio(large):.3f}", f"{100 * fit.error:.1f}"])
+            body.append([f"{method}, {NAMES[who]}", *cells, f"{100 * fit.error:.0f}"])
+    c = fit.frozen.coefficients
+    product = f"{1e3 * c['call']:.3g} and {1e9 * c['product']:.3g} per M·K·N"
+    body.insert(0, ["frozen layer", product, "", "", f"{1e9 * c['weight']:.3g}", "", f"{100 * fit.frozen_error:.0f}"])
     header = ["forward + backward", "call, µs", "ps per M(K + N)", "per M·r(K + N)", "per N·K", "per N·K·r"]
-    return markdown([*header, "predicted ratio, 8192 × 4096 × 4096, r = 16", "error, %"], body)
+    return markdown([*header, "error, %"], body)
 
 
 def crossovers() -> str:
@@ -203,6 +229,7 @@ def methods() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "behind": behind,
     "checkpoint": checkpoint,
     "cpu-layers": cpu_layers,
     "crossovers": crossovers,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fused_peft import verify
+from fused_peft.backends import eager
 from fused_peft.methods import METHODS
 
 
@@ -12,6 +13,17 @@ from fused_peft.methods import METHODS
 def test_error_is_within_the_limit_and_no_worse_than_plain_pytorch(name, dtype):
     for tensor, (error, plain) in verify.measure(verify.configs()[name], dtype).items():
         row = verify.Row(name, dtype, tensor, error, plain)
+        assert row.ok, row
+
+
+@pytest.mark.parametrize("dtype", verify.LIMITS, ids=str)
+@pytest.mark.parametrize("name", ["lora", "dora", "ssb", "ia3", "lora_xs", "lora+dropout"])
+def test_layers_larger_than_the_cache(name, dtype, monkeypatch):
+    """What the CPU backend does block by block, and with B by columns, on a layer that has several blocks."""
+    for constant, small in {"BLOCK": 10_000, "TALL": 1, "LONG": 1}.items():
+        monkeypatch.setattr(eager, constant, small)
+    for tensor, (error, plain) in verify.measure(verify.configs()[name], dtype).items():
+        row = verify.Row(name.partition("+")[0], dtype, tensor, error, plain)
         assert row.ok, row
 
 

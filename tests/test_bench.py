@@ -43,7 +43,7 @@ def suites(tmp_path_factory) -> dict[str, list[dict[str, str]]]:
     command += ["-k", "not test_training or MiniLM-ssb or Llama-lora"]
     done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
-    return {file.stem: tables.read(file) for file in out.glob("*.csv")}
+    return {file.stem.removesuffix(".partial"): tables.read(file) for file in out.glob("*.csv")}
 
 
 def spreads(row: dict[str, str], name: str) -> list[float]:
@@ -67,7 +67,7 @@ def test_every_method_and_contender_is_timed_once_it_is_right(suites):
 
 
 def test_the_committed_results_have_what_the_suites_measure(suites):
-    """Same tables, same columns; every line of the committed ones is still measured."""
+    """Same tables, same columns, and of the largest two the same methods."""
     committed = {file.stem: tables.read(file) for file in (BENCH / "results/cpu").glob("*.csv")}
     assert committed.keys() == suites.keys()
     for name, rows in suites.items():
@@ -78,7 +78,7 @@ def test_the_committed_results_have_what_the_suites_measure(suites):
 
 
 def test_no_committed_method_is_slower_than_hf_peft():
-    """Beyond the noise of a busy machine: (IA)³ runs PyTorch's own operations on both sides."""
+    """Of the committed results, with room for noise: (IA)³ runs PyTorch's own operations on both sides."""
     for r in tables.read(BENCH / "results/cpu/layers.csv"):
         if r["contender"] == "ours" and r["step"] == "forward + backward" and r["vs_peft_p50"]:
             assert float(r["vs_peft_p50"]) <= 1.02, r
@@ -146,13 +146,41 @@ def test_written_out_methods_are_the_methods():
             torch.testing.assert_close(baselines.Addmm(layer)(x), layer(x))
 
 
-def test_interleaved_timing_runs_every_step_every_round():
-    from clock import interleave
+def test_a_formed_weight_is_lora():
+    pytest.importorskip("peft")
+    import baselines
+    import bench_scaling
 
-    calls = []
-    times = interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warmup=1)
-    assert calls == ["a", "b"] * 4
-    assert [len(t) for t in times.values()] == [3, 3]
+    layer = baselines.ours("lora", baselines.linear_for(baselines.Shape(16, 64, 48, 4), torch.float64), 4)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    x = torch.randn(16, 64, dtype=torch.float64)
+    torch.testing.assert_close(bench_scaling.Formed(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_contenders_take_turns(calls):
+    """A round: the others in another order each time, then the shown one; before a sample of many calls one more."""
+    from clock import Turns
+
+    log = []
+    turns = Turns({name: lambda name=name: log.append(name) for name in "axb"}, "x", calls)
+    times = calls + (calls > 1)
+    for order in ("bax", "abx", "bax"):
+        turns.others()
+        turns.sample("x")
+        assert "".join(log) == "".join(name * times for name in order)
+        log.clear()
+    assert {name: len(each) for name, each in turns.seconds.items()} == {"a": 3, "x": 3, "b": 3}
+
+
+def test_a_partial_run_leaves_the_complete_tables(tmp_path):
+    pytest.importorskip("peft")
+    (tmp_path / "layers.csv").write_text("kept\n")
+    command = [sys.executable, "-m", "pytest", "bench/bench_layers.py", "--tiny", "--results", tmp_path, "-k", "bitfit"]
+    subprocess.run(command, cwd=BENCH.parent, capture_output=True, check=True)
+    assert (tmp_path / "layers.csv").read_text() == "kept\n"
+    assert {r["method"] for r in tables.read(tmp_path / "layers.partial.csv")} == {"bitfit"}
 
 
 def test_no_method_keeps_more_for_backward_than_hf_peft(suites):

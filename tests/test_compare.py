@@ -44,6 +44,14 @@ def test_more_per_second_is_better():
     assert _only(*rows[::-1]).beyond_noise
 
 
+def test_exact_figures_in_bytes_may_be_nothing():
+    rows = [{"method": "m", "kept_bytes": v, "torch": t} for v, t in (("0", "2"), ("16", "3"))]
+    assert not _only(rows[0], rows[0]).beyond_noise
+    assert _only(rows[0], rows[1]).gain == 0
+    assert _only(rows[1], rows[0]).gain == float("inf")
+    assert _only(rows[1], rows[0]).beyond_noise
+
+
 def test_environment_does_not_part_lines_and_lines_may_be_missing():
     before = [_row("lora"), _row("dora"), _row("gone")]
     after = [_row("dora", torch="3"), _row("lora", torch="3"), _row("new", torch="3")]
@@ -72,5 +80,5 @@ def test_exit_status(tmp_path):
     assert status(slow, fast)[0] == 0
     assert status(fast, write("other.csv", [_row("else")]))[0] == 2
     for file in (ROOT / "bench/results").rglob("*.csv"):
-        if "_p50" in file.read_text().splitlines()[0]:
+        if "_p50" in file.read_text().splitlines()[0] or file.stem == "memory":
             assert status(file, file)[0] == 0, file

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_peft as fp
 from fused_peft import dispatch, ops
+from fused_peft.backends import eager
 from fused_peft.dropout import keep_mask, new_seed
 from fused_peft.factors import ACTIVATIONS, Factors, NotMergeableError
 
@@ -55,6 +56,8 @@ COMBINATIONS = [
 @pytest.mark.parametrize("scale_bias", [False, True])
 @pytest.mark.parametrize("route", ["eager", "op"])
 def test_every_combination_against_the_expression(present, G, h, p, c, scale_bias, route, poison, monkeypatch):
+    for name, small in {"BLOCK": 2 * N, "TALL": 1, "LONG": 1}.items():  # as large layers: several blocks, B by columns
+        monkeypatch.setattr(eager, name, small)
     f, tensors = make(present, G, h=h, p=p, s=1.7, scale_bias=scale_bias, drop_base=c == "drop_base")
     x, w, bias, dy = rand(2, M, K), rand(N, K), rand(N), torch.randn(2, M, N, dtype=torch.float64)
     extra = {"c": {"c": rand(2, M, N)}, "zero": {}}.get(c, {"w": w})

@@ -43,9 +43,13 @@ def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.reshape(-1, t.shape[-1])
 
 
+BLOCK = 1 << 19  # elements of a block of rows that is worked on while a CPU's cache holds it in fp32
+TALL, LONG = 1024, 2048  # rows of dz, and of B, from which B is read column after column on a CPU
+
+
 def _narrowed(dz: Tensor, B: Tensor, s: float) -> Tensor:
     """s·dz B in dz's dtype; where both are large on a CPU from B column after column, up to a third faster."""
-    if B.is_cpu and B.shape[0] >= 2048 and dz.shape[0] >= 1024:
+    if B.is_cpu and B.shape[0] >= LONG and dz.shape[0] >= TALL:
         return _mm(dz, B.t().to(dz.dtype, memory_format=torch.contiguous_format, copy=True).t(), s)
     return _mm(dz, B if B.dtype == dz.dtype else B.to(dz.dtype), s)
 
@@ -56,8 +60,8 @@ def _gated(U: Tensor, G: Tensor) -> Tensor:
 
 
 def _blocks(t: Tensor) -> Iterator[slice]:
-    """Rows of t whose elements a CPU's cache holds in fp32; all rows on other devices."""
-    step = max(1, (1 << 19) // max(1, t.shape[1])) if t.is_cpu else max(1, t.shape[0])
+    """BLOCK elements of t's rows at a time on a CPU; all rows on other devices."""
+    step = max(1, BLOCK // max(1, t.shape[1])) if t.is_cpu else max(1, t.shape[0])
     return (slice(i, i + step) for i in range(0, t.shape[0], step))
 
 
@@ -78,11 +82,11 @@ def _dot_columns(u: Tensor, v: Tensor, like: Tensor, exact: bool = False) -> Ten
 
 def _scaled(z: Tensor, d: Tensor, plus: Tensor | None = None) -> Tensor:
     """z ⊙ d (+ plus) rounded once, for half precision z and an fp32 scale d, a cache-sized block of rows at a time."""
-    out = torch.empty_like(z)
-    bias = plus.float() if plus is not None and plus.dim() == 1 else None
+    out, wide = torch.empty_like(z), torch.promote_types(_wide(z.dtype), d.dtype)
+    bias = plus.to(wide) if plus is not None and plus.dim() == 1 else None
     for i in _blocks(z):
         if bias is not None:
-            block = torch.addcmul(bias, z[i].float(), d)
+            block = torch.addcmul(bias, z[i].to(wide), d)
         else:
             block = z[i] * d
             if plus is not None:
@@ -97,16 +101,16 @@ def _scale_gradients(dy: Tensor, z: Tensor, d: Tensor, exact: bool, once: bool) 
     half = dy.element_size() <= 2
     if half and d.dtype == dy.dtype and not exact:
         return _dot_columns(dy, z, d), dy * d
-    wide = torch.float32 if half else dy.dtype
+    wide = torch.promote_types(_wide(dy.dtype), d.dtype) if once else _wide(dy.dtype)
     total, dz = torch.zeros(dy.shape[1], dtype=wide, device=dy.device), torch.empty_like(dy)
     scale = d.to(wide if once else dy.dtype)
     for i in _blocks(dy):
         u = dy[i].to(wide)
         total += (u * z[i]).sum(0)
-        if half and once:
-            dz[i] = u.mul_(scale)
-        else:
+        if wide == dy.dtype or not once:
             torch.mul(dy[i], scale, out=dz[i])
+        else:
+            dz[i] = u.mul_(scale)
     return total.to(d.dtype), dz
 
 
