@@ -52,7 +52,7 @@ class Turns:
 
     def others(self) -> None:
         """A round up to the shown one's sample."""
-        self._others.append(self._others.pop(0)) if self._others else None
+        self._others = self._others[1:] + self._others[:1]
         for name in self._others:
             self._untimed(name)
             self.sample(name)

@@ -6,6 +6,7 @@ A table stands between `<!-- name -->` and `<!-- /name -->`; nothing between the
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -51,28 +52,25 @@ def first() -> str:
           if (r["shape"], r["dtype"], r["step"]) == (shape, "fp32", "forward + backward")}  # fmt: skip
     kept = {(r["method"], r["contender"]): f"{int(r['kept_bytes']) / int(r['x_bytes']):.2f}"
             for r in rows("cpu/memory.csv")}  # fmt: skip
-    header = ["method", "ours / frozen", "HF PEFT / frozen", "kept for backward: ours", "HF PEFT"]
-    cells = [(m, who) for m in chosen for who in ("ours", "peft")]
-    body = [[found.get(cell, "") for found in (by, kept) for cell in cells if cell[0] == m] for m in chosen]
-    return markdown(header, [[m, *line] for m, line in zip(chosen, body, strict=True)])
+    body = [[m, *(found.get((m, who), "") for found in (by, kept) for who in ("ours", "peft"))] for m in chosen]
+    return markdown(["method", "ours / frozen", "HF PEFT / frozen", "kept for backward: ours", "HF PEFT"], body)
 
 
 def behind() -> str:
     """Where another contender takes at least 3 % less time than ours, forward + backward."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for file, about in (("layers", ("shape", "dtype")), ("scaling", ("M", "K", "N", "r"))):
-        of: dict[tuple, dict[str, float]] = {}
-        for r in rows(f"cpu/{file}.csv"):
-            if r["step"] == "forward + backward":
-                case = " ".join(r[c] for c in about) if file == "layers" else "{M}x{K}x{N} r={r} fp32".format(**r)
-                of.setdefault((r["method"], case), {})[r["contender"]] = float(r["ratio_p50"])
-        for (method, case), ratios in of.items():
-            for who in ratios.keys() - {"ours", "frozen"}:
-                if ratios["ours"] / ratios[who] > 1.03:
-                    found.setdefault((method, who), []).append(f"{case}: {ratios['ours'] / ratios[who]:.2f}")
-    return markdown(
-        ["method", "against", "ours / it"], [[m, LABELS[w], "; ".join(c)] for (m, w), c in sorted(found.items())]
-    )
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    cases = [("{shape} {dtype}".format(**r), r) for r in rows("cpu/layers.csv")]
+    cases += [("{M}x{K}x{N} r={r} fp32".format(**r), r) for r in rows("cpu/scaling.csv")]
+    for case, r in cases:
+        if r["step"] == "forward + backward":
+            times.setdefault((r["method"], case), {})[r["contender"]] = float(r["ratio_p50"])
+    found = defaultdict(list)
+    for (method, case), ratios in times.items():
+        for who in LABELS.keys() & ratios.keys():
+            if (more := ratios["ours"] / ratios[who]) > 1.03:
+                found[method, who].append(f"{case}: {more:.2f}")
+    body = [[method, LABELS[who], "; ".join(each)] for (method, who), each in sorted(found.items())]
+    return markdown(["method", "against", "ours / it"], body)
 
 
 def overhead() -> str:
