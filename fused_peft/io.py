@@ -300,7 +300,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool =
     with torch.no_grad():
         for key, (tensor, _) in slots.items():
             value = stored[key]
-            tensor.copy_(placed_as(value if value.shape == tensor.shape else value.reshape(tensor.shape), tensor))
+            if value.dim() != tensor.dim():  # its shape is the one on disk, as checked
+                value = value.reshape(tensor.shape)
+            tensor.copy_(placed_as(value, tensor) if is_sharded(tensor) else value)
             if tensor.requires_grad != is_trainable and isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(is_trainable)
         for tensor, value in shared:
