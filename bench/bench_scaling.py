@@ -12,7 +12,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from baselines import DTYPES, Addmm, Shape, linear_for, ours, peft_configs, peft_layer, right, step
+from baselines import DTYPES, Shape, layers, linear_for, ours, right, step
 from clock import compared, environment, seconds, spread
 from torch import nn
 
@@ -39,12 +39,10 @@ class Formed(nn.Module):
 
 
 def contenders(name: str, shape: Shape) -> dict[str, nn.Module]:
-    base = lambda: linear_for(shape, torch.float32)  # noqa: E731
-    found = {"frozen": base(), "ours": ours(name, base(), shape.r)}
-    if name in peft_configs(shape.r):
-        found["peft"] = peft_layer(name, base(), shape.r).train()
+    found = layers(name, shape, torch.float32)
+    del found["written"]
     if name == "lora":
-        found |= {"addmm": Addmm(ours(name, base(), shape.r)), "formed": Formed(ours(name, base(), shape.r))}
+        found["formed"] = Formed(ours(name, linear_for(shape, torch.float32), shape.r))
     return found
 
 

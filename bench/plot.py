@@ -165,18 +165,16 @@ def demo(folder: Path) -> Drawn:
     """What ``demo.py`` wrote there: accuracy against what trains, a label a point; of a few their losses too."""
     rows, steps = tables.read(folder / "results.csv"), tables.read(folder / "losses.csv")
     points = {r["method"]: (float(r["accuracy_percent"]), float(r["per_mille"])) for r in rows}
-    curves = {
-        name: list(accumulate((float(s[name]) for s in steps), lambda mean, loss: 0.9 * mean + 0.1 * loss))
-        for name in points
-    }
-    few = len(curves) <= 6
+    few, curves = len(points) <= 6, {}
     figure, panels = subplots(1, 2, (9, 4)) if few else subplots(1, 1, (9, 6.5))
     right = panels[-1]
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(curves)}
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(points)}
     if few:
-        for name, losses in curves.items():
+        for name in points:
+            losses = (float(s[name]) for s in steps)
+            curves[name] = list(accumulate(losses, lambda mean, loss: 0.9 * mean + 0.1 * loss))
             dashes = "--" if name == "peft_lora" else "-"  # it coincides with ours
-            panels[0].plot(losses, dashes, color=colours[name], label=name, linewidth=1.5)
+            panels[0].plot(curves[name], dashes, color=colours[name], label=name, linewidth=1.5)
         panels[0].set(xlabel="step", ylabel="training loss, smoothed", ylim=(0, None))
         panels[0].legend()
     ranked = sorted(points.items(), key=lambda item: (item[1][0], -item[1][1]))

@@ -171,8 +171,10 @@ def geometric(low: float, high: float) -> list[float]:
 def predicted() -> Iterator[tuple[str, str, str]]:
     seconds = lambda launches, each: sum(launch.seconds + each for launch in launches)  # noqa: E731
     for each in (0.0, 3e-6):
-        ways = lambda M: [roofline.lora_forward(Shape(M, 4096, 4096, 16), one) for one in (True, False)]  # noqa: E731
-        pairs = [(M, seconds(ways(M)[1], each) / seconds(ways(M)[0], each)) for M in range(1, 2049)]
+        pairs = []
+        for M in range(1, 2049):
+            one, two = (seconds(roofline.lora_forward(Shape(M, 4096, 4096, 16), way), each) for way in (True, False))
+            pairs.append((M, two / one))
         choice = f"one launch, then two; H200, {1e6 * each:.0f} µs a launch"
         yield choice, "forward", f"{where('M', pairs)} predicted"
     for N, step in product((4096, 14336), (False, True)):

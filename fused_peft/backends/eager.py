@@ -98,8 +98,7 @@ def _scaled(z: Tensor, d: Tensor, plus: Tensor | None = None) -> Tensor:
 def _scale_gradients(dy: Tensor, z: Tensor, d: Tensor, exact: bool, once: bool) -> tuple[Tensor, Tensor]:
     """dd_out = Σ over rows of dy ⊙ z, as ``_dot_columns`` has it, and dz = d ⊙ dy, ``once``: rounded once. Both from
     one read of dy."""
-    half = dy.element_size() <= 2
-    if half and d.dtype == dy.dtype and not exact:
+    if dy.element_size() <= 2 and d.dtype == dy.dtype and not exact:
         return _dot_columns(dy, z, d), dy * d
     wide = torch.promote_types(_wide(dy.dtype), d.dtype) if once else _wide(dy.dtype)
     total, dz = torch.zeros(dy.shape[1], dtype=wide, device=dy.device), torch.empty_like(dy)
