@@ -7,6 +7,7 @@ problem}} to OUT/<world>.json.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -121,7 +122,9 @@ def compare(case: Case, spread: Callable, split: int = 1, index: int = 0, scale:
     first = alone[0]
     mergeable = first.method.weight or (first.method.factors and first.factors().mergeable)
     with torch.no_grad():
-        together(x)  # after which FSDP2 leaves the outermost group gathered
+        together(
+            x
+        ).sum()  # after which FSDP2 leaves the outermost group gathered; a result not read is never waited for
     for act in (fp.merge, fp.unmerge) if mergeable else ():
         act(alone), act(together)
         wrong += [act.__name__] * (not torch.allclose(together(x), alone(x), rtol=1e-9, atol=1e-9))
@@ -387,6 +390,7 @@ def refusals():
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[4]}", rank=RANK, world_size=WORLD)
     found = {}
@@ -399,3 +403,5 @@ if __name__ == "__main__":
         (OUT / f"{WORLD}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # without taking the interpreter down, which gloo's threads do not always survive

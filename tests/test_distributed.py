@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,9 @@ CHECKS = {
 }
 
 
-def run(out: Path, world: int) -> dict[str, dict[str, str]]:
-    """Findings of every check by that many processes; a process that dies takes the others with it."""
+def started(out: Path, world: int) -> tuple[list[int | None], str]:
+    """Exit codes of that many processes at the first death or when all have ended, and what they printed last; a
+    process that dies takes the others with it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -38,15 +40,28 @@ def run(out: Path, world: int) -> dict[str, dict[str, str]]:
         command = [sys.executable, "-W", "ignore", str(RUN), str(out), *map(str, (rank, world, port)), *CHECKS[world]]
         processes.append(subprocess.Popen(command, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT))
     try:
-        deadline = time.monotonic() + 600
-        while time.monotonic() < deadline and any(p.poll() is None for p in processes):
-            if any(p.returncode for p in processes):
+        deadline, codes = time.monotonic() + 600, []
+        while time.monotonic() < deadline:
+            codes = [p.poll() for p in processes]
+            if None not in codes or any(codes):
                 break
             time.sleep(0.1)
     finally:
         for p in processes:
             p.kill()
-    assert all(p.wait() == 0 for p in processes), "\n".join(log.read_text()[-3000:] for log in logs)
+            p.wait()
+    return codes, "\n".join(log.read_text()[-3000:] for log in logs)
+
+
+def run(out: Path, world: int) -> dict[str, dict[str, str]]:
+    """Findings of every check. What a signal ended is run once more, with a warning: two of many runs died in
+    gloo's threads ("terminate called without an active exception", malloc's own checks), and nothing here is native.
+    """
+    codes, printed = started(out, world)
+    if any((code or 0) < 0 for code in codes):
+        warnings.warn(f"a process ended by a signal, exit codes {codes}:\n{printed}", stacklevel=2)
+        codes, printed = started(out, world)
+    assert codes == [0] * world, f"exit codes {codes}:\n{printed}"
     return json.loads((out / f"{world}.json").read_text())
 
 

@@ -56,7 +56,7 @@ COMBINATIONS = [
 @pytest.mark.parametrize("scale_bias", [False, True])
 @pytest.mark.parametrize("route", ["eager", "op"])
 def test_every_combination_against_the_expression(present, G, h, p, c, scale_bias, route, poison, monkeypatch):
-    for name, small in {"BLOCK": 2 * N, "TALL": 1, "LONG": 1}.items():  # as large layers: several blocks, B by columns
+    for name, small in {"BLOCK": 2 * N, "MANY": 1, "TALL": 1, "LONG": 1}.items():  # as large layers do
         monkeypatch.setattr(eager, name, small)
     f, tensors = make(present, G, h=h, p=p, s=1.7, scale_bias=scale_bias, drop_base=c == "drop_base")
     x, w, bias, dy = rand(2, M, K), rand(N, K), rand(N), torch.randn(2, M, N, dtype=torch.float64)
@@ -71,6 +71,35 @@ def test_every_combination_against_the_expression(present, G, h, p, c, scale_bia
     want = f.expression(x, extra.get("w"), bias, extra.get("c"), keep)
     for got, reference in zip(results(y, leaves, dy), results(want, leaves, dy), strict=True):
         torch.testing.assert_close(got, reference, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("once", [True, False])
+def test_scaling_by_batch_norms_kernel(once, dtype, poison, monkeypatch):
+    """Values, gradients and dtypes of any layout, rounded as often as the definition says, no rows too."""
+    monkeypatch.setattr(eager, "MANY", 1)
+    z, d, plus = torch.randn(37, 70).to(dtype), torch.randn(70), torch.randn(70)
+    eps = torch.finfo(dtype).eps
+    scale = d if once else d.to(dtype)
+    square = torch.randn(37, 37).to(dtype)
+    for dy in (
+        torch.randn(37, 70).to(dtype),
+        torch.randn(70, 37).to(dtype).t(),
+        square[:1].expand(37, -1).repeat(1, 2)[:, :70],
+        square[:, :1].expand(-1, 70),
+        torch.randn(74, 140).to(dtype)[::2, ::2],
+        torch.ones((), dtype=dtype).expand(37, 70),
+    ):
+        dd, dz = eager._scale_gradients(dy, z, d, once=once)
+        assert (dd.dtype, dz.dtype, dz.is_contiguous()) == (torch.float32, dtype, True)
+        torch.testing.assert_close(dz.double(), dy.double() * scale.double(), rtol=eps, atol=1e-7)
+        torch.testing.assert_close(dd.double(), (dy.double() * z.double()).sum(0), rtol=1e-5, atol=1e-5)
+    for bias in (None, plus):
+        want = z.double() * d.double() + (0 if bias is None else bias.double())
+        torch.testing.assert_close(eager._scaled(z, d, bias).double(), want, rtol=eps, atol=1e-6)
+    dd, dz = eager._scale_gradients(z[:0], z[:0], d)
+    assert dd.equal(torch.zeros(70))
+    assert dz.shape == eager._scaled(z[:0], d, plus).shape == (0, 70)  # batch norm's kernel would end the process
 
 
 def test_merged_weight_is_the_forward():

@@ -14,8 +14,6 @@ dropout mask recomputed from its seed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,6 +42,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 BLOCK = 1 << 19  # elements of a block of rows that is worked on while a CPU's cache holds it in fp32
+MANY = 1 << 16  # elements from which a CPU scales by batch norm's kernel, which cannot do none
 TALL, LONG = 1024, 2048  # rows of dz, and of B, from which B is read column after column on a CPU
 
 
@@ -59,57 +58,41 @@ def _gated(U: Tensor, G: Tensor) -> Tensor:
     return U * G if G.dim() == 1 else torch.mm(U, G.t())
 
 
-def _blocks(t: Tensor) -> Iterator[slice]:
-    """BLOCK elements of t's rows at a time on a CPU; all rows on other devices."""
-    step = max(1, BLOCK // max(1, t.shape[1])) if t.is_cpu else max(1, t.shape[0])
-    return (slice(i, i + step) for i in range(0, t.shape[0], step))
-
-
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _dot_columns(u: Tensor, v: Tensor, like: Tensor, exact: bool = False) -> Tensor:
-    """Σ over rows of u ⊙ v. Half precision for an fp32 parameter, or if ``exact``, is multiplied and summed in fp32, a
-    cache-sized block of rows at a time; otherwise the product is rounded once before it is summed."""
-    if u.element_size() > 2 or (like.dtype == u.dtype and not exact):
-        return (u * v).sum(0).to(like.dtype)
-    total = torch.zeros(u.shape[1], dtype=torch.float32, device=u.device)
-    for i in _blocks(u):
-        total += (u[i].float() * v[i]).sum(0)
-    return total.to(like.dtype)
+def _batch_norm(t: Tensor, d: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance with which batch norm's evaluation is t ⊙ d and a bias, where its kernel is the faster one: it
+    reads half precision once and computes in fp32."""
+    return (torch.zeros_like(d), torch.ones_like(d)) if t.is_cpu and t.numel() >= MANY else None
 
 
 def _scaled(z: Tensor, d: Tensor, plus: Tensor | None = None) -> Tensor:
-    """z ⊙ d (+ plus) rounded once, for half precision z and an fp32 scale d, a cache-sized block of rows at a time."""
-    out, wide = torch.empty_like(z), torch.promote_types(_wide(z.dtype), d.dtype)
-    bias = plus.to(wide) if plus is not None and plus.dim() == 1 else None
-    for i in _blocks(z):
-        if bias is not None:
-            block = torch.addcmul(bias, z[i].to(wide), d)
-        else:
-            block = z[i] * d
-            if plus is not None:
-                block += plus[i]
+    """z ⊙ d (+ plus), computed in fp32 and rounded once; on a CPU a matrix is added block by block, in its cache."""
+    d = d.to(_wide(z.dtype))
+    if (plus is None or plus.dim() == 1) and (unit := _batch_norm(z, d)):
+        plus = None if plus is None else plus.to(d.dtype)
+        return _aten.native_batch_norm(z, d, plus, *unit, False, 0.0, 0.0)[0]
+    out = torch.empty_like(z)
+    step = max(1, BLOCK // max(1, z.shape[1])) if z.is_cpu else max(1, z.shape[0])
+    for i in (slice(i, i + step) for i in range(0, z.shape[0], step)):
+        block = z[i] * d
+        if plus is not None:
+            block += plus if plus.dim() == 1 else plus[i]
         out[i] = block
     return out
 
 
-def _scale_gradients(dy: Tensor, z: Tensor, d: Tensor, exact: bool, once: bool) -> tuple[Tensor, Tensor]:
-    """dd_out = Σ over rows of dy ⊙ z, as ``_dot_columns`` has it, and dz = d ⊙ dy, ``once``: rounded once. Both from
-    one read of dy."""
-    if dy.element_size() <= 2 and d.dtype == dy.dtype and not exact:
-        return _dot_columns(dy, z, d), dy * d
-    wide = torch.promote_types(_wide(dy.dtype), d.dtype) if once else _wide(dy.dtype)
-    total, dz = torch.zeros(dy.shape[1], dtype=wide, device=dy.device), torch.empty_like(dy)
-    scale = d.to(wide if once else dy.dtype)
-    for i in _blocks(dy):
-        u = dy[i].to(wide)
-        total += (u * z[i]).sum(0)
-        if wide == dy.dtype or not once:
-            torch.mul(dy[i], scale, out=dz[i])
-        else:
-            dz[i] = u.mul_(scale)
+def _scale_gradients(dy: Tensor, z: Tensor, d: Tensor, once: bool = False) -> tuple[Tensor, Tensor]:
+    """Σ over rows of dy ⊙ z, in d's dtype, and dy ⊙ d, ``once``: without rounding d first. Computed in fp32."""
+    scale = (d if once else d.to(dy.dtype)).to(_wide(dy.dtype))
+    if unit := _batch_norm(dy, scale):
+        need = [True, True, False]
+        dz, total, _ = _aten.native_batch_norm_backward(dy, z, scale, *unit, None, None, False, 0.0, need)
+    else:
+        wide = dy.to(scale.dtype)
+        total, dz = (wide * z).sum(0), (wide * scale).to(dy.dtype)
     return total.to(d.dtype), dz
 
 
@@ -229,7 +212,7 @@ class Eager:
             dy = _rows(dy)
         dz = dy
         if want_d_out:
-            dd_out, dz = _scale_gradients(dy, z, d_out, exact=d_in is not None, once=A is not None)
+            dd_out, dz = _scale_gradients(dy, z, d_out, once=A is not None)
         elif d_out is not None:
             dz = _scaled(dy, d_out) if d_out.dtype != dt and A is not None else dy * d_out.to(dt)
         if want_bias:
@@ -265,7 +248,7 @@ class Eager:
             if into_x or want_A or want_a or of_dS:
                 dT = _narrowed(dz, B, s)  # dS so far
                 if of_dS:
-                    dG = _dot_columns(dT, U, G) if G.dim() == 1 else torch.mm(dT.t(), U).to(G.dtype)
+                    dG = (dT * U.to(G.dtype)).sum(0) if G.dim() == 1 else torch.mm(dT.t(), U).to(G.dtype)
                 if G is not None:
                     dT = dT * G.to(dt) if G.dim() == 1 else torch.mm(dT, G.to(dt))
                 if h != "identity":
@@ -298,8 +281,8 @@ class Eager:
                     update = update if mask is None else mask(update)
                     dx = update if dx is None else dx.add_(update)
             if want_d_in:
-                dd_in = _dot_columns(x, dx, d_in, exact=d_out is not None)
-            if d_in is not None:
+                dd_in, dx = _scale_gradients(dx, x, d_in)
+            elif d_in is not None:
                 dx.mul_(d_in.to(dt))
             dx = dx.view(*dy_shape[:-1], dx.shape[1]) if want_x and len(dy_shape) != 2 else dx if want_x else None
         return dx, dw, dc, dbias, dd_in, dd_out, dA, da, dG, dB, None
