@@ -94,6 +94,12 @@ def test_scaling_by_batch_norms_kernel(once, dtype, poison, monkeypatch):
         assert (dd.dtype, dz.dtype, dz.is_contiguous()) == (torch.float32, dtype, True)
         torch.testing.assert_close(dz.double(), dy.double() * scale.double(), rtol=eps, atol=1e-7)
         torch.testing.assert_close(dd.double(), (dy.double() * z.double()).sum(0), rtol=1e-5, atol=1e-5)
+    dy = dy.clone()
+    want = eager._scale_gradients(dy, z, d)
+    got = eager._scale_gradients(dy, z, d, in_place=True)
+    assert got[1] is dy
+    for pair in zip(got, want, strict=True):
+        torch.testing.assert_close(*pair, rtol=eps, atol=1e-7)
     for bias in (None, plus):
         want = z.double() * d.double() + (0 if bias is None else bias.double())
         torch.testing.assert_close(eager._scaled(z, d, bias).double(), want, rtol=eps, atol=1e-6)

@@ -84,16 +84,19 @@ def _scaled(z: Tensor, d: Tensor, plus: Tensor | None = None) -> Tensor:
     return out
 
 
-def _scale_gradients(dy: Tensor, z: Tensor, d: Tensor, once: bool = False) -> tuple[Tensor, Tensor]:
-    """Σ over rows of dy ⊙ z, in d's dtype, and dy ⊙ d, ``once``: without rounding d first. Computed in fp32."""
+def _scale_gradients(
+    dy: Tensor, z: Tensor, d: Tensor, once: bool = False, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Σ over rows of dy ⊙ z, in d's dtype, and dy ⊙ d, computed in fp32; ``once``: without rounding d first, or
+    ``in_place``: written over dy."""
     scale = (d if once else d.to(dy.dtype)).to(_wide(dy.dtype))
     if unit := _batch_norm(dy, scale):
-        need = [True, True, False]
+        need = [not in_place, True, False]
         dz, total, _ = _aten.native_batch_norm_backward(dy, z, scale, *unit, None, None, False, 0.0, need)
     else:
         wide = dy.to(scale.dtype)
-        total, dz = (wide * z).sum(0), (wide * scale).to(dy.dtype)
-    return total.to(d.dtype), dz
+        total, dz = (wide * z).sum(0), None if in_place else (wide * scale).to(dy.dtype)
+    return total.to(d.dtype), dy.mul_(d.to(dy.dtype)) if in_place else dz
 
 
 def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -281,7 +284,7 @@ class Eager:
                     update = update if mask is None else mask(update)
                     dx = update if dx is None else dx.add_(update)
             if want_d_in:
-                dd_in, dx = _scale_gradients(dx, x, d_in)
+                dd_in, dx = _scale_gradients(dx, x, d_in, in_place=True)
             elif d_in is not None:
                 dx.mul_(d_in.to(dt))
             dx = dx.view(*dy_shape[:-1], dx.shape[1]) if want_x and len(dy_shape) != 2 else dx if want_x else None
