@@ -45,14 +45,18 @@ def measured(request) -> Callable[..., None]:
 
 @pytest.fixture
 def in_turn(benchmark, rounds) -> Callable[..., dict[str, list[float]]]:
-    """in_turn(runs, shown, calls=1, warmup=1): seconds a call of every run, taking turns as ``clock.Turns`` has it;
+    """in_turn(runs, shown, calls=1, warmup=1, most=None): seconds a call of every run, taking turns as ``clock.Turns`` has it;
     pytest-benchmark shows the one named ``shown``."""
 
-    def timed(runs: dict[str, Callable], shown: str, calls: int = 1, warmup: int = 1) -> dict[str, list[float]]:
+    def timed(
+        runs: dict[str, Callable], shown: str, calls: int = 1, warmup: int = 1, most: int | None = None
+    ) -> dict[str, list[float]]:
         turns = clock.Turns(runs, shown, calls)
         for run in [*runs.values()] * warmup:
             run()
-        benchmark.pedantic(turns.sample, args=(shown,), setup=turns.others, rounds=rounds, warmup_rounds=0)
+        benchmark.pedantic(
+            turns.sample, args=(shown,), setup=turns.others, rounds=min(rounds, most or rounds), warmup_rounds=0
+        )
         return turns.seconds
 
     return timed

@@ -62,16 +62,27 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _batch_norm(t: Tensor, d: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and variance with which batch norm's evaluation is t ⊙ d and a bias, where its kernel is the faster one: it
-    reads half precision once and computes in fp32."""
-    return (torch.zeros_like(d), torch.ones_like(d)) if t.is_cpu and t.numel() >= MANY else None
+def _batch_norm(t: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance with which batch norm in evaluation is t ⊙ d + bias, and its backward the sums over rows, where
+    its kernel is the better one: it reads half precision once and computes in fp32, if t is contiguous."""
+    if not t.is_cpu or t.numel() < MANY or not t.is_contiguous():
+        return None
+    zeros = torch.zeros(t.shape[1], dtype=_wide(t.dtype))
+    return zeros, torch.ones_like(zeros)
+
+
+def _row_sum(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ over rows, in that dtype."""
+    if t.element_size() <= 2 and dtype == torch.float32 and (unit := _batch_norm(t)):  # sum would copy t in fp32
+        need = [False, False, True]
+        return _aten.native_batch_norm_backward(t, t, unit[1], *unit, None, None, False, 0.0, need)[2]
+    return torch.sum(t, 0, dtype=dtype)
 
 
 def _scaled(z: Tensor, d: Tensor, plus: Tensor | None = None) -> Tensor:
     """z ⊙ d (+ plus), computed in fp32 and rounded once; on a CPU a matrix is added block by block, in its cache."""
     d = d.to(_wide(z.dtype))
-    if (plus is None or plus.dim() == 1) and (unit := _batch_norm(z, d)):
+    if (plus is None or plus.dim() == 1) and (unit := _batch_norm(z)):
         plus = None if plus is None else plus.to(d.dtype)
         return _aten.native_batch_norm(z, d, plus, *unit, False, 0.0, 0.0)[0]
     out = torch.empty_like(z)
@@ -90,7 +101,7 @@ def _scale_gradients(
     """Σ over rows of dy ⊙ z, in d's dtype, and dy ⊙ d, computed in fp32; ``once``: without rounding d first, or
     ``in_place``: written over dy."""
     scale = (d if once else d.to(dy.dtype)).to(_wide(dy.dtype))
-    if unit := _batch_norm(dy, scale):
+    if unit := _batch_norm(z):
         need = [not in_place, True, False]
         dz, total, _ = _aten.native_batch_norm_backward(dy, z, scale, *unit, None, None, False, 0.0, need)
     else:
@@ -219,7 +230,7 @@ class Eager:
         elif d_out is not None:
             dz = _scaled(dy, d_out) if d_out.dtype != dt and A is not None else dy * d_out.to(dt)
         if want_bias:
-            dbias = torch.sum(dz if scale_bias else dy, 0, dtype=bias.dtype)
+            dbias = _row_sum(dz if scale_bias else dy, bias.dtype)
         if want_c:
             dc = dz.view(dy_shape)
 
@@ -257,7 +268,7 @@ class Eager:
                 if h != "identity":
                     dT = _ACTIVATION_GRADS[h](T, U, dT)
                 if want_a:
-                    da = torch.sum(dT, 0, dtype=a.dtype)
+                    da = _row_sum(dT, a.dtype)
                 if want_A:
                     dA = _mm(dT.t(), xh if mask is None else mask(xh), scale)
                     if A.dtype != dt:
