@@ -45,8 +45,8 @@ def measured(request) -> Callable[..., None]:
 
 @pytest.fixture
 def in_turn(benchmark, rounds) -> Callable[..., dict[str, list[float]]]:
-    """in_turn(runs, shown, calls=1, warmup=1, most=None): seconds a call of every run in rounds, ``most`` at most, taking
-    turns as ``clock.Turns`` has it; pytest-benchmark shows the one named ``shown``."""
+    """in_turn(runs, shown, calls=1, warmup=1, most=None): seconds a call of every run, ``most`` rounds or fewer,
+    taking turns as ``clock.Turns`` has it; pytest-benchmark shows the one named ``shown``."""
 
     def timed(
         runs: dict[str, Callable], shown: str, calls: int = 1, warmup: int = 1, most: int | None = None
