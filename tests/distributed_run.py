@@ -121,10 +121,8 @@ def compare(case: Case, spread: Callable, split: int = 1, index: int = 0, scale:
     wrong += [f"stored {n}" for n in differing(*map(load_file, files))]
     first = alone[0]
     mergeable = first.method.weight or (first.method.factors and first.factors().mergeable)
-    with torch.no_grad():
-        together(
-            x
-        ).sum()  # after which FSDP2 leaves the outermost group gathered; a result not read is never waited for
+    with torch.no_grad():  # after which FSDP2 leaves the outermost group gathered; what nobody reads is not waited for
+        together(x).sum()
     for act in (fp.merge, fp.unmerge) if mergeable else ():
         act(alone), act(together)
         wrong += [act.__name__] * (not torch.allclose(together(x), alone(x), rtol=1e-9, atol=1e-9))
@@ -403,5 +401,5 @@ if __name__ == "__main__":
         (OUT / f"{WORLD}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-    sys.stderr.flush()
-    os._exit(0)  # without taking the interpreter down, which gloo's threads do not always survive
+    sys.stdout.flush()
+    os._exit(0)  # without the interpreter's end, at which a process has been seen to abort

@@ -14,6 +14,8 @@ dropout mask recomputed from its seed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,7 +44,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 BLOCK = 1 << 19  # elements of a block of rows that is worked on while a CPU's cache holds it in fp32
-MANY = 1 << 16  # elements from which a CPU scales by batch norm's kernel, which cannot do none
+MANY = 1 << 16  # elements from which a CPU scales by batch norm's kernel, which fails on none
 TALL, LONG = 1024, 2048  # rows of dz, and of B, from which B is read column after column on a CPU
 
 
@@ -58,36 +60,41 @@ def _gated(U: Tensor, G: Tensor) -> Tensor:
     return U * G if G.dim() == 1 else torch.mm(U, G.t())
 
 
+def _blocks(t: Tensor) -> Iterator[slice]:
+    """BLOCK elements of t's rows at a time on a CPU; all rows on other devices."""
+    step = max(1, BLOCK // max(1, t.shape[1])) if t.is_cpu else max(1, t.shape[0])
+    return (slice(i, i + step) for i in range(0, t.shape[0], step))
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _batch_norm(t: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Mean and variance with which batch norm in evaluation is t ⊙ d + bias, and its backward the sums over rows, where
-    its kernel is the better one: it reads half precision once and computes in fp32, if t is contiguous."""
-    if not t.is_cpu or t.numel() < MANY or not t.is_contiguous():
+def _batch_norm(*of: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance with which batch norm in evaluation is z ⊙ d + bias, and its backward the sums over rows: for
+    MANY contiguous half-precision elements on a CPU, which its kernel reads once and sums in fp32, row after row."""
+    t = of[0]
+    if not t.is_cpu or t.element_size() > 2 or t.numel() < MANY or not all(t.is_contiguous() for t in of):
         return None
-    zeros = torch.zeros(t.shape[1], dtype=_wide(t.dtype))
+    zeros = torch.zeros(t.shape[1], dtype=torch.float32, device=t.device)
     return zeros, torch.ones_like(zeros)
 
 
 def _row_sum(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ over rows, in that dtype."""
-    if t.element_size() <= 2 and dtype == torch.float32 and (unit := _batch_norm(t)):  # sum would copy t in fp32
+    if dtype == torch.float32 and (unit := _batch_norm(t)):  # sum would copy t in fp32
         need = [False, False, True]
         return _aten.native_batch_norm_backward(t, t, unit[1], *unit, None, None, False, 0.0, need)[2]
     return torch.sum(t, 0, dtype=dtype)
 
 
 def _scaled(z: Tensor, d: Tensor, plus: Tensor | None = None) -> Tensor:
-    """z ⊙ d (+ plus), computed in fp32 and rounded once; on a CPU a matrix is added block by block, in its cache."""
-    d = d.to(_wide(z.dtype))
+    """z ⊙ d (+ plus) rounded once, computed in fp32 or wider; on a CPU by one kernel or in blocks of rows."""
     if (plus is None or plus.dim() == 1) and (unit := _batch_norm(z)):
-        plus = None if plus is None else plus.to(d.dtype)
-        return _aten.native_batch_norm(z, d, plus, *unit, False, 0.0, 0.0)[0]
-    out = torch.empty_like(z)
-    step = max(1, BLOCK // max(1, z.shape[1])) if z.is_cpu else max(1, z.shape[0])
-    for i in (slice(i, i + step) for i in range(0, z.shape[0], step)):
+        plus = None if plus is None else plus.float()
+        return _aten.native_batch_norm(z, d.float(), plus, *unit, False, 0.0, 0.0)[0]
+    out, d = torch.empty_like(z), d.to(torch.promote_types(_wide(z.dtype), d.dtype))
+    for i in _blocks(z):
         block = z[i] * d
         if plus is not None:
             block += plus if plus.dim() == 1 else plus[i]
@@ -98,16 +105,23 @@ def _scaled(z: Tensor, d: Tensor, plus: Tensor | None = None) -> Tensor:
 def _scale_gradients(
     dy: Tensor, z: Tensor, d: Tensor, once: bool = False, in_place: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Σ over rows of dy ⊙ z, in d's dtype, and dy ⊙ d, computed in fp32; ``once``: without rounding d first, or
-    ``in_place``: written over dy."""
-    scale = (d if once else d.to(dy.dtype)).to(_wide(dy.dtype))
-    if unit := _batch_norm(z):
+    """Σ over rows of dy ⊙ z, in d's dtype, computed in fp32 or wider, and dy ⊙ d, ``in_place``: written over dy. d is
+    rounded to dy's dtype first, unless ``once``: the product alone is."""
+    wide = torch.promote_types(_wide(dy.dtype), d.dtype) if once else _wide(dy.dtype)
+    scale = d.to(wide if once else dy.dtype).to(wide)
+    if unit := _batch_norm(dy, z):
         need = [not in_place, True, False]
-        dz, total, _ = _aten.native_batch_norm_backward(dy, z, scale, *unit, None, None, False, 0.0, need)
-    else:
-        wide = dy.to(scale.dtype)
-        total, dz = (wide * z).sum(0), None if in_place else (wide * scale).to(dy.dtype)
-    return total.to(d.dtype), dy.mul_(d.to(dy.dtype)) if in_place else dz
+        dz, total, _ = _aten.native_batch_norm_backward(dy, z, scale.float(), *unit, None, None, False, 0.0, need)
+        return total.to(d.dtype), dy.mul_(d.to(dy.dtype)) if in_place else dz
+    total, dz = torch.zeros_like(scale), dy if in_place else torch.empty_like(dy)
+    for i in _blocks(dy):
+        u = dy[i].to(wide)
+        total += (u * z[i]).sum(0)
+        if wide == dy.dtype:
+            torch.mul(u, scale, out=dz[i])
+        else:
+            dz[i] = u.mul_(scale)
+    return total.to(d.dtype), dz
 
 
 def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -262,7 +276,8 @@ class Eager:
             if into_x or want_A or want_a or of_dS:
                 dT = _narrowed(dz, B, s)  # dS so far
                 if of_dS:
-                    dG = (dT * U.to(G.dtype)).sum(0) if G.dim() == 1 else torch.mm(dT.t(), U).to(G.dtype)
+                    wide = U.to(torch.promote_types(G.dtype, dt))
+                    dG = ((dT * wide).sum(0) if G.dim() == 1 else torch.mm(dT.t(), U)).to(G.dtype)
                 if G is not None:
                     dT = dT * G.to(dt) if G.dim() == 1 else torch.mm(dT, G.to(dt))
                 if h != "identity":
