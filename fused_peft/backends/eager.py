@@ -108,17 +108,17 @@ def _scale_gradients(
     """Σ over rows of dy ⊙ z, in d's dtype, computed in fp32 or wider, and dy ⊙ d, ``in_place``: written over dy. d is
     rounded to dy's dtype first, unless ``once``: the product alone is."""
     wide = torch.promote_types(_wide(dy.dtype), d.dtype) if once else _wide(dy.dtype)
-    scale = d.to(wide if once else dy.dtype).to(wide)
+    scale = d.to(wide if once else dy.dtype)
     if unit := _batch_norm(dy, z):
         need = [not in_place, True, False]
         dz, total, _ = _aten.native_batch_norm_backward(dy, z, scale.float(), *unit, None, None, False, 0.0, need)
-        return total.to(d.dtype), dy.mul_(d.to(dy.dtype)) if in_place else dz
-    total, dz = torch.zeros_like(scale), dy if in_place else torch.empty_like(dy)
+        return total.to(d.dtype), dy.mul_(scale) if in_place else dz
+    total, dz = torch.zeros(dy.shape[1], dtype=wide, device=dy.device), dy if in_place else torch.empty_like(dy)
     for i in _blocks(dy):
         u = dy[i].to(wide)
         total += (u * z[i]).sum(0)
-        if wide == dy.dtype:
-            torch.mul(u, scale, out=dz[i])
+        if scale.dtype == dy.dtype:
+            torch.mul(dy[i], scale, out=dz[i])
         else:
             dz[i] = u.mul_(scale)
     return total.to(d.dtype), dz
