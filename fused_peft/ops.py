@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from . import backends
+from .backends.eager import row_sum
 from .dispatch import TENSORS, Operands, backend_for, is_eager
 from .dropout import keep_mask, new_seed
 from .factors import Factors
@@ -195,7 +196,7 @@ def _formed_gradients(form, bias_dtype, dy, x, tensors, want_x, want_bias, *want
         w = form(*leaves).to(dy.dtype)
     rows = dy.reshape(-1, dy.shape[-1])
     dx = torch.mm(rows, w.detach()).view(*dy.shape[:-1], w.shape[1]) if want_x else None
-    dbias = torch.sum(rows, 0, dtype=bias_dtype) if want_bias else None
+    dbias = row_sum(rows, bias_dtype) if want_bias else None
     grads = iter(())
     if any(wanted):
         dw = torch.mm(rows.t(), x.reshape(-1, x.shape[-1]))

@@ -15,8 +15,6 @@ from fused_peft.factors import ACTIVATIONS, Factors, NotMergeableError
 
 M, K, N, R = 5, 7, 6, 3
 FACTOR_SHAPES = {"A": (R, K), "B": (N, R), "a": (R,), "d_in": (K,), "d_out": (N,), "bias": (N,)}
-
-
 PRODUCTS = torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_
 
 
@@ -117,7 +115,7 @@ def test_scales_and_sums_of_any_layout(of, dtype, poison, monkeypatch):
             assert (dd.dtype, dz.dtype, dz is given) == (of, dtype, in_place)
             close(dz.double(), dy.double() * d.double() if once else product, rtol=0.51 * eps, atol=1e-7)
             close(dd.double(), sums, **summed)
-        total = eager._row_sum(dy, of)
+        total = eager.row_sum(dy, of)
         assert total.dtype == of
         if of != torch.bfloat16 or dtype == torch.bfloat16:  # sum rounds to the narrower first
             close(total.double(), dy.double().sum(0), **summed)
@@ -128,7 +126,7 @@ def test_scales_and_sums_of_any_layout(of, dtype, poison, monkeypatch):
     none = z[:0]  # batch norm's kernel would end the process
     dd, dz = eager._scale_gradients(none, none, d)
     assert dd.equal(torch.zeros(70, dtype=of))
-    assert eager._row_sum(none, of).equal(torch.zeros(70, dtype=of))
+    assert eager.row_sum(none, of).equal(torch.zeros(70, dtype=of))
     assert dz.shape == eager._scaled(none, d, plus).shape == (0, 70)
 
 
@@ -151,7 +149,7 @@ def test_gradients_of_scales_by_layout(layout):
     }[layout]
     with _Count(torch.ops.aten.native_batch_norm_backward) as count:
         eager._scale_gradients(dy, torch.ones(512, 256).bfloat16(), torch.ones(256))
-        eager._row_sum(dy, torch.float32)
+        eager.row_sum(dy, torch.float32)
     assert count.calls == (2 if layout == "contiguous" else 0)
 
 
@@ -391,9 +389,8 @@ def test_opcheck_of_the_backward(present, G, h, with_c, adapters, trains_B):
     rest = (1.5, 0.3, h, True, False, False)
     o = dispatch.Operands(x, w, c, *tensors, new_seed(x.device), *rest)
     _, T, z = eager.Eager().forward(o, "d_out" in present)
-    need = [
-        u is not None and name not in ("w", "seed") for name, u in zip(o._fields, o[: dispatch.TENSORS], strict=False)
-    ]
+    need = [t is not None for t in o[: dispatch.TENSORS]]
+    need[o._fields.index("w")] = need[o._fields.index("seed")] = False
     need[o._fields.index("B")] &= trains_B
     need[o._fields.index("c")] &= "d_out" in present  # otherwise dy itself, which is not asked for
     args = (dy, *o[: dispatch.TENSORS], T, z, *rest, need)

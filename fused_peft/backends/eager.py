@@ -70,17 +70,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _batch_norm(*of: Tensor) -> tuple[Tensor, Tensor] | None:
+def _batch_norm(z: Tensor, *others: Tensor) -> tuple[Tensor, Tensor] | None:
     """Mean and variance with which batch norm in evaluation is z ⊙ d + bias, and its backward the sums over rows: for
     MANY contiguous half-precision elements on a CPU, which its kernel reads once and sums in fp32, row after row."""
-    t = of[0]
-    if not t.is_cpu or t.element_size() > 2 or t.numel() < MANY or not all(t.is_contiguous() for t in of):
+    if not z.is_cpu or z.element_size() > 2 or z.numel() < MANY or not all(t.is_contiguous() for t in (z, *others)):
         return None
-    zeros = torch.zeros(t.shape[1], dtype=torch.float32, device=t.device)
+    zeros = torch.zeros(z.shape[1], dtype=torch.float32, device=z.device)
     return zeros, torch.ones_like(zeros)
 
 
-def _row_sum(t: Tensor, dtype: torch.dtype) -> Tensor:
+def row_sum(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Σ over rows, in that dtype."""
     if dtype == torch.float32 and (unit := _batch_norm(t)):  # sum would copy t in fp32
         need = [False, False, True]
@@ -244,7 +243,7 @@ class Eager:
         elif d_out is not None:
             dz = _scaled(dy, d_out) if d_out.dtype != dt and A is not None else dy * d_out.to(dt)
         if want_bias:
-            dbias = _row_sum(dz if scale_bias else dy, bias.dtype)
+            dbias = row_sum(dz if scale_bias else dy, bias.dtype)
         if want_c:
             dc = dz.view(dy_shape)
 
@@ -276,14 +275,14 @@ class Eager:
             if into_x or want_A or want_a or of_dS:
                 dT = _narrowed(dz, B, s)  # dS so far
                 if of_dS:
-                    wide = U.to(torch.promote_types(G.dtype, dt))
-                    dG = ((dT * wide).sum(0) if G.dim() == 1 else torch.mm(dT.t(), U)).to(G.dtype)
+                    dG = (dT * U.to(torch.promote_types(G.dtype, dt))).sum(0) if G.dim() == 1 else torch.mm(dT.t(), U)
+                    dG = dG.to(G.dtype)
                 if G is not None:
                     dT = dT * G.to(dt) if G.dim() == 1 else torch.mm(dT, G.to(dt))
                 if h != "identity":
                     dT = _ACTIVATION_GRADS[h](T, U, dT)
                 if want_a:
-                    da = _row_sum(dT, a.dtype)
+                    da = row_sum(dT, a.dtype)
                 if want_A:
                     dA = _mm(dT.t(), xh if mask is None else mask(xh), scale)
                     if A.dtype != dt:
