@@ -89,6 +89,9 @@ class PrefixTuningConfig(SoftPromptConfig):
     prefix_projection: bool = False
 
 
+# what Transformers calls the argument that takes a cache, newest first
+_CACHE_NAMES = ("cache", "past_key_values")
+
 CONFIGS = {c.peft_type: c for c in (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig)}
 
 
@@ -117,13 +120,20 @@ def hooked(model: nn.Module, config: SoftPromptConfig) -> nn.Module:
     """The module whose inputs the prompt joins. Raises ValueError when none accepts what is needed."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"model={type(model).__name__} is an encoder-decoder; soft prompts here are for single stacks")
-    needed = "past_key_values" if isinstance(config, PrefixTuningConfig) else "inputs_embeds"
+    needed = _CACHE_NAMES if isinstance(config, PrefixTuningConfig) else ("inputs_embeds",)
     for module in (model, getattr(model, "base_model", model)):
-        if needed in inspect.signature(module.forward).parameters:
+        if _argument(module, needed):
             return module
     raise ValueError(
-        f"model={type(model).__name__} does not accept {needed}, which {config.peft_type} needs; adapt weights"
+        f"model={type(model).__name__} does not accept {' or '.join(needed)}, which {config.peft_type} needs; adapt "
+        "weights instead, e.g. with LoraConfig"
     )
+
+
+def _argument(module: nn.Module, names: tuple[str, ...]) -> str | None:
+    """The first of the names that the module's forward has as an argument."""
+    parameters = inspect.signature(module.forward).parameters
+    return next((name for name in names if name in parameters), None)
 
 
 class SoftPrompt(nn.Module):
@@ -187,14 +197,17 @@ class SoftPrompt(nn.Module):
         if first is None:
             raise ValueError("a soft prompt needs input_ids or inputs_embeds")
         batch, n = first.shape[0], self.config.num_virtual_tokens
-        mask, past = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask = kwargs.get("attention_mask")
+        past = next((kwargs[name] for name in _CACHE_NAMES if kwargs.get(name) is not None), None)
         if mask is not None:
             kwargs["attention_mask"] = torch.cat([mask.new_ones(batch, n), mask], dim=1)
         if past is not None and past.get_seq_length() > 0:
             return (), kwargs
         words = module.get_input_embeddings()
         if self.prefix:
-            kwargs["past_key_values"] = self._cache(batch, module.config, words.weight.dtype)
+            for name in _CACHE_NAMES:
+                kwargs.pop(name, None)
+            kwargs[_argument(module, _CACHE_NAMES)] = self._cache(batch, module.config, words.weight.dtype)
             return (), kwargs
         if embeds is None:
             embeds = words(ids)
