@@ -24,6 +24,11 @@ def source_dir(name: str) -> _Path:
     raise FileNotFoundError(f"{name}/ is missing from this installation of fused_peft; reinstall it")
 
 
+from .versions import warn_outside as _warn_outside  # noqa: E402
+
+_warn_outside("torch")  # before anything that an untried version could break
+_warn_outside("triton")
+
 from .convert import (  # noqa: E402
     disable_adapter,
     explain,

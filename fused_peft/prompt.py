@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .methods import PeftConfig
 from .methods.base import positive_int
+from .versions import warn_outside
 
 _SIZES = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
@@ -228,6 +229,7 @@ class SoftPrompt(nn.Module):
 
 def attach(model: nn.Module, config: SoftPromptConfig, plain: bool = False) -> SoftPrompt:
     """Register a SoftPrompt as ``model.soft_prompt`` and hook it to the inputs. Raises ValueError, nothing changed."""
+    warn_outside("transformers")
     module = hooked(model, config)
     soft = SoftPrompt(config, model.get_input_embeddings(), config.num_layers, plain)
     model.soft_prompt = soft
