@@ -1,21 +1,29 @@
-# make test: everything CI checks.  make gate, make cuda-check: compile every kernel.
+# make test: everything CI checks.  make gate, make cuda-check: compile every kernel.  make bare: torch and this alone.
 # make demo: a fine-tuning run on real weights.  make bench: CPU figures, tables and plots.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# torch first and pinned, so that no later requirement picks another build
-$(VENV)/torch:
+# every package at the version that constraints.txt names: what is set up next month is what was tested
+PIN := pip install --quiet --constraint constraints.txt
+# for a CPU build of torch; a CUDA build requires one Triton and brings it
+TRITON := triton==3.9.0; platform_system == 'Linux'
+
+# torch first, so that no later requirement picks another build; setuptools builds the package itself
+$(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "torch==2.13.0"
+	$(BIN)/$(PIN) torch setuptools
+	$(BIN)/pip show torch | grep "^Requires:.*triton" >/dev/null || $(BIN)/$(PIN) "$(TRITON)"
 	touch $@
 
-$(VENV)/demo: $(VENV)/torch pyproject.toml
-	$(BIN)/pip install --quiet -e ".[demo]"
+$(VENV)/demo $(VENV)/dev: $(VENV)/%: $(VENV)/torch pyproject.toml
+	$(BIN)/$(PIN) --no-build-isolation --editable ".[$*]"
 	touch $@
 
-$(VENV)/dev: $(VENV)/torch pyproject.toml
-	$(BIN)/pip install --quiet -e ".[dev]"
+# what a user's first two commands make, with neither PEFT nor Transformers nor a test runner
+$(VENV)/bare/torch: constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)/bare
+	$(VENV)/bare/bin/$(PIN) torch
 	touch $@
 
 # an older Triton beside the environment's, as torch 2.11 brings it: the gate runs on both
@@ -26,7 +34,7 @@ $(VENV)/triton-3.6: $(VENV)/torch
 $(VENV)/cutlass: $(VENV)/torch
 	$(BIN)/pip install --quiet --no-deps --target $@ "nvidia-cutlass==4.2.0.0"
 
-.PHONY: lint test gate cuda-check without-nvcc demo bench bench-gpu report clean
+.PHONY: lint test bare gate cuda-check without-nvcc demo bench bench-gpu report clean
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -34,8 +42,13 @@ lint: $(VENV)/dev
 
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
 
-test: lint gate $(if $(NVCC),cuda-check,without-nvcc) $(VENV)/cutlass
+test: lint bare gate $(if $(NVCC),cuda-check,without-nvcc) $(VENV)/cutlass
 	$(BIN)/python -m pytest
+
+bare: $(VENV)/bare/torch
+	rm -rf build/lib  # or files of an earlier build come back in this one
+	$(VENV)/bare/bin/$(PIN) .
+	$(VENV)/bare/bin/python tests/bare_install.py
 
 without-nvcc:
 	@echo "NOT CHECKED: csrc/, since nvcc is not installed"

@@ -1,6 +1,11 @@
-"""An sdist, the wheel built from it, and a bare checkout all import, find kernels/ and csrc/, and shadow nothing."""
+"""An sdist, the wheel built from it, and a bare checkout all import, find kernels/ and csrc/, and shadow nothing.
 
+What set-up installs is pinned, and the wheel carries its licence and its types.
+"""
+
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +14,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from fused_peft import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -59,12 +68,24 @@ def dist(checkout, tmp_path_factory):
     return out
 
 
-def test_wheel_installed_elsewhere(dist, tmp_path):
+@pytest.fixture(scope="module")
+def wheel(dist):
     (wheel,) = dist.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert not [n for n in names if n.startswith(("kernels/", "csrc/", "tests/", "bench/"))]
+    with zipfile.ZipFile(wheel) as archive:
+        yield archive
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel):
+    """The lines of the wheel's METADATA above the README."""
+    (name,) = [n for n in wheel.namelist() if n.endswith(".dist-info/METADATA")]
+    return wheel.read(name).decode().partition("\n\n")[0].splitlines()
+
+
+def test_wheel_installed_elsewhere(wheel, tmp_path):
+    assert not [n for n in wheel.namelist() if n.startswith(("kernels/", "csrc/", "tests/", "bench/"))]
     site = tmp_path / "site"
-    run("-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel, cwd=tmp_path)
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel.filename, cwd=tmp_path)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     run("-c", PROBE, site, CSRC, cwd=elsewhere, PYTHONPATH=site)
@@ -72,16 +93,89 @@ def test_wheel_installed_elsewhere(dist, tmp_path):
     assert "eager: available" in run("-m", "fused_peft", "info", cwd=elsewhere, PYTHONPATH=site)
 
 
-def test_wheel_requirements(dist):
-    (wheel,) = dist.glob("*.whl")
-    with zipfile.ZipFile(wheel) as z:
-        (name,) = [n for n in z.namelist() if n.endswith("/METADATA")]
-        metadata = z.read(name).decode()
-    core = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
-    assert sorted(line.split()[1].split(">")[0] for line in core) == ["safetensors", "torch", "tqdm", "triton"]
-    (triton,) = [line for line in core if "triton" in line]
-    assert 'platform_system == "Linux"' in triton
-    assert {f"Provides-Extra: {e}" for e in ("peft", "demo", "dev")} <= set(metadata.splitlines())
+def requirements(lines) -> list[Requirement]:
+    return [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: ")]
+
+
+def test_wheel_requirements(metadata):
+    core = {r.name: r for r in requirements(metadata) if r.marker is None or "extra" not in str(r.marker)}
+    assert set(core) == {"numpy", "safetensors", "torch", "tqdm", "triton"}
+    assert str(core["triton"].marker) == 'platform_system == "Linux"'
+    assert {f"Provides-Extra: {e}" for e in ("peft", "demo", "dev")} <= set(metadata)
+
+
+def test_wheel_has_its_licence_and_its_types(wheel, metadata):
+    assert {"License-Expression: Apache-2.0", "License-File: LICENSE"} <= set(metadata)
+    (licence,) = [n for n in wheel.namelist() if n.endswith(".dist-info/licenses/LICENSE")]
+    assert wheel.read(licence) == (ROOT / "LICENSE").read_bytes()
+    assert "fused_peft/py.typed" in wheel.namelist()
+
+
+def test_mypy_sees_the_types_of_an_installed_wheel(wheel, tmp_path):
+    run("-m", "venv", "--without-pip", "user", cwd=tmp_path)
+    (site,) = tmp_path.glob("user/lib/python*/site-packages")
+    wheel.extractall(site)
+    (tmp_path / "script.py").write_text('import fused_peft as fp\nfp.LoraConfig(r=8)\nfp.LoraConfig(r="8")\n')
+    found = subprocess.run(
+        [sys.executable, "-m", "mypy", "--python-executable", "user/bin/python", "--cache-dir", "cache", "script.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    errors = [line for line in found.stdout.splitlines() if line.startswith("script.py")]
+    assert len(errors) == 1, found.stdout + found.stderr
+    assert errors[0].startswith("script.py:3: error: Argument")
+
+
+def pins() -> dict[str, Requirement]:
+    """Name: the line of constraints.txt that holds for this Python. Fails where there are two."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    found = [Requirement(line) for line in lines if not line.startswith("#")]
+    found = [r for r in found if r.marker is None or r.marker.evaluate()]
+    names = [canonicalize_name(r.name) for r in found]
+    assert len(names) == len(set(names))
+    return dict(zip(names, found, strict=True))
+
+
+def test_every_constraint_is_one_release():
+    for pin in pins().values():
+        assert re.fullmatch(r"==[0-9.]+", str(pin.specifier)), pin
+
+
+def test_all_that_set_up_installs_is_pinned(metadata):
+    """From the wheel's own requirements on, through every package that is here at its pinned version.
+
+    Triton is not in the file, since a CUDA build of torch requires one; what such a build brings is torch's own choice.
+    """
+    pinned, missing = pins(), set()
+    todo = [(r, {"extra": e}) for r in requirements(metadata) for e in ("", "peft", "demo", "dev")]
+    seen = {"fused-peft", "triton"}
+    while todo:
+        requirement, environment = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if (requirement.marker and not requirement.marker.evaluate(environment)) or name in seen:
+            continue
+        seen.add(name)
+        if name not in pinned:
+            missing.add(name)
+        elif importlib.metadata.version(name) in pinned[name].specifier:
+            own = map(Requirement, importlib.metadata.requires(name) or [])
+            todo += [(r, {"extra": e}) for r in own for e in ("", *requirement.extras)]
+    assert not {n for n in missing if not n.startswith(("nvidia-", "cuda-"))}
+    assert len(seen) > 20
+
+
+def test_the_pinned_versions_are_inside_the_tried_ranges():
+    pinned = {name: str(pins()[name].specifier)[2:] for name in versions.TRIED if name != "triton"}
+    pinned["triton"] = re.search(r"triton==([\d.]+)", (ROOT / "Makefile").read_text())[1]
+    for name, version in pinned.items():
+        assert versions.inside(name, version), (name, version)
+
+
+def test_make_installs_nothing_unpinned():
+    """Every pip install of the Makefile is constrained, or names an exact version and no dependency."""
+    lines = [line for line in (ROOT / "Makefile").read_text().splitlines() if re.search(r"pip install|\(PIN\)", line)]
+    assert len(lines) > 5
+    for line in lines:
+        assert "constraints.txt" in line or "$(PIN)" in line or re.search(r'--no-deps .*"[\w-]+==[\d.]+"', line), line
 
 
 def test_sdist_is_complete(dist):
@@ -90,6 +184,9 @@ def test_sdist_is_complete(dist):
         names = {n.partition("/")[2] for n in archive.getnames()}
     for name in (
         "Makefile",
+        "LICENSE",
+        "constraints.txt",
+        "fused_peft/py.typed",
         "kernels/dropout.py",
         "csrc/gemm.cuh",
         "tests/paper.py",
