@@ -1,9 +1,10 @@
-"""python -m fused_peft info | verify | methods | compile"""
+"""python -m fused_peft info | verify | methods | compile, or --version"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import platform
 import sys
 from pathlib import Path
@@ -93,6 +94,7 @@ def methods(in_features: int, out_features: int, r: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fused_peft", description="Fused adapter layers for PyTorch.")
+    parser.add_argument("--version", action="version", version=f"fused_peft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, backends and why each is or is not available")
     check = commands.add_parser("verify", help="accuracy of every method against fp64 on this machine")
@@ -117,5 +119,18 @@ def main(argv: list[str] | None = None) -> int:
     return info() if args.command == "info" else run_verify(args.device)
 
 
+def run() -> int:
+    """``main`` for a shell: any encoding of stdout will do, and a reader that leaves early (``| head``) is no error."""
+    sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+        return 141  # what a shell shows of a program that a closed pipe ended
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run())
