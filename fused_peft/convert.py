@@ -394,7 +394,7 @@ def explain_layer(layer: PeftLinear, tokens: int, dtype: torch.dtype | None) -> 
     problem = _problem(Gathered(layer, values=False) if sharded else layer, tokens, dtype or layer.weight.dtype)
     choice = dispatch.choose(problem)
     form = "output" if method.output else "product" if problem.hadamard else "factors"
-    why = "W ⊙ (1 + s·B A) is formed once each way; " if problem.hadamard else ""
+    why = "W * (1 + s*BA) is formed once each way; " if problem.hadamard else ""
     why += f"sharded over {layer.weight.device_mesh.size()} processes; " if sharded else ""
     return method.name, form, choice.backend.name, why + choice.why()
 

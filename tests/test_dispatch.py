@@ -98,4 +98,4 @@ def test_problem_describes_the_call():
 def test_a_product_of_weights_says_so():
     (row,) = fp.explain(torch.nn.Sequential(fp.PeftLinear(16, 8, config=fp.LieraConfig(r=2))))
     assert (row.form, row.backend) == ("product", "eager")
-    assert row.why.startswith("W ⊙ (1 + s·B A) is formed once each way")
+    assert row.why.startswith("W * (1 + s*BA) is formed once each way")
