@@ -2,17 +2,22 @@
 
 import copy
 import pickle
+import re
+import subprocess
+import sys
 import warnings
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import fused_peft as fp  # noqa: E402
-from fused_peft import dropout, ops  # noqa: E402
+from fused_peft import dropout, ops, versions  # noqa: E402
 from fused_peft.integrations import peft as bridge  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -86,6 +91,14 @@ def fused_calls(monkeypatch):
     linear = ops.linear
     monkeypatch.setattr(ops, "linear", lambda *a, **k: calls.append(a) or linear(*a, **k))
     return calls
+
+
+def warned(call, *args, **options):
+    """The texts of the warnings that a call gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(*args, **options)
+    return [str(w.message) for w in caught]
 
 
 def close(got, want, rtol):
@@ -345,8 +358,189 @@ def test_bad_calls(monkeypatch):
         fp.accelerate(Net())
     with pytest.raises(TypeError, match=r"model=3 must be a torch\.nn\.Module"):
         fp.accelerate(3)
-    monkeypatch.setattr(bridge, "TESTED", "0.1")
+    with pytest.raises(TypeError, match=r"model=3 must be a torch\.nn\.Module"):
+        fp.restore(3)
+    monkeypatch.setitem(versions.TRIED, "peft", ("0.1", "0.2"))
+    monkeypatch.setattr(versions, "_warned", set())
+    said = [warned(fp.accelerate, build("lora")) for _ in range(2)]
+    assert len(said[0]) == 1
+    assert "outside the range that fused_peft was tested on, >=0.1,<0.2" in said[0][0]
+    assert not said[1]
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Mixed(nn.Module):
+    """A module of every kind that PEFT's LoRA adapts, and that this process can make."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.conv = nn.Embedding(9, 8), nn.Conv2d(1, 2, 3)
+        self.plain, self.other, self.last = nn.Linear(8, 8), Doubling(8, 8), nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.experts = nn.Module()
+        self.experts.weights = nn.Parameter(torch.randn(2, 8, 8))
+
+    def forward(self, ids):
+        x = self.last(self.other(self.plain(self.emb(ids))))
+        return self.attention(x, x, x)[0] + x @ self.experts.weights.sum(0)
+
+
+def mixed(*names, parameters=None, **options):
+    config = peft.LoraConfig(**R, target_modules=list(names), target_parameters=parameters, **options)
+    return peft.get_peft_model(Mixed(), config)
+
+
+class CountCalls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_silent_where_all_layers_are_fused(name):
+    model = build(name)
+    assert not warned(fp.accelerate, model)
+    model.merge_adapter() if name != "lora-bias" else model.eval()
+    assert not warned(fp.accelerate, model)
+
+
+UNFUSED = {  # what is targeted: how many of its layers are fused
+    "an embedding": (lambda: mixed("emb"), "0 of 1"),
+    "a convolution": (lambda: mixed("conv", "plain", "last"), "2 of 3"),
+    "a linear layer with a forward of its own": (lambda: mixed("plain", "other"), "1 of 2"),
+    "an attention": (lambda: mixed("attention"), "0 of 2"),  # and its projection, which nobody calls
+    "a bare parameter": (lambda: mixed("plain", parameters=["experts.weights"]), "1 of 2"),
+    "token rows": (lambda: mixed("plain", trainable_token_indices={"emb": [1, 2]}), "1 of 2"),
+    "all of them": (lambda: mixed("emb", "conv", "plain", "other", "last", "attention"), "2 of 7"),
+    "a method without a fused form": (
+        lambda: peft.get_peft_model(Net(), peft.VeraConfig(r=2, target_modules=["layers.0"])),
+        "0 of 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNFUSED)
+def test_one_warning_counts_what_is_not_fused(kind):
+    """In explain's words, its numbers and without a tensor made or moved."""
+    make, fused = UNFUSED[kind]
+    model = make()
+    with CountCalls() as counted:
+        said = warned(fp.accelerate, model)
+    # PEFT's attention puts its weights in place anew whenever modules are listed
+    assert set(counted.calls) <= {torch.ops.aten.detach.default}
+    assert len(said) == 1
+    assert f"accelerate fused {fused} PEFT layers; " in said[0]
+    rows = fp.explain(model)
+    reasons = Counter(row.why for row in rows if row.form == "PEFT's")
+    assert f"{len(rows) - reasons.total()} of {len(rows)}" == fused
+    assert f"; {reasons.total()} keep PEFT's forward: " in said[0]
+    for why, count in reasons.most_common(3):
+        assert re.search(rf"{re.escape(why)} \({count}, e\.g\. \S+\)", said[0]), why
+    assert (f"{len(reasons) - 3} further reasons" in said[0]) == (len(reasons) > 3)
+
+
+def test_the_warning_points_at_the_caller_s_line():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fp.accelerate(build("lora"))
-    assert any("outside the tested range, 0.1.x" in str(w.message) for w in caught)
+        fp.accelerate(mixed("emb"))
+    assert caught[0].filename == __file__
+
+
+def test_modules_to_save_are_no_layers_to_fuse():
+    model = mixed("plain", modules_to_save=["last"])
+    assert not warned(fp.accelerate, model)
+
+
+def by_add_adapter(model, config, folder):
+    model.add_adapter("second", config)
+
+
+def by_load_adapter(model, config, folder):
+    torch.manual_seed(3)
+    peft.get_peft_model(Net(), config, adapter_name="second").save_pretrained(folder)
+    model.load_adapter(folder / "second", "second")
+
+
+def by_injection(model, config, folder):
+    peft.inject_adapter_in_model(config, model.base_model.model, "second")
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("prepare", [lambda model: model, copy.deepcopy, pickled], ids=["", "deepcopy", "pickle"])
+@pytest.mark.parametrize("add", [by_add_adapter, by_load_adapter, by_injection])
+@pytest.mark.parametrize("name", ["lora", "dora", "adalora", "ia3"])
+def test_adapters_added_later_are_fused_by_themselves(name, add, prepare, monkeypatch, tmp_path):
+    """On a module that had no adapter before; the outputs are stock PEFT's."""
+    models = [build(name, target_modules=["layers.2"]) for _ in range(2)]
+    stock, fast = models[0], prepare(fp.accelerate(models[1]))
+    for model in (stock, fast):
+        targets = {"target_modules": ["0", "2"]} if name == "ia3" else {"target_modules": ["layers.0"]}
+        config = CONFIGS[name](**targets, inference_mode=True)
+        torch.manual_seed(5)
+        said = warned(add, model, config, tmp_path)
+        assert not any("accelerate fused" in text for text in said)
+    rows = fp.explain(fast)
+    assert [row.name for row in rows] == [f"base_model.model.layers.{i}" for i in (0, 2)]
+    assert "PEFT's" not in [row.form for row in rows]
+    assert repr(fast) == repr(stock)
+    x = torch.randn(3, 8)
+    calls = fused_calls(monkeypatch)
+    for active in ("second", "default"):
+        for model in (stock, fast):
+            for layer in model.modules():
+                if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer):
+                    layer.set_adapter(active)
+        want = stock(x)
+        assert not calls
+        torch.testing.assert_close(fast(x), want, rtol=1e-5, atol=1e-6)
+        assert calls
+        calls.clear()
+
+
+def test_only_accelerated_models_are_fused_further():
+    config = CONFIGS["lora"](target_modules=["layers.0"])
+    never, undone = (build("lora", target_modules=["layers.2"]) for _ in range(2))
+    fp.restore(fp.accelerate(undone))
+    for model in (never, undone):
+        model.add_adapter("second", config)
+        assert {row.why for row in fp.explain(model)} == {"accelerate has not run on it"}
+    after = fp.restore(fp.accelerate(never))  # undoes what was accelerated by itself too
+    assert not any(isinstance(m, bridge._Fused) for m in after.modules())
+
+
+def test_adapters_added_later_are_named_where_they_are_not_fused():
+    model = fp.accelerate(mixed("plain"))
+    said = warned(model.add_adapter, "second", peft.LoraConfig(**R, target_modules=["plain", "emb", "last"]))
+    assert len(said) == 1
+    assert "accelerate fused 2 of 3 PEFT layers of adapter 'second'; 1 keep PEFT's forward: " in said[0]
+    assert "lora.layer.Embedding has no fused form (1, e.g. emb)" in said[0].replace("model.", "")
+    # one on the same modules, of a kind that has no fused form: not active yet, and named all the same
+    variant = peft.LoraConfig(**R, target_modules=["plain"], alora_invocation_tokens=[1])
+    said = warned(model.add_adapter, "third", variant)
+    assert "accelerate fused 0 of 1 PEFT layers of adapter 'third'" in said[-1]
+    assert "adapter 'third' is a variant of LoRA (ALoraLinearVariant)" in said[-1]
+    assert "PEFT's" not in [row.form for row in fp.explain(model) if not row.name.endswith("emb")]
+
+
+def test_a_pickle_goes_on_in_another_process(tmp_path):
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), peft.LoraConfig(target_modules=["0"]))
+    torch.save(fp.accelerate(model), tmp_path / "model.pt")
+    script = f"""
+import torch, peft
+model = torch.load({str(tmp_path / "model.pt")!r}, weights_only=False)
+model.add_adapter("second", peft.LoraConfig(target_modules=["1"]))
+print(*(type(m).__name__ for m in model.base_model.model))
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, capture_output=True, text=True)
+    assert run.stdout.split() == ["FusedLoraLinear"] * 2

@@ -1,32 +1,33 @@
 """Existing Hugging Face PEFT models on the fused call: PEFT's own layers get a subclass in place of their class.
 
 ``accelerate`` changes nothing but ``__class__``: parameters, keys, checkpoints, merging, adapter switching and every
-other method stay PEFT's; only forward differs, and only where it can be fused. What cannot runs PEFT's forward, and
-``fused_peft.explain`` says why.
+other method stay PEFT's; only forward differs, and only where it can be fused. What cannot runs PEFT's forward: one
+warning counts it by reason, and ``fused_peft.explain`` lists it layer by layer. Layers that PEFT adds to an accelerated
+model later are accelerated as they come: PEFT makes them all in ``BaseTuner.inject_adapter``, which this file wraps.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import warnings
-from functools import reduce
+from collections.abc import Iterable
+from functools import reduce, wraps
 from operator import mul
 
 import torch
 from peft.tuners import adalora, ia3, lora
 from peft.tuners.lora import dora
 from peft.tuners.lora.variants import DoraLinearVariant
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import dispatch, ops
-from ..convert import explain_layer
+from .. import dispatch, ops, versions
+from ..convert import explain_layer, is_adapted
 from ..factors import Factors
 from ..linear import conv1d_type, is_linear
 from .tuners import FusedTunerLayer
 
-TESTED = "0.21"  # the PEFT release that the tests ran on
+_NAMED = 3  # reasons that a warning spells out
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -64,8 +65,9 @@ class _Fused:
         base = self.base_layer
         return base.weight if isinstance(base, nn.Linear) else base.weight.t()
 
-    def unfused(self, x: Tensor | None = None) -> str | None:
-        """Why a call, on x where one is given, takes PEFT's forward; None where it is fused."""
+    def unfused(self, x: Tensor | None = None, adapters: list[str] | None = None) -> str | None:
+        """Why a call, on x where one is given, takes PEFT's forward with these adapters (default: the active ones);
+        None where it is fused."""
         base = self.base_layer
         if not is_linear(base):
             return f"its base is a {type(base).__module__}.{type(base).__name__}, not a plain linear layer"
@@ -77,11 +79,12 @@ class _Fused:
             reason = f"its base weight is a {type(weight).__name__}"  # quantised, or sharded over processes
         if reason is None and x is not None and x.dtype != weight.dtype and not ops.autocasting(x):
             reason = f"x has dtype {x.dtype}, the weight {weight.dtype}"
-        return reason or self._adapters_unfused()
+        return reason or self._adapters_unfused(self._used(adapters))
 
-    def _used(self) -> list[str]:
-        """The active adapters that this layer has."""
-        return [name for name in self.active_adapters if name in getattr(self, self.adapter_layer_names[0])]
+    def _used(self, adapters: list[str] | None = None) -> list[str]:
+        """Those of the adapters (default: the active ones) that this layer has."""
+        own = getattr(self, self.adapter_layer_names[0])
+        return [name for name in (self.active_adapters if adapters is None else adapters) if name in own]
 
     def _dropped(self, name: str) -> float:
         """The dropout probability in force: PEFT goes by the mode of the dropout module, not of the layer."""
@@ -100,8 +103,7 @@ class _Fused:
 class FusedLoraLinear(_Fused, lora.Linear):
     """LoRA, rsLoRA, lora_bias and DoRA."""
 
-    def _adapters_unfused(self) -> str | None:
-        used = self._used()
+    def _adapters_unfused(self, used: list[str]) -> str | None:
         for name in used:
             variant = self.lora_variant.get(name)
             if variant is not None and not isinstance(variant, DoraLinearVariant):
@@ -150,8 +152,8 @@ class FusedLoraLinear(_Fused, lora.Linear):
 class FusedSVDLinear(_Fused, adalora.SVDLinear):
     """AdaLoRA."""
 
-    def _adapters_unfused(self) -> str | None:
-        return next(filter(None, map(self._dropout_unfused, self._used())), None)
+    def _adapters_unfused(self, used: list[str]) -> str | None:
+        return next(filter(None, map(self._dropout_unfused, used)), None)
 
     def fused_factors(self, weight: Tensor) -> list[Factors]:
         found = []
@@ -164,7 +166,7 @@ class FusedSVDLinear(_Fused, adalora.SVDLinear):
 class FusedIA3Linear(_Fused, ia3.Linear):
     """(IA)³, on the output or, in feed-forward layers, on the input."""
 
-    def _adapters_unfused(self) -> str | None:
+    def _adapters_unfused(self, used: list[str]) -> str | None:
         return None
 
     def fused_factors(self, weight: Tensor) -> list[Factors]:
@@ -187,29 +189,27 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Put the LoRA, DoRA, AdaLoRA and (IA)³ layers of a PEFT model on the fused call, in place; returns the model.
 
     Keys, checkpoints and the whole of PEFT's interface stay as they are; results differ from PEFT's by rounding,
-    dropout draws other masks, and gradients of gradients are refused. Layers that cannot be fused keep PEFT's forward
-    (``fused_peft.explain`` names the reason). Once more after adapters on further modules were added; twice does no
-    harm. Raises TypeError when model is no module, ValueError when it has no PEFT layer.
+    dropout draws other masks, and gradients of gradients are refused. Layers that cannot be fused keep PEFT's forward:
+    one warning says how many, and why (``fused_peft.explain`` names every layer). Adapters added later, on whichever
+    modules, are accelerated by themselves until ``restore``; twice does no harm. Raises TypeError when model is no
+    module, ValueError when it has no PEFT layer.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model={model!r} must be a torch.nn.Module")
+    _check_module(model)
     layers = _layers(model)
     if not layers:
-        raise ValueError(
-            f"model={type(model).__name__} has no Hugging Face PEFT layer; adapt it with peft.get_peft_model first, or "
-            "use fused_peft.get_peft_model"
-        )
-    version = importlib.metadata.version("peft")
-    if version.split(".")[:2] != TESTED.split("."):
-        warnings.warn(f"PEFT {version} is outside the tested range, {TESTED}.x; compare results", stacklevel=2)
-    for _, layer in layers:
-        if type(layer) in FUSED:
-            layer.__class__ = FUSED[type(layer)]
+        raise ValueError(_nothing_to_fuse(model))
+    versions.warn_outside("peft")
+    _fuse(layer for _, layer in layers)
+    _report(layers)
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``accelerate``, in place; returns the model. Layers that were not accelerated stay as they are."""
+    """Undo ``accelerate``, in place; returns the model. Layers that were not accelerated stay as they are.
+
+    Raises TypeError when model is no module.
+    """
+    _check_module(model)
     back = {fused: own for own, fused in FUSED.items()}
     for _, layer in _layers(model):
         if type(layer) in back:
@@ -217,8 +217,103 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} must be a torch.nn.Module")
+
+
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _nothing_to_fuse(model: nn.Module) -> str:
+    """The error of a model without a PEFT layer: what it is instead, and what to do."""
+    kind = type(model).__name__
+    if is_adapted(model):
+        return (
+            f"model={kind} was adapted by fused_peft.get_peft_model and runs the fused call already; leave accelerate "
+            "out, it is for models of peft.get_peft_model"
+        )
+    if configs := getattr(model, "peft_config", None):
+        kinds = ", ".join(sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in configs.values()}))
+        return (
+            f"model={kind} has no layer to fuse, since PEFT's {kinds} adapts none; leave accelerate out, PEFT runs it "
+            "as it is"
+        )
+    return (
+        f"model={kind} has no Hugging Face PEFT layer; adapt it with peft.get_peft_model first, or use "
+        "fused_peft.get_peft_model"
+    )
+
+
+def _fuse(layers: Iterable[nn.Module]) -> None:
+    for layer in layers:
+        if type(layer) in FUSED:
+            layer.__class__ = FUSED[type(layer)]
+
+
+def _keeps_peft_s(layer: nn.Module, adapters: list[str] | None = None) -> str | None:
+    """Why a layer takes PEFT's forward with these adapters (default: the active ones), enabled and not merged; None
+    where it is fused. Makes no tensor."""
+    if isinstance(layer, FusedTunerLayer):
+        return None
+    if not isinstance(layer, _Fused):
+        kind = f"{type(layer).__module__}.{type(layer).__name__}"
+        return "accelerate has not run on it" if type(layer) in FUSED else f"{kind} has no fused form"
+    if "forward" in layer.__dict__:
+        return "its forward is replaced on the instance, as X-LoRA and device_map hooks do"
+    return layer.unfused(adapters=adapters)
+
+
+def _report(layers: list[tuple[str, nn.Module]], adapter: str | None = None) -> None:
+    """One warning that counts, by reason, the layers that keep PEFT's forward (with the adapter, where one is named);
+    none where all are fused."""
+    reasons: dict[str, list[str]] = {}
+    for name, layer in layers:
+        if reason := _keeps_peft_s(layer, None if adapter is None else [adapter]):
+            reasons.setdefault(reason, []).append(name)
+    if not reasons:
+        return
+    kept = sum(map(len, reasons.values()))
+    most = sorted(reasons.items(), key=lambda item: -len(item[1]))
+    listed = [f"{reason} ({len(names)}, e.g. {names[0]})" for reason, names in most[:_NAMED]]
+    if len(most) > _NAMED:
+        listed.append(f"{len(most) - _NAMED} further reasons")
+    of = "" if adapter is None else f" of adapter {adapter!r}"
+    warnings.warn(
+        f"accelerate fused {len(layers) - kept} of {len(layers)} PEFT layers{of}; {kept} keep PEFT's forward: "
+        f"{'; '.join(listed)}. fused_peft.explain(model) lists them all",
+        stacklevel=4,
+    )
+
+
+def _accelerate_what_is_added(inject_adapter):
+    """BaseTuner.inject_adapter that goes on, where the model is accelerated, to accelerate the layers it made.
+
+    It is PEFT's one door for add_adapter, load_adapter, add_weighted_adapter and inject_adapter_in_model. That a model
+    is accelerated shows by the classes of its layers alone, so copies and pickles keep it and ``restore`` ends it.
+    """
+
+    @wraps(inject_adapter)
+    def inject(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        before = [layer for _, layer in _layers(model)]
+        accelerated = any(isinstance(layer, _Fused) for layer in before)
+        inject_adapter(self, model, adapter_name, *args, **kwargs)
+        if accelerated:
+            layers, known = _layers(model), {id(layer) for layer in before}
+            _fuse(layer for _, layer in layers if id(layer) not in known)
+            _report([(name, layer) for name, layer in layers if _has(layer, adapter_name)], adapter_name)
+
+    inject._accelerates = True
+    return inject
+
+
+def _has(layer: nn.Module, adapter: str) -> bool:
+    return any(adapter in getattr(layer, key, ()) for key in layer.adapter_layer_names)
+
+
+if not hasattr(BaseTuner.inject_adapter, "_accelerates"):  # wrapped once, though this file is imported anew
+    BaseTuner.inject_adapter = _accelerate_what_is_added(BaseTuner.inject_adapter)
 
 
 def explanations(model: nn.Module, tokens: int, dtype: torch.dtype | None) -> list[tuple[str, str, str, str, str]]:
@@ -234,14 +329,10 @@ def _explain(layer: nn.Module, tokens: int, dtype: torch.dtype | None) -> tuple[
         state = "merged" if layer.merged else "disabled" if layer.disable_adapters else "no adapter is active"
         return next(iter(layer.configs.values())).method_name, "plain", "torch", f"{state}: one plain linear layer"
     method = peft_class(layer).__module__.split(".")[2]
-    if not isinstance(layer, _Fused):
-        kind = f"{type(layer).__module__}.{type(layer).__name__}"
-        why = "accelerate has not run on it" if type(layer) in FUSED else f"{kind} has no fused form"
-        return method, "PEFT's", "peft", why
-    state = "disabled" if layer.disable_adapters else "merged" if layer.merged else None
-    if state is None and "forward" in layer.__dict__:
-        state = "its forward is replaced on the instance, as X-LoRA and device_map hooks do"
-    if reason := state or layer.unfused():
+    state = None
+    if isinstance(layer, _Fused):
+        state = "disabled" if layer.disable_adapters else "merged" if layer.merged else None
+    if reason := state or _keeps_peft_s(layer):
         return method, "PEFT's", "peft", reason
     weight, bias = layer.base_matrix(), layer.base_layer.bias
     found = layer.fused_factors(weight)

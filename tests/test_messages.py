@@ -1,0 +1,256 @@
+"""What a user is told: each message names what was given and what to do, is short, and nothing has changed before it.
+
+One table: a row is a situation, the model in it, the call, the exception or warning, and words that must appear.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+peft = pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+from test_accelerate import Doubling, Packed  # noqa: E402
+from test_register import Tied  # noqa: E402
+
+import fused_peft as fp  # noqa: E402
+
+LONGEST = 500
+ON = {"target_modules": ["0"]}
+
+
+def plain():
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def ours(config=None):
+    return fp.get_peft_model(plain(), config or fp.LoraConfig(r=2, **ON))
+
+
+def pefts(config=None):
+    return peft.get_peft_model(plain(), config or peft.LoraConfig(r=2, **ON))
+
+
+def pefts_prompt():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    return peft.get_peft_model(base, peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+
+
+def tied_in_peft():
+    return peft.get_peft_model(Tied(), fp.FloraConfig(r=2, target_modules=["body", "lm_head"]))
+
+
+def packed_in_peft():
+    model = pefts(fp.SSBConfig(**ON))
+    base = model.base_model.model[0].base_layer
+    base.weight = nn.Parameter(Packed(base.weight.detach()), requires_grad=False)
+    return model
+
+
+def many_with_one_of_its_own():
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)), Doubling(4, 4))
+
+
+def merged():
+    model = ours()
+    fp.merge(model)
+    return model
+
+
+class OwnLora(fp.LoraConfig):
+    """A subclass of a user's."""
+
+
+def without_peft(name):
+    """The call in a process where PEFT cannot be imported, with what it raises there."""
+    script = f"""
+import sys
+sys.modules["peft"] = None
+import fused_peft, torch
+try:
+    fused_peft.{name}(torch.nn.Linear(2, 2))
+except ImportError as e:
+    print(e)
+"""
+
+    def run(model):
+        found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+        if found.stdout:
+            raise ImportError(found.stdout.strip())
+
+    return run
+
+
+def disabled(model):
+    with fp.disable_adapter(model):
+        pass
+
+
+def into_a_file(model, folder):
+    (folder / "taken").write_text("")
+    fp.save_pretrained(model, folder / "taken")
+
+
+def from_a_file(model, folder):
+    (folder / "taken").write_text("")
+    fp.load_adapter(model, folder / "taken")
+
+
+def adapt(config):
+    return lambda model: fp.get_peft_model(model, config)
+
+
+@dataclass(frozen=True)
+class Row:
+    """call(model), or call(model, folder) where it needs two arguments; words: what the message must hold."""
+
+    situation: str
+    model: Callable[[], object]
+    call: Callable
+    kind: type[Exception]
+    words: tuple[str, ...] = field(default=())
+
+
+ROWS = [
+    # fused_peft.accelerate
+    Row("accelerate without PEFT", plain, without_peft("accelerate"), ImportError,
+        ("fused_peft.accelerate works on models of Hugging Face PEFT", 'pip install "fused_peft[peft]"')),
+    Row("restore without PEFT", plain, without_peft("restore"), ImportError,
+        ("fused_peft.restore works on models of Hugging Face PEFT", 'pip install "fused_peft[peft]"')),
+    Row("accelerate a plain model", plain, fp.accelerate, ValueError,
+        ("model=Sequential has no Hugging Face PEFT layer", "peft.get_peft_model")),
+    Row("accelerate no model", lambda: 3, fp.accelerate, TypeError, ("model=3 must be a torch.nn.Module",)),
+    Row("restore no model", lambda: None, fp.restore, TypeError, ("model=None must be a torch.nn.Module",)),
+    Row("accelerate a model of this library", ours, fp.accelerate, ValueError,
+        ("model=Sequential was adapted by fused_peft.get_peft_model", "already", "leave accelerate out")),
+    Row("accelerate a soft prompt of PEFT's", pefts_prompt, fp.accelerate, ValueError,
+        ("no layer to fuse", "PROMPT_TUNING", "leave accelerate out")),
+    Row("accelerate what has no fused form", lambda: pefts(peft.VeraConfig(r=2, **ON)), fp.accelerate, UserWarning,
+        ("fused 0 of 1 PEFT layers; 1 keep PEFT's forward", "vera.layer.Linear has no fused form (1, e.g. ")),
+    # a model of PEFT's where one of this library's is needed
+    Row("merge PEFT's", pefts, fp.merge, ValueError,
+        ("model=PeftModel is Hugging Face PEFT's", "fused_peft.merge", "call merge_adapter()")),
+    Row("unmerge PEFT's", pefts, fp.unmerge, ValueError, ("model=PeftModel is Hugging", "call unmerge_adapter()")),
+    Row("merge_and_unload PEFT's", pefts, fp.merge_and_unload, ValueError,
+        ("model=PeftModel is Hugging", "call merge_and_unload() of the model that peft.get_peft_model returned")),
+    Row("save PEFT's", pefts, fp.save_pretrained, ValueError,
+        ("model=PeftModel is Hugging", "call save_pretrained(path) of the model")),
+    Row("load into PEFT's", pefts, fp.load_adapter, ValueError,
+        ("model=PeftModel is Hugging", "call load_adapter(path, adapter_name) of the model")),
+    Row("disable PEFT's", pefts, disabled, ValueError, ("model=PeftModel is Hugging", "call disable_adapter()")),
+    Row("merge a registered method in PEFT", lambda: pefts(fp.SSBConfig(**ON)), fp.merge, ValueError,
+        ("model=PeftModel is Hugging", "call merge_adapter()")),
+    Row("merge an accelerated model", lambda: fp.accelerate(pefts()), fp.merge, ValueError,
+        ("model=PeftModel is Hugging", "call merge_adapter()")),
+    Row("adapt PEFT's", pefts, adapt(fp.LoraConfig(r=2, **ON)), ValueError,
+        ("model=PeftModel already carries Hugging Face PEFT layers", "fused_peft.accelerate", "merge_and_unload()")),
+    # something else where a config of this library is needed
+    Row("a class as config", plain, adapt(fp.LoraConfig), TypeError,
+        ("config=LoraConfig is the class", "fused_peft.LoraConfig(...)")),
+    Row("a dict as config", plain, adapt({"r": 8}), TypeError,
+        ("config={'r': 8} is a dict", "fused_peft.LoraConfig(**config)")),
+    Row("a stored dict as config", plain, adapt({"peft_type": "LORA", "r": 8, "x": "y" * 900}), TypeError,
+        ("is a dict", "fused_peft.LoraConfig(**config) (without 'peft_type')")),
+    Row("a config of PEFT's", plain, adapt(peft.LoraConfig(r=2, **ON)), TypeError,
+        ("config is a peft.tuners.lora.config.LoraConfig", "peft.get_peft_model(model, config)",
+         "fused_peft.accelerate(model)")),
+    Row("None as config", plain, adapt(None), TypeError, ("config=None", "fused_peft.LoraConfig(r=16)")),
+    Row("a folder as config", plain, adapt("./adapter"), TypeError,
+        ("config='./adapter' is no config", "fused_peft.load_adapter(model, folder)")),
+    Row("a number as config", plain, adapt(8), TypeError,
+        ("config=8 is a builtins.int", "fused_peft.LoraConfig(r=16)")),
+    Row("a subclass as config", plain, adapt(OwnLora(**ON)), TypeError,
+        ("OwnLora, a subclass that belongs to no method", "give a fused_peft.LoraConfig itself")),
+    Row("a layer with PEFT's config", plain, lambda m: fp.PeftLinear.from_linear(m[0], peft.IA3Config()), TypeError,
+        ("IA3Config, Hugging Face PEFT's own", "fused_peft.accelerate(model)")),
+    Row("a layer with a class", plain, lambda m: fp.PeftLinear.from_linear(m[0], fp.SSBConfig), TypeError,
+        ("config=SSBConfig is the class", "fused_peft.SSBConfig(...)")),
+    Row("a layer without a config", plain, lambda m: fp.PeftLinear(4, 4), TypeError, ("config=None",)),
+    Row("a layer with a soft prompt", plain,
+        lambda m: fp.PeftLinear.from_linear(m[0], fp.PromptTuningConfig(num_virtual_tokens=2)), TypeError,
+        ("PromptTuningConfig, which no single layer has", "fused_peft.get_peft_model(model, config)")),
+    Row("PEFT with this library's LoRA", plain, lambda m: peft.get_peft_model(m, fp.LoraConfig(r=2, **ON)), TypeError,
+        ("fused_peft.LoraConfig, and PEFT has LORA itself", "peft.LoraConfig", "fused_peft.accelerate(model)",
+         "fused_peft.get_peft_model")),
+    Row("no model to adapt", lambda: "gpt2", adapt(fp.LoraConfig(r=2, **ON)), TypeError,
+        ("model='gpt2' must be a torch.nn.Module",)),
+    # merging
+    Row("merge a tied weight in PEFT", tied_in_peft, lambda m: m.merge_adapter(), fp.NotMergeableError,
+        ("lm_head shares its weight with embed_tokens", "model.config.tie_word_embeddings = False")),
+    Row("unload a tied weight in PEFT", tied_in_peft, lambda m: m.merge_and_unload(), fp.NotMergeableError,
+        ("lm_head shares its weight with embed_tokens", "lm_head.weight = nn.Parameter(lm_head.weight.clone())")),
+    Row("merge a quantised weight in PEFT", packed_in_peft, lambda m: m.merge_adapter(), fp.NotMergeableError,
+        ("the weight of 0 is a Packed", "keep the adapter unmerged")),
+    Row("merge twice", merged, fp.merge, RuntimeError, ("0 is already merged", "call unmerge")),
+    Row("unmerge what is not merged", ours, fp.unmerge, RuntimeError, ("0 is not merged",)),
+    Row("merge a plain model", plain, fp.merge, ValueError,
+        ("model=Sequential has no adapted layer", "get_peft_model")),
+    # adapting, saving and loading
+    Row("adapt twice", ours, adapt(fp.LoraConfig(r=2, **ON)), ValueError,
+        ("already has adapters", "merge_and_unload", "load_adapter")),
+    Row("nothing matches", plain, adapt(fp.LoraConfig(r=2, target_modules=["q_proj"])), ValueError,
+        ("target_modules=['q_proj'] matches no module",)),
+    Row("save a plain model", plain, fp.save_pretrained, ValueError,
+        ("model=Sequential has no adapter", "get_peft_model or load_adapter")),
+    Row("a name in place of a keyword", ours, lambda m: fp.get_peft_model(m, fp.LoraConfig(r=2), "second"), TypeError,
+        ("'second' as a third positional argument", "holds one adapter, which has no name")),
+    Row("a name for a loaded adapter", ours, lambda m, folder: fp.load_adapter(m, folder, "second"), TypeError,
+        ("'second' as a third positional argument",)),
+    Row("a name of the hub as folder", plain, lambda m: fp.load_adapter(m, "someone/adapter"), FileNotFoundError,
+        ("path='someone/adapter' is no folder here",)),
+    Row("a file as folder", plain, from_a_file, NotADirectoryError, ("is a file; give the folder that holds",)),
+    Row("a name as a plain string", lambda: nn.Sequential(plain()), adapt(fp.LoraConfig(r=2, target_modules="2")),
+        ValueError, ("target_modules='2' matches no module", "regular expression", "target_modules=['2']")),
+    Row("all-linear with a layer that is none of ours", many_with_one_of_its_own,
+        adapt(fp.LoraConfig(r=2, target_modules="all-linear")), TypeError,
+        ("target_modules='all-linear' matches '9'", "Doubling has a forward of its own", "exclude it")),
+    Row("save into a file", ours, into_a_file, FileExistsError, ("is an existing file; give a folder",)),
+    Row("load from an empty folder", plain, fp.load_adapter, FileNotFoundError,
+        ("holds no adapter_config.json", "give the folder that save_pretrained wrote")),
+]  # fmt: skip
+
+
+def described(model):
+    """All of a model that a call could have changed."""
+    if not isinstance(model, nn.Module):
+        return model
+    modules = [(name, id(m), type(m), m.training, tuple(m.__dict__)) for name, m in model.named_modules()]
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return modules, [(name, id(t), t.requires_grad, t._version) for name, t in tensors]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.situation)
+def test_message(row, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = row.model()
+    before, there = described(model), set(os.listdir(tmp_path))
+    needed = [p for p in inspect.signature(row.call).parameters.values() if p.default is p.empty]
+    folder = [tmp_path] if len(needed) > 1 else []
+    if issubclass(row.kind, Warning):
+        with pytest.warns(row.kind) as found:
+            row.call(model, *folder)
+        text = str(found[0].message)
+    else:
+        with pytest.raises(row.kind) as found:
+            row.call(model, *folder)
+        assert type(found.value) is row.kind
+        text = str(found.value)
+        assert described(model) == before
+        assert set(os.listdir(tmp_path)) - there <= {"taken"}
+    for words in row.words:
+        assert words in text
+    assert len(text) < LONGEST
+    assert not any(str(Path(p)) in text for p in sys.path if len(p) > 1)
