@@ -76,18 +76,26 @@ from .prompt import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig 
 from .schedule import lora_plus_groups, on_step  # noqa: E402
 
 
+def _bridge(what: str):
+    """The file that works on Hugging Face PEFT's models; ImportError where PEFT is not there to import."""
+    try:
+        from .integrations import peft
+    except ImportError as e:
+        raise ImportError(
+            f'fused_peft.{what} works on models of Hugging Face PEFT, which does not import here ({e}); pip install '
+            '"fused_peft[peft]"'
+        ) from e
+    return peft
+
+
 def accelerate(model):
     """An existing Hugging Face PEFT model on the fused call, in place; see ``fused_peft.integrations.peft``."""
-    from .integrations import peft
-
-    return peft.accelerate(model)
+    return _bridge("accelerate").accelerate(model)
 
 
 def restore(model):
     """Undo ``accelerate``, in place."""
-    from .integrations import peft
-
-    return peft.restore(model)
+    return _bridge("restore").restore(model)
 
 
 __all__ = [

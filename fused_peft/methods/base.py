@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -112,9 +113,13 @@ class PeftConfig:
 
     @property
     def is_prompt_learning(self) -> bool:
-        """False; the first question that PEFT puts to a config made before PEFT was imported."""
+        """False; the first question that PEFT puts to a config, which may have been made before PEFT was imported."""
         _register_with_peft()
+        self._refuse_in_peft()
         return False
+
+    def _refuse_in_peft(self) -> None:
+        """TypeError where PEFT would take this config for one of its own; integrations.tuners fills it in."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self.__dict__.get("_in_use"):
@@ -247,10 +252,40 @@ def method_of(config: PeftConfig) -> Method:
     """The method a config belongs to; TypeError when it is not one of this library's configs."""
     if isinstance(config, PeftConfig) and any(type(config) is m.config for m in METHODS.values()):
         return METHODS[config.method_name]
-    raise TypeError(
-        f"config is a {type(config).__module__}.{type(config).__qualname__}, but must be one of fused_peft's: "
-        + ", ".join(sorted(m.config.__name__ for m in METHODS.values()))
-    )
+    raise TypeError(_no_config(config))
+
+
+def _no_config(config: Any) -> str:
+    """The error of something else where a config of this library is needed: what it is, and what to give."""
+    kind = f"{type(config).__module__}.{type(config).__qualname__}"
+    if config is None:
+        return "config=None, but a config is needed, e.g. fused_peft.LoraConfig(r=16)"
+    if isinstance(config, type) and issubclass(config, PeftConfig):
+        return f"config={config.__name__} is the class; give an instance of it: fused_peft.{config.__name__}(...)"
+    if isinstance(config, dict):
+        of = " (without 'peft_type')" if "peft_type" in config else ""
+        return f"config={_short(config)} is a dict; give a config made of it, e.g. fused_peft.LoraConfig(**config){of}"
+    if isinstance(config, (str, os.PathLike)):
+        return (
+            f"config={_short(config)} is no config; give e.g. fused_peft.LoraConfig(r=16), "
+            "fused_peft.load_config(folder) for a stored one, or call fused_peft.load_adapter(model, folder)"
+        )
+    if kind.startswith("peft."):
+        return (
+            f"config is a {kind}, Hugging Face PEFT's own; give it to peft.get_peft_model(model, config) and call "
+            f"fused_peft.accelerate(model) on what that returns, or give fused_peft's config of the method"
+        )
+    if isinstance(config, PeftConfig):
+        own = next((c.__name__ for c in type(config).__mro__ if any(c is m.config for m in METHODS.values())), None)
+        if own is not None:
+            return f"config is a {kind}, a subclass that belongs to no method; give a fused_peft.{own} itself"
+        return f"config is a {kind}, which no single layer has; give it to fused_peft.get_peft_model(model, config)"
+    return f"config={_short(config)} is a {kind}; give a config of fused_peft's, e.g. fused_peft.LoraConfig(r=16)"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def positive_int(name: str, value: Any) -> None:
