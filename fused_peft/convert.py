@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import dispatch, prompt
+from . import checks, dispatch, model_saving, prompt
+from .adapted import STATE as _STATE
+from .adapted import is_adapted, is_pefts, layers, unwrap
 from .factors import NotMergeableError
 from .linear import Gathered, PeftLinear
 from .methods import PeftConfig, method_of
-from .sharded import fsdp_modules, is_sharded, reshard, set_data
+from .sharded import fsdp_modules, gathered, is_sharded, numel, reshard, set_data, shape_of, whole
 from .targets import find_targets, is_target, modules_to_save, resolve
+from .unmet import warn_of_unmet
+from .wide import HALF, narrow, widen
 
-_STATE = "_fused_peft"
+# what Hugging Face PEFT's own models have in place of the functions here
+_PEFT_CALLS = {
+    "merge": "merge_adapter()",
+    "unmerge": "unmerge_adapter()",
+    "merge_and_unload": "merge_and_unload()",
+    "disable_adapter": "disable_adapter()",
+    "save_pretrained": "save_pretrained(path)",
+    "load_adapter": "load_adapter(path, adapter_name)",
+}
 
 
 @dataclass
@@ -29,7 +43,10 @@ class AdapterState:
     config: PeftConfig
     saved: dict[str, nn.Module] = field(default_factory=dict)  # modules_to_save: name -> frozen original
     biases: dict[str, Tensor] = field(default_factory=dict)  # trained in place: parameter name -> base value
+    embeddings: list[str] = field(default_factory=list)  # parameters that a loaded adapter brought along, whole
     disabled: int = 0  # how many disable_adapter contexts are open
+    layers: tuple[str, ...] = ()  # the names of the adapted layers, by which a vanished one is noticed
+    told: tuple[str, ...] = ()  # the vanished ones that on_step has warned of
 
 
 @dataclass
@@ -39,33 +56,8 @@ class _Plan:
     state: AdapterState
     layers: dict[str, PeftLinear]
     copies: dict[str, nn.Module]
+    wide: torch.dtype  # of the heads and biases that train in half-precision modules
     plain_prompt: bool = False  # a soft prompt without the encoder that trained it
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
-
-
-def layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
-    """(name, layer) of every adapted layer."""
-    return ((name, m) for name, m in unwrap(model).named_modules() if isinstance(m, PeftLinear))
-
-
-def active_layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
-    """As ``layers``, and in a Hugging Face PEFT model the active adapters of the methods registered there."""
-    tuners = sys.modules.get("fused_peft.integrations.tuners")
-    for name, m in unwrap(model).named_modules():
-        if isinstance(m, PeftLinear):
-            yield name, m
-        elif tuners and isinstance(m, tuners.FusedTunerLayer) and (layer := m.active()) is not None:
-            yield name, layer
 
 
 def refuse_while_disabled(model: nn.Module, what: str) -> None:
@@ -75,10 +67,20 @@ def refuse_while_disabled(model: nn.Module, what: str) -> None:
         raise RuntimeError(f"{what} inside disable_adapter would act on the base values; leave the context first")
 
 
-def state_of(model: nn.Module) -> AdapterState:
-    """The model's adapter state; ValueError when get_peft_model has not run on it."""
+def refuse_pefts(model: nn.Module, what: str) -> None:
+    """ValueError where the adapters of the model are Hugging Face PEFT's, not get_peft_model's; names PEFT's call."""
+    if not is_adapted(model) and is_pefts(model):
+        raise ValueError(
+            f"model={type(model).__name__} is Hugging Face PEFT's, and fused_peft.{what} is for models of "
+            f"fused_peft.get_peft_model; call {_PEFT_CALLS[what]} of the model that peft.get_peft_model returned"
+        )
+
+
+def state_of(model: nn.Module, what: str = "save_pretrained") -> AdapterState:
+    """The model's adapter state; ValueError when get_peft_model has not run on it, for the function ``what``."""
     state = getattr(unwrap(model), _STATE, None)
     if state is None:
+        refuse_pefts(model, what)
         raise ValueError(f"model={type(model).__name__} has no adapter; call get_peft_model or load_adapter first")
     return state
 
@@ -90,44 +92,51 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     soft = isinstance(config, prompt.SoftPromptConfig)
     if not soft:
         method_of(config)
-    if hasattr(model, _STATE) or any(True for _ in layers(model)):
+    if is_adapted(model):
         raise ValueError("the model already has adapters; call merge_and_unload first, or load_adapter to replace them")
-    if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
-        raise ValueError("the model already carries Hugging Face PEFT layers; call its merge_and_unload first")
+    if is_pefts(model):
+        raise ValueError(
+            f"model={type(model).__name__} already carries Hugging Face PEFT layers; fused_peft.accelerate(model) runs "
+            "them fused as they are, or call model.merge_and_unload() and adapt what it returns"
+        )
     config = replace(config)  # re-validates, and never edits the caller's object
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     resolved = resolve(model, config)
     saved = modules_to_save(model, resolved)
     originals = {name: model.get_submodule(name) for name in saved}
-    copies = {name: copy.deepcopy(module) for name, module in originals.items()}
+    with gathered(p for module in originals.values() for p in module.parameters()):
+        copies = {name: copy.deepcopy(module) for name, module in originals.items()}
     if soft:
         resolved = replace(resolved, **prompt.resolve(model, resolved))
         prompt.hooked(model, resolved)
-        return _Plan(AdapterState(resolved.in_use(), saved=originals), {}, copies)
-    new, targets = {}, find_targets(model, resolved)
+        warn_of_unmet(model, config, resolved, ())
+        return _Plan(AdapterState(resolved.in_use(), saved=originals), {}, copies, adapter_dtype or torch.float32)
+    new, targets = {}, find_targets(model, resolved, config)
     resolved = resolved.for_targets([_shape(module) for module in targets.values()])
     with _frozen_as_before(model):
         for name, module in targets.items():
             try:
-                new[name] = PeftLinear.around(module, resolved.for_module(name), adapter_dtype)
+                new[name] = PeftLinear.from_linear(module, resolved.for_module(name), adapter_dtype)
             except ValueError as e:
                 raise ValueError(f"{name}: {e}") from e
     if any(layer.fan_in_fan_out for layer in new.values()) and hasattr(resolved, "fan_in_fan_out"):
         resolved = replace(resolved, fan_in_fan_out=True)
     _warn_tied(model, new)
+    warn_of_unmet(model, config, resolved, new)
     biases = {}
     for name, parameter in model.named_parameters():
         owner, _, last = name.rpartition(".")
         if last == "bias" and not any(name.startswith(f"{s}.") for s in saved):
             if _bias_trains(resolved, owner, owner in new):
-                biases[name] = parameter.detach().clone()
-    return _Plan(AdapterState(resolved.in_use(), saved=originals, biases=biases), new, copies)
+                biases[name] = whole(parameter).detach().clone()
+    state = AdapterState(resolved.in_use(), saved=originals, biases=biases)
+    return _Plan(state, new, copies, adapter_dtype or torch.float32)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear layer or Conv1D."""
-    shape = tuple(module.weight.shape)
+    shape = shape_of(module.weight)
     return shape if isinstance(module, nn.Linear) else shape[::-1]
 
 
@@ -150,21 +159,54 @@ def _frozen_as_before(model: nn.Module):
 
 
 def _warn_tied(model: nn.Module, new: dict[str, PeftLinear]) -> None:
-    owners = {}
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), nn.Parameter):
-            owners.setdefault(id(module.weight), []).append(name)
+    holders = holders_of_weights(model)
     for name, layer in new.items():
-        tied = [n for n in owners[id(layer.weight)] if n != name]
+        tied = [n for n in holders[id(layer.weight)] if n != name]
         if tied:
             warnings.warn(
-                f"{name}.weight is shared with {', '.join(tied)}: merging the adapter will change those too",
+                f"{name}.weight is shared with {', '.join(tied)}, which stay as they are; the adapter cannot be merged "
+                "before the two are untied",
                 stacklevel=4,
             )
 
 
+def holders_of_weights(model: nn.Module) -> dict[int, list[str]]:
+    """{id of a parameter: the names of the modules that hold it as their weight}."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "weight", None), nn.Parameter):
+            holders.setdefault(id(module.weight), []).append(name)
+    return holders
+
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+
+def by_keyword(instead: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Make a function of (model, something, *, ...) say what to do with a third positional argument: TypeError."""
+
+    def decorate(call: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(call)
+        def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if len(args) > 2:
+                raise TypeError(
+                    f"{call.__name__} got {args[2]!r} as a third positional argument: {instead}; its other settings go "
+                    "by keyword"
+                )
+            return call(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+@by_keyword("a model of this library holds one adapter, which has no name")
 def get_peft_model(
-    model: nn.Module, config: PeftConfig, autocast_adapter_dtype: bool = True, adapter_dtype: torch.dtype | None = None
+    model: nn.Module,
+    config: PeftConfig,
+    *,
+    autocast_adapter_dtype: bool = True,
+    adapter_dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Adapt a model in place and return it: base frozen, adapters (and asked-for biases and heads) trainable.
 
@@ -188,18 +230,27 @@ def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     model.requires_grad_(False)
     _replace(model, {id(model.get_submodule(name)): layer for name, layer in planned.layers.items()})
     for layer in planned.layers.values():
-        layer.take_from_base()
         for parameter in layer.adapter_names:
             getattr(layer, parameter).requires_grad_(not planned.state.config.inference_mode)
     for name, module in planned.copies.items():
+        widen(module, planned.wide)
         # under this name only: a tied or shared original stays frozen wherever else it is used
         _set(model, name, module.requires_grad_(not planned.state.config.inference_mode))
     if isinstance(planned.state.config, prompt.SoftPromptConfig):
         soft = prompt.attach(model, planned.state.config, plain=planned.plain_prompt)
         soft.requires_grad_(not planned.state.config.inference_mode)
     for name in planned.state.biases:
+        owner, _, bias = name.rpartition(".")
+        if owner not in planned.layers:
+            widen(model.get_submodule(owner), planned.wide, [bias])
+        elif (own := model.get_parameter(name)).dtype in HALF:
+            own.data = own.data.to(planned.wide)  # a PeftLinear computes in its input's dtype
         model.get_parameter(name).requires_grad_(not planned.state.config.inference_mode)
+    planned.state.layers = tuple(planned.layers)
     setattr(model, _STATE, planned.state)
+    model_saving.redirect(model)
+    if not planned.state.config.inference_mode:
+        checks.watch(model)
     return model
 
 
@@ -222,21 +273,26 @@ def merge(model: nn.Module, safe_merge: bool = False) -> None:
     Raises RuntimeError when already merged, NotMergeableError when a method has no equivalent weight, ValueError with
     safe_merge when a merged weight is not finite.
     """
-    found = _found(model)
+    found = _found(model, "merge")
     refuse_while_disabled(model, "merge")
     reshard(model)
-    owners: dict[int, str] = {}
     for name, layer in found:
         if layer.merged:
             raise RuntimeError(f"{name} is already merged; call unmerge before merging again")
-        other = owners.setdefault(id(layer.weight), name)
-        if other != name:
-            raise RuntimeError(f"{name} and {other} share one weight, which cannot hold both merges; untie them first")
-    _merge(found, safe_merge)
+    _merge(model, found, safe_merge)
 
 
-def _merge(found: list[tuple[str, PeftLinear]], safe_merge: bool) -> None:
-    """Merge these layers, all or none."""
+def _merge(model: nn.Module, found: list[tuple[str, PeftLinear]], safe_merge: bool) -> None:
+    """Merge these layers, all or none; NotMergeableError where another module holds the same weight."""
+    checks.warn_vanished(model)
+    holders = holders_of_weights(unwrap(model))
+    for name, layer in found:
+        if tied := [n for n in holders[id(layer.weight)] if n != name]:
+            setting = "model.config.tie_word_embeddings = False, and " if hasattr(model, "config") else ""
+            raise NotMergeableError(
+                f"{name}.weight is shared with {', '.join(tied)}, which merging would change too; untie them first: "
+                f"{setting}give {name} a weight of its own, torch.nn.Parameter(layer.weight.detach().clone())"
+            )
     done = []
     try:
         for name, layer in found:
@@ -252,7 +308,7 @@ def _merge(found: list[tuple[str, PeftLinear]], safe_merge: bool) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Restore every base weight bit for bit. Raises RuntimeError when a layer is not merged."""
-    found = _found(model)
+    found = _found(model, "unmerge")
     refuse_while_disabled(model, "unmerge")
     reshard(model)
     for name, layer in found:
@@ -262,8 +318,11 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def _found(model: nn.Module) -> list[tuple[str, PeftLinear]]:
+def _found(model: nn.Module, what: str | None = None) -> list[tuple[str, PeftLinear]]:
+    """The model's adapted layers, for the function ``what`` where PEFT has its own; ValueError where there are none."""
     model = unwrap(model)
+    if what is not None:
+        refuse_pefts(model, what)
     found = list(layers(model))
     if hasattr(model, "soft_prompt"):
         raise NotMergeableError("a soft prompt has no weight: there is nothing to merge, unload or explain per layer")
@@ -275,7 +334,7 @@ def _found(model: nn.Module) -> list[tuple[str, PeftLinear]]:
 def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     """Merge, then turn every layer back into its original class; returns the plain model. Raises as ``merge`` does."""
     model = unwrap(model)
-    found = _found(model)
+    found = _found(model, "merge_and_unload")
     refuse_while_disabled(model, "merge_and_unload")
     if fsdp_modules(model):
         raise RuntimeError(
@@ -285,10 +344,17 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     if not any(layer.merged for _, layer in found):
         merge(model, safe_merge)
     else:
-        _merge([(name, layer) for name, layer in found if not layer.merged], safe_merge)
+        _merge(model, [(name, layer) for name, layer in found if not layer.merged], safe_merge)
     _replace(model, {id(layer): layer.unload() for _, layer in found})
     if hasattr(model, _STATE):
+        state = state_of(model)
+        for name in (*state.saved, *(n.rpartition(".")[0] for n in state.biases)):
+            narrow(model.get_submodule(name))
+        for name, value in state.biases.items():
+            own = model.get_parameter(name)
+            own.data = own.data.to(value.dtype)
         delattr(model, _STATE)
+    model_saving.restore(model)
     return model
 
 
@@ -299,7 +365,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     model = unwrap(model)
     state = getattr(model, _STATE, None) or AdapterState(config=None)
     soft = getattr(model, "soft_prompt", None)
-    found = [("soft_prompt", soft)] if soft is not None else _found(model)
+    found = [("soft_prompt", soft)] if soft is not None else _found(model, "disable_adapter")
     before = [layer.enabled for _, layer in found]
     trained = {name: model.get_submodule(name) for name in state.saved}
     parameters = {name: _bias_in_use(model, name) for name in state.biases}
@@ -335,11 +401,12 @@ def _bias_in_use(model: nn.Module, name: str) -> Tensor:
 
 def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """Print and return (trainable, all) parameter counts, in PEFT's words, with the originals of modules_to_save."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(numel(p) for p in model.parameters() if p.requires_grad)
     model = unwrap(model)
     kept = getattr(model, _STATE).saved.values() if hasattr(model, _STATE) else ()
-    total = sum(p.numel() for p in {*model.parameters(), *(p for m in kept for p in m.parameters())})
+    total = sum(numel(p) for p in {*model.parameters(), *(p for m in kept for p in m.parameters())})
     percent = 100 * trainable / max(total, 1)
+    checks.warn_vanished(model)
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
     return trainable, total
 
@@ -370,7 +437,7 @@ def explain(model: nn.Module, tokens: int = 2048, dtype: torch.dtype | None = No
 
     ``print(fp.explain(model))`` shows a table. In strict mode, raises StrictError as the forward would.
     """
-    if "fused_peft.integrations.tuners" in sys.modules:  # PEFT is in use
+    if "peft" in sys.modules and is_pefts(model):
         from .integrations import peft
 
         if rows := peft.explanations(model, tokens, dtype):
@@ -403,6 +470,8 @@ def _problem(layer: PeftLinear, tokens: int, dtype: torch.dtype) -> dispatch.Pro
     """The call that a layer makes on ``tokens`` rows, without making it."""
     with torch.no_grad():
         f = (layer.method.output or layer.method.factors)(layer)
+        if layer.method.residual is not None and not layer.apart(f):
+            f = PeftLinear._beside_residual(layer, f)
     behind = layer.method.output is not None
     width = layer.out_features if behind else layer.in_features
     w = None if behind or layer.method.replaces_weight else layer.matrix

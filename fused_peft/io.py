@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -20,27 +20,30 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import convert, prompt
+from .adapter_config import (
+    CONFIG_NAME,
+    NOTE,
+    WEIGHTS_NAME,
+    AdapterFormatError,
+    in_peft,
+    load_config,
+    note,
+    write_config,
+)
+from .checks import refuse_vanished
+from .convert import by_keyword
 from .linear import PeftLinear
-from .methods import METHODS, PeftConfig
-from .sharded import is_sharded, placed_as, reshard, whole
+from .methods import PeftConfig
+from .renamed import renaming
+from .sharded import fill, is_spread, reshard, shape_of, whole
+from .targets import resolve
 
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+__all__ = ["AdapterFormatError", "load_adapter", "load_config", "save_pretrained", "write_config"]
+
 _PREFIX = "base_model.model."
-# what PEFT writes beside the hyper-parameters, and settings that mean nothing unless another is on
-_NEUTRAL = {"auto_mapping", "eva_config", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
 
 # with bias="all" PEFT stores the biases of modules_to_save a second and third time, under its wrapper's names
 _DUPLICATE = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
-
-# what PEFT writes for a method although it changes nothing once the values are loaded: AdaLoRA's rank is init_r
-_NEUTRAL_FOR = {"ADALORA": {"r", "init_lora_weights"}, "DELORA": {"init_weights"}}
-
-# PEFT's initialisations that leave the base weight alone: of no consequence once the values are loaded
-_INIT_ONLY = {"orthogonal", "eva"}
-
-
-class AdapterFormatError(ValueError):
-    """The folder does not hold an adapter that this library can load; the message names the file and the problem."""
 
 
 def _slots(layers: dict[str, PeftLinear], state: convert.AdapterState, find: Callable[[str], Tensor]) -> dict:
@@ -54,21 +57,21 @@ def _slots(layers: dict[str, PeftLinear], state: convert.AdapterState, find: Cal
     for name, layer in layers.items():
         for param in layer.adapter_names:
             tensor = getattr(layer, param)
-            shape = tuple(tensor.shape)
+            shape = shape_of(tensor)
             if param in layer.method.disk and len(shape) == 1:
                 shape = tuple(layer.method.disk_shape(shape, layer.config))
             slots[f"{_PREFIX}{name}.{layer.method.disk_key(param)}"] = (tensor, shape)
         for buffer in layer.method.disk_buffers:
             tensor = getattr(layer, buffer)
             slots[f"{_PREFIX}{name}.{layer.method.disk_key(buffer)}"] = (tensor, tuple(tensor.shape))
-    for name in state.biases:
-        tensor, owner = find(name), name.rpartition(".")[0]
-        key = f"{owner}.base_layer.bias" if owner in layers else name
-        slots[_PREFIX + key] = (tensor, tuple(tensor.shape))
+    for name in (*state.biases, *state.embeddings):
+        tensor, (owner, _, last) = find(name), name.rpartition(".")
+        key = f"{owner}.base_layer.{last}" if owner in layers else name
+        slots[_PREFIX + key] = (tensor, shape_of(tensor))
     for name, original in state.saved.items():
         for key in original.state_dict():
             tensor = find(f"{name}.{key}")
-            slots[f"{prefix}{name}.{key}"] = (tensor, tuple(tensor.shape))
+            slots[f"{prefix}{name}.{key}"] = (tensor, shape_of(tensor))
     return slots
 
 
@@ -107,7 +110,7 @@ def _shared(layers: dict[str, PeftLinear]) -> dict[str, Tensor]:
             key, own = f"base_model.{name}", getattr(layer, name)
             if key not in found or own.numel() > found[key].numel():
                 found[key] = own
-    return {key: whole(t.detach()).contiguous().cpu() for key, t in found.items()}
+    return {key: whole(t).detach().contiguous().cpu() for key, t in found.items()}
 
 
 def _finder(model: nn.Module) -> Callable[[str], Tensor]:
@@ -122,33 +125,40 @@ def _finder(model: nn.Module) -> Callable[[str], Tensor]:
     return find
 
 
-def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
+def save_pretrained(model: nn.Module, path: str | os.PathLike, *, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write the adapter (never the base weights) into the folder ``path``, created if need be.
 
-    Stock PEFT loads it for the methods it has. Raises ValueError when the model has no adapter and
-    FileExistsError when ``path`` is a file. Each file is written aside and renamed, so a crash leaves the old one.
-    Where parameters are sharded (FSDP2, tensor parallel) every process must call it, and the first one writes.
+    Stock PEFT loads it for the methods it has. Raises ValueError when the model has no adapter, RuntimeError when an
+    adapted layer has been replaced since, FileExistsError when ``path`` is a file and PermissionError when the folder
+    cannot be written, each before anything is. Warns of trained parameters that belong to no adapter, and of adapters
+    that mean something else to a reader of plain LoRA. Each file is written aside and renamed, so a crash leaves the
+    old one. Where parameters are sharded (FSDP2, tensor parallel, ZeRO-3) every process calls it, the first one writes;
+    or one process does, with the model's whole ``state_dict`` gathered before.
     """
     model = convert.unwrap(model)
     state = convert.state_of(model)
     convert.refuse_while_disabled(model, "save_pretrained")
+    refuse_vanished(model, "save_pretrained")
+    path = _folder(path)
     reshard(model)
-    path = Path(path)
-    slots = _slots(dict(convert.layers(model)), state, _finder(model))
+    layers = dict(convert.layers(model))
+    slots = _slots(layers, state, _finder(model))
+    _warn_unsaved(model, slots)
+    if state_dict is not None:
+        slots = _taken_from(state_dict, slots, model)
     if hasattr(model, "soft_prompt"):
         P = model.soft_prompt.prompt()
         slots["prompt_embeddings"] = (P, tuple(P.shape))
-    together = any(is_sharded(t) for t, _ in slots.values())
-    tensors = {key: whole(t.detach()).reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
+    together = any(is_spread(t) for t, _ in slots.values())
+    tensors = {key: whole(t).detach().reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
     if getattr(state.config, "save_projection", False):
-        tensors |= _shared(dict(convert.layers(model)))
+        tensors |= _shared(layers)
     try:
         if not together or torch.distributed.get_rank() == 0:
-            if path.exists() and not path.is_dir():
-                raise FileExistsError(f"path={str(path)!r} is an existing file; give a folder")
+            _warn_residual(layers, state.config)
             path.mkdir(parents=True, exist_ok=True)
             aside = path / f".{WEIGHTS_NAME}.{os.getpid()}"
-            save_file(_apart(tensors), aside, metadata={"format": "pt"})
+            save_file(apart(tensors), aside, metadata={"format": "pt", NOTE: json.dumps(note(state.config))})
             os.replace(aside, path / WEIGHTS_NAME)
             write_config(state.config, path)
     finally:
@@ -156,7 +166,49 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike) -> None:
             torch.distributed.barrier()  # nobody reads the files before they are there
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _taken_from(state_dict: dict[str, Tensor], slots: dict, model: nn.Module) -> dict:
+    """The slots with the values of a state_dict in place of the model's own tensors."""
+    names = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
+    return {key: (state_dict.get(names[id(t)], t), shape) for key, (t, shape) in slots.items()}
+
+
+def _folder(path: str | os.PathLike) -> Path:
+    """The folder to write into; FileExistsError or PermissionError where that cannot be."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"path={str(path)!r} is an existing file; give a folder")
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise FileExistsError(f"path={str(path)!r} lies below {str(there)!r}, which is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"path={str(path)!r}: no permission to write into {str(there)!r}; give another folder")
+    return path
+
+
+def _warn_unsaved(model: nn.Module, slots: dict) -> None:
+    """Name the parameters that train and do not go into the file: someone set requires_grad on them by hand."""
+    kept = {id(t) for t, _ in slots.values()} | {id(p) for n, p in model.named_parameters() if "soft_prompt" in n}
+    lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+    if lost:
+        warnings.warn(
+            f"{_listing(lost)} train{'s' if len(lost) == 1 else ''} but belong to no adapter and are not saved; name "
+            "their modules in modules_to_save, or save them yourself",
+            stacklevel=3,
+        )
+
+
+def _warn_residual(layers: dict[str, PeftLinear], config: PeftConfig) -> None:
+    """A and B of a method that trains on a residual mean nothing without it."""
+    found = {layer.method.name for layer in layers.values() if layer.method.residual is not None}
+    if found and in_peft(config):
+        warnings.warn(
+            f"lora_A and lora_B of {', '.join(sorted(found))} add to a residual of the base weight; a program that "
+            "reads them as plain LoRA computes another model (this library and PEFT rebuild the residual)",
+            stacklevel=3,
+        )
+
+
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors with memory of their own, as safetensors wants them; copied where they share it."""
     found, seen = {}, set()
     for key, t in tensors.items():
@@ -165,57 +217,6 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         seen.add(memory.data_ptr())
         found[key] = t if alone else t.clone()
     return found
-
-
-def write_config(config: PeftConfig, path: Path) -> None:
-    """Write the config into the folder ``path`` as save_pretrained does, for inference."""
-    stored = {k: v for k, v in config.stored().items() if v is not None}
-    defaults = {f.name: f.default for f in fields(config)}
-    foreign = {k: stored.pop(k) for k in config.beyond_peft & stored.keys()}
-    foreign = {k: v for k, v in foreign.items() if v != defaults[k]}
-    if foreign and any(m.disk for m in METHODS.values() if m.config.peft_type == config.peft_type):
-        warnings.warn(
-            f"Hugging Face PEFT ignores {foreign} of {config.peft_type}; it will load another adapter", stacklevel=3
-        )
-    stored = {**stored, **foreign, "peft_type": config.peft_type, "inference_mode": True}
-    path.mkdir(parents=True, exist_ok=True)
-    aside = path / f".{CONFIG_NAME}.{os.getpid()}"
-    aside.write_text(json.dumps(dict(sorted(stored.items())), indent=2) + "\n")  # patterns keep their order
-    os.replace(aside, path / CONFIG_NAME)
-
-
-def load_config(path: str | os.PathLike) -> PeftConfig:
-    """The config stored in the folder ``path``, written by this library or by Hugging Face PEFT.
-
-    Raises FileNotFoundError, or AdapterFormatError for a broken file, an unknown method, or a setting that changes
-    the result and that this library does not know.
-    """
-    file = Path(path) / CONFIG_NAME
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"path={str(path)!r} holds no {CONFIG_NAME}; give the folder that save_pretrained wrote"
-        )
-    try:
-        stored = json.loads(file.read_text())
-        peft_type = stored.pop("peft_type")
-    except (ValueError, KeyError, AttributeError) as e:
-        raise AdapterFormatError(f"{file} is not an adapter config: {e}") from e
-    known = dict(prompt.CONFIGS)
-    for m in METHODS.values():  # of the configs that share a peft_type, the one the others derive from
-        known[m.config.peft_type] = min(known.get(m.config.peft_type, m.config), m.config, key=lambda c: len(c.__mro__))
-    if peft_type not in known:
-        raise AdapterFormatError(f"{file}: peft_type={peft_type!r} is unknown; known: {', '.join(sorted(known))}")
-    names = {f.name for f in fields(known[peft_type])}
-    neutral = _NEUTRAL | _NEUTRAL_FOR.get(peft_type, set())
-    unknown = {k: v for k, v in stored.items() if k not in names | neutral and v not in (None, False, {}, [])}
-    if unknown:
-        raise AdapterFormatError(f"{file}: {unknown} is not supported for {peft_type}; load this adapter with PEFT")
-    if stored.get("init_lora_weights") in _INIT_ONLY:
-        stored["init_lora_weights"] = True
-    try:
-        return known[peft_type](**{k: v for k, v in stored.items() if k in names and v is not None})
-    except (TypeError, ValueError) as e:
-        raise AdapterFormatError(f"{file}: {e}") from e
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -253,21 +254,81 @@ def _check(stored: dict[str, Tensor], slots: dict, path: Path) -> None:
             raise AdapterFormatError(f"{path / WEIGHTS_NAME}: {key} has dtype {stored[key].dtype}")
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool = True) -> nn.Module:
+def _drop_remade(slots: dict, stored: dict, layers: dict[str, PeftLinear], config: PeftConfig, path: Path) -> None:
+    """Leave alone the buffers that a file of PEFT's lacks, where init has made the same ones from the weight."""
+    for name, layer in layers.items():
+        own = {f"{_PREFIX}{name}.{layer.method.disk_key(b)}" for b in layer.method.disk_buffers}
+        if layer.method.residual is None or own <= stored.keys():
+            continue
+        how = config.init_lora_weights
+        if not layer.method.remade(config):
+            raise AdapterFormatError(
+                f"{path / WEIGHTS_NAME} lacks what {how} took out of the weights, and that was drawn at random; save it "
+                "with PEFT's path_initial_model_for_weight_conversion, as plain LoRA"
+            )
+        if layer.config.init_lora_weights != how:
+            raise AdapterFormatError(
+                f"{path / CONFIG_NAME} has init_lora_weights={how!r}, but the model's adapter began with "
+                f"{layer.config.init_lora_weights!r}, on another residual; load it into a plain model"
+            )
+        for key in own:
+            del slots[key]
+
+
+def _take_embeddings(
+    stored: dict, slots: dict, model: nn.Module, parameters: dict[str, Tensor], path: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Remove the embeddings and output embeddings that PEFT stores whole beside the adapter; {parameter: (own, value)}
+    of those whose values are not the model's."""
+    found = {}
+    heads = {id(m) for m in (_embeddings(model, which) for which in ("input", "output")) if m is not None}
+    for key in stored.keys() - slots.keys():
+        name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        own, owner = parameters.get(name), name.rpartition(".")[0]
+        if own is None or not (id(m := model.get_submodule(owner)) in heads or isinstance(m, nn.Embedding)):
+            continue
+        value = stored.pop(key)
+        if value.shape != shape_of(own):
+            raise AdapterFormatError(
+                f"{path / WEIGHTS_NAME}: {key} has shape {tuple(value.shape)}, the model's has {shape_of(own)}; call "
+                f"model.resize_token_embeddings({value.shape[0]}) first"
+            )
+        if not whole(own).detach().cpu().equal(value.to(own.dtype)):
+            found[name] = own, value
+    return found
+
+
+def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
+    """A Transformers model's input or output embeddings."""
+    get = getattr(model, f"get_{which}_embeddings", None)
+    try:
+        return None if get is None else get()
+    except NotImplementedError:  # a Transformers model without any
+        return None
+
+
+@by_keyword("load_adapter replaces the model's one adapter, whatever its name")
+def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: bool = True) -> nn.Module:
     """Load the adapter in the folder ``path``, written by this library or by PEFT, into ``model``; returns it.
 
     On a plain model the adapter is created first, as get_peft_model would; on a model adapted by the same method its
-    values are replaced. is_trainable: whether the adapter trains. Everything is checked before anything changes:
-    raises FileNotFoundError, AdapterFormatError (names the file and what is wrong in it) or get_peft_model's errors
-    with the model as it was.
+    values are replaced, if it has the settings that they were trained with. Embeddings that PEFT stored beside the
+    adapter replace the model's. is_trainable: whether the adapter trains. Everything is checked before anything
+    changes: raises TypeError, FileNotFoundError, AdapterFormatError (names the file and what is wrong in it) or
+    get_peft_model's errors with the model as it was.
     """
+    if not isinstance(is_trainable, bool):
+        raise TypeError(f"is_trainable={is_trainable!r} must be True or False")
     model, path = convert.unwrap(model), Path(path)
+    convert.refuse_pefts(model, "load_adapter")
     convert.refuse_while_disabled(model, "load_adapter")
+    refuse_vanished(model, "load_adapter")
     reshard(model)
     config = load_config(path)
     config.inference_mode = not is_trainable
     stored = _read(path)
-    if hasattr(model, convert._STATE):
+    adapted = hasattr(model, convert._STATE)
+    if adapted:
         state, layers = convert.state_of(model), dict(convert.layers(model))
         if state.config.method_name != config.method_name:
             raise AdapterFormatError(
@@ -277,45 +338,85 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, is_trainable: bool =
         merged = [name for name, layer in layers.items() if layer.merged]
         if merged:
             raise RuntimeError(f"{merged[0]} is merged; call unmerge before load_adapter")
-        slots, shared = _slots(layers, state, _finder(model)), _take_shared(stored, layers)
-        if hasattr(model, "soft_prompt"):
-            if model.soft_prompt.encoder is not None:
-                raise AdapterFormatError(f"{path} holds the prompt without its encoder; load it into a plain model")
-            slots |= _prompt_slot(state.config, model.soft_prompt.embedding.weight)
-        _check(stored, slots, path)
-        _warn_settings(state.config, config)
+        if hasattr(model, "soft_prompt") and model.soft_prompt.encoder is not None:
+            raise AdapterFormatError(f"{path} holds the prompt without its encoder; load it into a plain model")
     else:
+        rename = renaming(model)
         try:
-            planned = convert.plan(model, config)
+            planned = convert.plan(model, config.renamed(rename, {n for n, _ in model.named_modules()}))
         except (ValueError, TypeError) as e:
             raise AdapterFormatError(f"{path} does not fit model={type(model).__name__}: {e}") from e
-        # the same names point at the same shapes before and after, so the check needs no change to the model
         planned.plain_prompt = True
-        shared = _take_shared(stored, planned.layers)
-        _check(stored, _slots(planned.layers, planned.state, _finder(model)) | _prompt_slot(planned.state.config), path)
+        state, layers = planned.state, planned.layers
+    # the same names point at the same shapes before and after, so the check needs no change to the model
+    slots = _slots(layers, replace(state, embeddings=[]), _finder(model)) | _prompt_slot(state.config)
+    shared = _take_shared(stored, layers)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stored = _renamed(stored, slots.keys() | {_PREFIX + n for n in parameters}, renaming(model))
+    _drop_remade(slots, stored, layers, config, path)
+    embeddings = _take_embeddings(stored, slots, model, parameters, path)
+    _check(stored, slots, path)
+    if adapted:
+        _refuse_settings(layers, resolve(model, config), path)
+    else:
         convert.carry_out(model, planned)
-        slots = _slots(planned.layers, planned.state, _finder(model))
-        if hasattr(model, "soft_prompt"):
-            slots |= _prompt_slot(planned.state.config, model.soft_prompt.embedding.weight)
-    with torch.no_grad():
-        for key, (tensor, _) in slots.items():
-            value = stored[key]
-            if value.dim() != tensor.dim():  # its shape is the one on disk, as checked
-                value = value.reshape(tensor.shape)
-            tensor.copy_(placed_as(value, tensor) if is_sharded(tensor) else value)
-            if tensor.requires_grad != is_trainable and isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(is_trainable)
-        for tensor, value in shared:
-            tensor.copy_(placed_as(value, tensor))
+        kept = slots.keys()
+        slots = {k: v for k, v in _slots(layers, state, _finder(model)).items() if k in kept}
+    if hasattr(model, "soft_prompt"):
+        slots |= _prompt_slot(state.config, model.soft_prompt.embedding.weight)
+    for name, (own, value) in embeddings.items():
+        fill(own, value)
+        state.embeddings = [*dict.fromkeys([*state.embeddings, name])]
+        owner = layers.get(name.rpartition(".")[0])
+        if owner is not None and owner.method.from_weight:
+            owner.reset_adapter_parameters()  # norms and factors of the weight that is there now
+    for key, (tensor, _) in slots.items():
+        value = stored[key]
+        if value.dim() != tensor.dim():  # its shape is the one on disk, as checked
+            value = value.reshape(shape_of(tensor))
+        fill(tensor, value)
+        if tensor.requires_grad != is_trainable and isinstance(tensor, nn.Parameter):
+            tensor.requires_grad_(is_trainable)
+    for tensor, value in shared:
+        fill(tensor, value)
     return model
 
 
-def _warn_settings(current: PeftConfig, stored: PeftConfig) -> None:
-    """Values are replaced, settings such as the scaling are not: say which differ."""
-    where = {"target_modules", "base_model_name_or_path", "revision", "inference_mode", "task_type", "modules_to_save"}
-    mine, theirs = current.stored(), stored.stored()
-    differ = {n: (mine[n], theirs[n]) for n in mine if n not in where and mine[n] != theirs[n]}
-    if differ:
-        warnings.warn(
-            f"the loaded adapter was made with other settings; the model keeps its own: {differ}", stacklevel=3
-        )
+def _renamed(stored: dict, known: set[str], rename: Callable[[str], str]) -> dict:
+    """The tensors under the names that the model has now, where an older Transformers had others."""
+    found = {}
+    for key, value in stored.items():
+        name = key.removeprefix(_PREFIX)
+        new = _PREFIX + rename(name) if key not in known and name != key else key
+        found[new if new.replace(".base_layer.", ".") in known else key] = value
+    return found
+
+
+def _refuse_settings(layers: dict[str, PeftLinear], stored: PeftConfig, path: Path) -> None:
+    """Values are replaced, settings are not: AdapterFormatError where the ones that the values were trained with would
+    compute something else, a warning where they only say how to train."""
+    for name, layer in layers.items():
+        mine, theirs = layer.config, stored.for_module(name)
+        differ = {
+            f.name: (getattr(theirs, f.name), getattr(mine, f.name))
+            for f in fields(mine)
+            if f.name not in _ELSEWHERE and getattr(mine, f.name) != getattr(theirs, f.name)
+        }
+        for field, (there, here) in differ.items():
+            if field not in mine.training_only:
+                raise AdapterFormatError(
+                    f"{path / CONFIG_NAME} has {field}={there!r} for {name}, but the model was adapted with "
+                    f"{field}={here!r}, with which the loaded values compute something else; load them into a plain "
+                    "model, or adapt it with load_config(path)"
+                )
+        if differ:
+            warnings.warn(
+                "the loaded adapter was trained with other settings; the model keeps its own: "
+                + ", ".join(f"{field}={here!r} (not {there!r})" for field, (there, here) in differ.items()),
+                stacklevel=4,
+            )
+            return
+
+
+# what says where the adapters are, which the names of the tensors have settled, or nothing at all
+_ELSEWHERE = {f.name for f in fields(PeftConfig)} | {"fan_in_fan_out"}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import ops
 from .factors import Factors, NotMergeableError
 from .methods import Init, Method, PeftConfig, method_of
-from .sharded import is_sharded, placed_as, set_data, whole
+from .sharded import fill, gathered, is_sharded, is_spread, placed_as, shape_of, whole, whole_grad
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -26,6 +28,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))
 
 
+def is_foreign(t: Tensor | None) -> bool:
+    """Whether a tensor is of a class that stores its values in a way of its own (torchao's quantised ones)."""
+    return t is not None and not is_sharded(t) and is_traceable_wrapper_subclass(t)
+
+
 def why_not_adaptable(module: nn.Module) -> str | None:
     """Why ``PeftLinear`` cannot take the place of a module, or None when it can."""
     kind = type(module).__name__
@@ -36,7 +43,10 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "nn.MultiheadAttention reads its weight and never calls it, so an adapter would do nothing; exclude it"
     if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-        return f"{kind} has a forward of its own, which the fused layer would bypass; exclude it"
+        return (
+            f"{kind} has a forward of its own, which the fused layer would bypass; exclude it, or adapt the model with "
+            "Hugging Face PEFT, which calls it"
+        )
     if "forward" in module.__dict__:
         return (
             "its forward is replaced on the instance (device_map hooks do that); adapt the model before dispatching it"
@@ -45,6 +55,11 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         return "its shape is not known yet; run one batch through the model first"
     if is_sharded(module.weight):
         return "its weight is sharded over several processes; adapt the model before parallelising or sharding it"
+    if is_foreign(module.weight):
+        return (
+            f"its weight is a {type(module.weight).__name__}, whose values this library cannot read; adapt it before "
+            "it is quantised, or with Hugging Face PEFT"
+        )
     if not module.weight.dtype.is_floating_point:
         return f"its weight has dtype {module.weight.dtype}, but a floating dtype is needed; dequantise it first"
     if hasattr(module, "parametrizations"):
@@ -72,17 +87,17 @@ class Gathered(_With):
         super().__init__(layer, {n: self._whole(t) for n, t in tensors.items() if t is not None})
 
     def _whole(self, t: Tensor) -> Tensor:
-        if not is_sharded(t):
-            return t if self._values else t.detach().to("meta")
         if not self._values:
-            return torch.empty(t.shape, dtype=t.dtype, device="meta")
-        copy = whole(t.detach())
-        copy.grad = None if t.grad is None else whole(t.grad)
+            return torch.empty(shape_of(t), dtype=t.dtype, device="meta")
+        if not is_spread(t):
+            return t
+        copy = whole(t).detach()
+        copy.grad = whole_grad(t)
         return copy
 
     @property
     def matrix(self) -> Tensor:
-        return self._layer._matrix(self._whole(self._layer.weight.detach()))
+        return self._layer._matrix(self._whole(self._layer.weight).detach())
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -90,7 +105,7 @@ class Gathered(_With):
         for name in (*self._layer.adapter_names, *self._layer.buffer_names):
             own, value = getattr(self._layer, name), getattr(self, name)
             if own is not value:
-                own.copy_(placed_as(value, own))
+                fill(own, value)
 
 
 class PeftLinear(nn.Linear):
@@ -126,7 +141,6 @@ class PeftLinear(nn.Linear):
         self.fan_in_fan_out = False
         self._base_class = nn.Linear
         self._attach(config, adapter_dtype)
-        self.take_from_base()
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> PeftLinear:
@@ -136,13 +150,6 @@ class PeftLinear(nn.Linear):
         attributes. A Conv1D's weight stays (in, out), under the same key. Raises TypeError or ValueError, with nothing
         changed, when the module or the config does not fit.
         """
-        layer = cls.around(linear, config, adapter_dtype)
-        layer.take_from_base()
-        return layer
-
-    @classmethod
-    def around(cls, linear: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> PeftLinear:
-        """As from_linear, but a method that trains on a residual has not taken its part out of the weight yet."""
         reason = why_not_adaptable(linear)
         if reason:
             raise TypeError(f"linear={type(linear).__name__}(...) cannot be adapted: {reason}")
@@ -152,7 +159,8 @@ class PeftLinear(nn.Linear):
             layer.__dict__[registry] = dict(linear.__dict__[registry])
         layer.fan_in_fan_out = not isinstance(linear, nn.Linear)
         layer._base_class = type(linear)
-        layer.out_features, layer.in_features = layer._matrix(linear.weight).shape
+        shape = shape_of(linear.weight)
+        layer.out_features, layer.in_features = reversed(shape) if layer.fan_in_fan_out else shape
         layer._attach(config, adapter_dtype)
         return layer
 
@@ -180,22 +188,10 @@ class PeftLinear(nn.Linear):
         return self._matrix(self.weight)
 
     @torch.no_grad()
-    def take_from_base(self) -> None:
-        """Put the residual in place of the weight, for methods that train on one (PiSSA): W − s·B₀A₀."""
-        if self.method.taken is not None:
-            set_data(self.weight, self._base_plus(-1.0))
-
-    def _base_plus(self, sign: float) -> Tensor:
-        """The weight with the method's part added (sign 1) or taken out (-1), in the weight's dtype and layout."""
-        wide, layer = torch.promote_types(self.weight.dtype, torch.float32), Gathered(self)
-        part = self.method.taken(layer).to(wide).low_rank()
-        return self._matrix(torch.add(layer.matrix.to(wide), part, alpha=sign).to(self.weight.dtype)).contiguous()
-
-    @torch.no_grad()
     def _start(self, method: Method, config: PeftConfig, dtype: torch.dtype) -> Init:
         """What the method starts this layer from; a new layer and a reset one share it."""
-        weight = self._matrix(whole(self.weight.detach()))
-        return method.start(weight, self.bias, config, lambda *shape: weight.new_empty(shape, dtype=dtype))
+        weight, bias = self._matrix(whole(self.weight).detach()), None if self.bias is None else whole(self.bias)
+        return method.start(weight, bias, config, lambda *shape: weight.new_empty(shape, dtype=dtype))
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """The weight as (out, in); its own inverse."""
@@ -220,18 +216,25 @@ class PeftLinear(nn.Linear):
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
         """Initialise the adapter anew from the base weight, in place: the parameter objects stay the same."""
-        if self.method.taken is not None and not self.awaits_weight:
-            set_data(self.weight, self._base_plus(1.0))
         start = self._start(self.method, self.config, getattr(self, self.adapter_names[0]).dtype)
         for name, value in (start.params | start.buffers).items():
-            own = getattr(self, name)
-            own.copy_(placed_as(value, own, source=0))
-        self.take_from_base()
+            fill(getattr(self, name), value, source=0)
         self.awaits_weight = self.method.from_weight and self.weight.is_meta
 
     def factors(self) -> Factors:
-        """The adapter as ``Factors``, differentiable in the adapter's parameters."""
-        return self.method.factors(self)
+        """The whole update of the weight as ``Factors``, differentiable in the adapter's parameters.
+
+        Raises NotMergeableError where a non-linearity stands between a residual and what trains on it.
+        """
+        return self._beside_residual(self.method.factors(self))
+
+    def _beside_residual(self, f: Factors) -> Factors:
+        """f and the frozen update that makes the method's residual, if it has one, as one update."""
+        return f if self.method.residual is None else self.method.residual(self) + replace(f, p=0.0)
+
+    def apart(self, f: Factors) -> bool:
+        """Whether f and the residual take two calls, since dropout or a non-linearity acts on f alone."""
+        return f.h != "identity" or (f.p > 0 and self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out_features) in x's dtype (or autocast's); x (..., in_features) in the weight's dtype.
@@ -255,13 +258,17 @@ class PeftLinear(nn.Linear):
                 return ops.formed_linear(x, self.formed_weight, self.adapter_tensors(), bias)
             if method.replaces_weight:
                 weight = None
-            return ops.linear(x, weight, method.factors(self), bias, None, self.training)
+            f, c = method.factors(self), None
+            if method.residual is not None:
+                if self.apart(f):
+                    weight, c = None, ops.linear(x, weight, method.residual(self))
+                else:
+                    f = self._beside_residual(f)
+            return ops.linear(x, weight, f, bias, c, self.training)
         if self.merged and not self.enabled:
             weight, bias = self._matrix(self._base_weight), self._base_bias
             if is_sharded(weight) and not is_sharded(x):
                 weight, bias = whole(weight), None if bias is None else whole(bias)
-        if self.method.taken is not None and not self.enabled:
-            return ops.linear(x, weight, self.method.taken(self), bias)
         return ops.plain_linear(x, weight, bias)
 
     def forms_weight(self, rows: int) -> bool:
@@ -302,8 +309,10 @@ class PeftLinear(nn.Linear):
         if method.weight is not None:
             merged = method.weight(_With(layer, {n: getattr(layer, n).to(wide) for n in self.adapter_names}))
         else:
-            f = method.factors(layer).to(wide)
-            merged, bias = f.merged(layer.matrix.to(wide)), f.merged_bias(bias)
+            f, base = method.factors(layer).to(wide), layer.matrix.to(wide)
+            if method.residual is not None:
+                base = method.residual(layer).to(wide).merged(base)
+            merged, bias = f.merged(base), f.merged_bias(bias)
         if bias is not None and self.bias is None and is_sharded(self.weight):
             raise NotMergeableError("the merged layer has a bias and the sharded one none; merge before sharding")
         merged = self._matrix(merged.to(dtype)).contiguous()
@@ -317,12 +326,18 @@ class PeftLinear(nn.Linear):
         """
         if self.merged:
             raise RuntimeError("the layer is already merged; unmerge it before merging again")
+        if is_foreign(self.weight):
+            raise NotMergeableError(
+                f"its weight is a {type(self.weight).__name__}, which would round the merged values to its own format; "
+                "keep the layer unmerged"
+            )
         weight, bias = self.merged_tensors()
         if safe_merge:
             for name, t in (("weight", weight), ("bias", bias)):
                 if t is not None and not torch.isfinite(t).all():
                     raise ValueError(f"the merged {name} has NaN or infinite entries; the adapter is broken")
-        with torch.inference_mode(False), torch.no_grad():
+        whole_within = gathered([self.weight, self.bias], write=True)
+        with torch.inference_mode(False), torch.no_grad(), whole_within:
             kept = None if self.bias is None else self.bias.detach().clone()
             self.register_buffer("_base_weight", self.weight.detach().clone(), persistent=False)
             self.register_buffer("_base_bias", kept, persistent=False)
@@ -337,7 +352,8 @@ class PeftLinear(nn.Linear):
         """Restore the base weight and bias, bit for bit. Raises RuntimeError when not merged."""
         if not self.merged:
             raise RuntimeError("the layer is not merged; there is nothing to unmerge")
-        with torch.inference_mode(False), torch.no_grad():
+        whole_within = gathered([self.weight, self.bias], write=True)
+        with torch.inference_mode(False), torch.no_grad(), whole_within:
             self.weight.copy_(self._base_weight)
             if self._base_bias is None:
                 self.bias = None
@@ -357,8 +373,6 @@ class PeftLinear(nn.Linear):
             self.unmerge()
         if self.merged:
             self._forget_base()
-        elif self.method.taken is not None:
-            set_data(self.weight, self._base_plus(1.0))
         plain = self._base_class.__new__(self._base_class)
         plain.__dict__.update(self.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):

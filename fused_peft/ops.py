@@ -141,7 +141,9 @@ def _row_norm_op_body(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float
 
 
 def plain_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """torch.nn.functional.linear with this library's errors."""
+    """torch.nn.functional.linear with this library's errors; bias (N,) may be of another dtype, as when it trains."""
+    if bias is not None and bias.dtype != x.dtype and not autocasting(x):
+        bias = bias.to(x.dtype)
     try:
         return F.linear(x, w, bias)
     except RuntimeError:

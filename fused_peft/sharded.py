@@ -1,11 +1,15 @@
-"""Tensors that several processes hold together (DTensor: FSDP2, tensor parallel): gathered, and split again.
+"""Tensors that several processes hold together: gathered, and split again.
 
-Both are collective: every process of the tensor's mesh must take part.
+DTensor (FSDP2, tensor parallel), and DeepSpeed ZeRO-3, whose parameters look empty between calls and carry ``ds_id``.
+All of it is collective: every process that holds a part must take part.
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +17,37 @@ from torch import Tensor, nn
 
 def is_sharded(t: Tensor | None) -> bool:
     return type(t) not in (Tensor, nn.Parameter) and hasattr(t, "full_tensor")  # a failing hasattr costs a microsecond
+
+
+def is_partitioned(t: Tensor | None) -> bool:
+    """Whether DeepSpeed ZeRO-3 holds the tensor in parts."""
+    return hasattr(t, "ds_id")
+
+
+def is_spread(t: Tensor | None) -> bool:
+    """Whether several processes hold the tensor together."""
+    return is_sharded(t) or is_partitioned(t)
+
+
+def shape_of(t: Tensor) -> tuple[int, ...]:
+    """The shape of the whole tensor."""
+    return tuple(t.ds_shape if is_partitioned(t) else t.shape)
+
+
+def numel(t: Tensor) -> int:
+    """The elements of the whole tensor."""
+    return math.prod(shape_of(t))
+
+
+@contextmanager
+def gathered(tensors: Iterable[Tensor | None], write: bool = False) -> Iterator[None]:
+    """Within the context ZeRO-3's parameters are whole; ``write``: the first process's values stay behind."""
+    parts = [t for t in tensors if is_partitioned(t)]
+    if not parts:
+        yield
+        return
+    with sys.modules["deepspeed"].zero.GatheredParameters(parts, modifier_rank=0 if write else None):
+        yield
 
 
 def fsdp_modules(model: nn.Module) -> list[nn.Module]:
@@ -28,8 +63,18 @@ def reshard(model: nn.Module) -> None:
 
 
 def whole(t: Tensor) -> Tensor:
-    """The whole tensor on every process; t itself where it is no DTensor."""
+    """The whole tensor on every process; t itself where one process holds it. Of ZeRO-3's a copy without gradient."""
+    if is_partitioned(t):
+        with gathered([t]):
+            return t.detach().clone()
     return t.full_tensor() if is_sharded(t) else t
+
+
+def whole_grad(t: Tensor) -> Tensor | None:
+    """The whole gradient of a tensor that is spread, on every process; None where there is none."""
+    if is_partitioned(t):
+        return sys.modules["deepspeed"].utils.safe_get_full_grad(t)
+    return None if t.grad is None else whole(t.grad)
 
 
 def placed_as(value: Tensor, like: Tensor, source: int | None = None) -> Tensor:
@@ -44,7 +89,14 @@ def placed_as(value: Tensor, like: Tensor, source: int | None = None) -> Tensor:
 @torch.no_grad()
 def set_data(t: Tensor, value: Tensor) -> None:
     """Put a value, whole or split as t is, in place of t's: ``t.data = value``, which does nothing on a DTensor."""
-    if is_sharded(t):
-        t.copy_(placed_as(value, t))
+    if is_spread(t):
+        fill(t, value)
     else:
         t.data = value
+
+
+@torch.no_grad()
+def fill(t: Tensor, value: Tensor, source: int | None = None) -> None:
+    """Copy a value, whole or split as t is, into t, whoever holds it; ``source`` as for ``placed_as``."""
+    with gathered([t], write=True):
+        t.copy_(placed_as(value, t, source))

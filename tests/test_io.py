@@ -89,9 +89,14 @@ def test_loading_into_an_adapted_model_replaces_values_and_keeps_objects(saved):
     assert all(a is b for a, b in zip(before, (p for p in net.parameters() if p.requires_grad), strict=True))
     stored = load_file(saved / "adapter_model.safetensors")
     assert torch.equal(net.blocks[1].q.lora_B, stored["base_model.model.blocks.1.q.lora_B.weight"])
-    edit_config(saved, lora_alpha=99)
-    with pytest.warns(UserWarning, match="lora_alpha"):
+    edit_config(saved, lora_dropout=0.5)
+    with pytest.warns(UserWarning, match=r"lora_dropout=0.0 \(not 0.5\)"):
         fp.load_adapter(net, saved)
+    edit_config(saved, lora_alpha=99)
+    before = snapshot(net)
+    with pytest.raises(fp.AdapterFormatError, match="lora_alpha=99 for blocks.0.q, but .* lora_alpha=8"):
+        fp.load_adapter(net, saved)
+    assert same(snapshot(net), before)
     fp.merge(net)
     with pytest.raises(RuntimeError, match="merged; call unmerge"):
         fp.load_adapter(net, saved)
@@ -134,7 +139,7 @@ BROKEN = {
     ),
     "another architecture": (lambda f: edit_config(f, target_modules=["c_attn"]), "matches no module"),
     "another rank": (lambda f: edit_config(f, r=3), "needs"),
-    "rank too large": (lambda f: edit_config(f, r=64), "r=64 must not exceed"),
+    "rank too large": (lambda f: edit_config(f, r=64), r"needs \(64, 8\)"),
     "truncated": (truncate, "truncated or not a safetensors"),
     "not safetensors": (lambda f: (f / "adapter_model.safetensors").write_bytes(b"hello"), "not a safetensors"),
     "unknown method": (lambda f: edit_config(f, peft_type="MAGIC"), "peft_type='MAGIC' is unknown; known: .*LORA"),

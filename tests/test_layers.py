@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import fused_peft as fp
+from fused_peft.methods import METHODS
 
 CONFIG = fp.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False)
 
@@ -211,12 +212,20 @@ def test_what_cannot_be_adapted_is_refused_and_unchanged(module, message):
     assert flags == [p.requires_grad for p in module.parameters()]
 
 
-def test_rank_above_the_smaller_side_is_refused_and_unchanged():
-    linear = nn.Linear(8, 4)
-    with pytest.raises(ValueError, match=r"r=5 must not exceed .*=4"):
-        fp.PeftLinear.from_linear(linear, fp.LoraConfig(r=5))
+FACTORISED = {"pissa", "milora", "olora", "spectral_adapter", "lora_xs", "lora_dash"}  # start from an SVD or QR of W
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_only_a_factorisation_bounds_the_rank(name):
+    linear, config = nn.Linear(8, 4), METHODS[name].example(5)
+    if name not in FACTORISED:
+        y = fp.PeftLinear.from_linear(linear, config)(torch.randn(3, 8))
+        y.sum().backward()
+        return
+    with pytest.raises(ValueError, match=r"=5 must not exceed .*=4"):
+        fp.PeftLinear.from_linear(linear, config)
     assert linear.weight.requires_grad
-    fp.PeftLinear.from_linear(linear, fp.LoraConfig(r=4))
+    fp.PeftLinear.from_linear(linear, METHODS[name].example(4))
 
 
 @pytest.mark.parametrize("config", [None, "lora", nn.Linear(2, 2), fp.LoraConfig])

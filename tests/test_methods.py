@@ -68,7 +68,7 @@ def test_gradcheck(case, monkeypatch):
 def test_identity_at_init(case):
     layer = build(case, SMALL, randomise=False).eval()
     x, _ = inputs(SMALL)
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.original, layer.bias), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in NOT_MERGEABLE], ids=lambda c: c.name)
@@ -134,7 +134,7 @@ def test_training_keeps_parameter_objects_and_moves_them(case):
     assert len(after) == len(optimizer.param_groups[0]["params"])
     assert all(not torch.equal(a, b) for a, b in zip(start, after, strict=True))
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
-    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers() if "svd" in n or "taken" in n)
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers() if "svd" in n or "residual" in n)
     assert losses[-1] < losses[0]
 
 

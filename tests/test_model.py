@@ -212,8 +212,8 @@ def test_print_trainable_parameters(net, capsys):
         (fp.LoraConfig(target_modules=["q"], layers_to_transform=[9], r=2), ValueError, "layers_to_transform"),
         (fp.LoraConfig(target_modules=["embed"], r=2), TypeError, "'embed'.*Embedding is not a linear layer"),
         (fp.LoraConfig(target_modules=["q", "norm"], r=2), TypeError, "LayerNorm is not a linear layer"),
-        (fp.LoraConfig(target_modules=["q"], r=9), ValueError, r"blocks.0.q: r=9 must not exceed"),
-        (fp.LoraConfig(target_modules=["q"], r=2, rank_pattern={"2.q": 99}), ValueError, r"blocks.2.q: r=99"),
+        (fp.PissaConfig(target_modules=["q"], r=9), ValueError, r"blocks.0.q: r=9 must not exceed"),
+        (fp.PissaConfig(target_modules=["q"], r=2, rank_pattern={"2.q": 99}), ValueError, r"blocks.2.q: r=99"),
         (fp.LoraConfig(r=2), ValueError, "target_modules=None"),
         (
             fp.LoraConfig(target_modules=["q"], r=2, modules_to_save=["haed"]),
@@ -313,7 +313,7 @@ def test_two_targets_on_one_weight_do_not_merge(net):
     with pytest.warns(UserWarning, match="shared"):
         fp.get_peft_model(net, CONFIGS[0])
     before = net.blocks[0].q.weight.clone()
-    with pytest.raises(RuntimeError, match=r"blocks\.0\.v and blocks\.0\.q share one weight"):
+    with pytest.raises(fp.NotMergeableError, match=r"blocks\.0\.q\.weight is shared with blocks\.0\.v, .*untie"):
         fp.merge(net)
     assert torch.equal(net.blocks[0].q.weight, before)
 

@@ -160,7 +160,8 @@ def assert_near(found, expected, rtol, cancelling=()):
 def same_logits(model, other, base):
     expected = logits(model)
     assert (expected - logits(base)).abs().max() > 1e-3
-    assert_close(logits(other), expected, rtol=0, atol=1e-6 * max(1, expected.abs().max().item()))
+    # fp32 in another order through the whole model: 2e-6 between processors with other instructions
+    assert_close(logits(other), expected, rtol=0, atol=4e-6 * max(1, expected.abs().max().item()))
 
 
 LAYERS = {
@@ -374,7 +375,9 @@ def test_the_start_takes_the_same_part_from_the_weight(base, case):
         sign = (A * A1).sum(1).sign()
         assert_close(A * sign[:, None], A1, rtol=1e-5, atol=1e-5)
         assert_close(B * sign, B1, rtol=1e-5, atol=1e-5)
-        weight, residual = base.get_submodule(name).weight, mine.get_submodule(name).weight
+        layer, weight = mine.get_submodule(name), base.get_submodule(name).weight
+        assert torch.equal(layer.weight, weight)
+        residual = layer._matrix(layer.method.residual(layer).merged(layer.matrix))
         assert (weight - residual).abs().max() > 1e-2
         assert_close(residual, theirs.base_model.model.get_submodule(name).base_layer.weight, rtol=0, atol=1e-6)
     assert_close(logits(mine), logits(base), rtol=0, atol=1e-5)

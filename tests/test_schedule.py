@@ -399,10 +399,9 @@ def masks(**kwargs):
         (fp.DiffPruningConfig(mask=masks(fc2=torch.ones(10, 8).bool())), r"fc2: mask has shape \(10, 8\).*\(8, 10\)"),
         (fp.DiffPruningConfig(mask=masks(fc2=torch.ones(8, 10))), r"fc2: mask has .*dtype torch.float32.*boolean"),
         (fp.DiffPruningConfig(mask={"fc1": masks()["fc1"]}), r"fc2: mask has no entry for 'fc2', only for fc1"),
-        (fp.BottleneckConfig(r=9), r"fc2: r=9 must not exceed out_features=8"),
-        (ada(init_r=8), r"fc1: r=8 must not exceed"),
+        (fp.PissaConfig(r=9), r"fc1: r=9 must not exceed"),
     ],
-    ids=["directions", "mask shape", "mask dtype", "mask name", "bottleneck width", "init_r"],
+    ids=["directions", "mask shape", "mask dtype", "mask name", "rank"],
 )
 def test_what_a_layer_cannot_carry_is_refused_by_name(config, message):
     net = Net()

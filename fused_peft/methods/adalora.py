@@ -18,6 +18,7 @@ from .defaults import ADALORA_TARGETS
 from .low_rank import gated_factors, normal_a_b
 
 _PARTS = ("lora_A", "lora_E", "lora_B")
+_SCHEDULE = frozenset("lora_dropout target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step".split())
 
 
 @dataclass(kw_only=True)
@@ -30,6 +31,7 @@ class AdaLoraConfig(PeftConfig):
 
     peft_type: ClassVar[str] = "ADALORA"
     target_defaults: ClassVar[dict[str, Any]] = {"target_modules": ADALORA_TARGETS}
+    training_only: ClassVar[frozenset[str]] = _SCHEDULE
     beyond_peft: ClassVar[frozenset[str]] = frozenset({"nonlinearity"})
 
     init_r: int = 12

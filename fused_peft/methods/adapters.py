@@ -100,8 +100,6 @@ def bottleneck(kind: str, **kwargs) -> PeftConfig:
 
 def bottleneck_init(W, bias, config, new):
     width = W.shape[0]
-    if config.r > width:
-        raise ValueError(f"r={config.r} must not exceed out_features={width} of the layer it follows; lower r")
     down = new(config.r, width)
     nn.init.kaiming_uniform_(down, a=math.sqrt(5))
     params = {"down": down, "up": new(width, config.r).zero_()}

@@ -39,6 +39,20 @@ def _register_with_peft() -> None:
             importlib.import_module(registers)
 
 
+# Hugging Face PEFT's TaskType
+TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+def naming(rule: str) -> dict[str, str]:
+    """Metadata of a field whose entries (or keys) name modules: get_peft_model reports those that match nothing.
+
+    rule, how an entry means a module's name: "end" (equal, or its last parts; a string instead of a list is a regular
+    expression for the whole name), "text" (its last characters), "whole" (equal), "pattern" (as ``matching_pattern``),
+    "index" (the layer's index) or "container" (what holds the numbered layers).
+    """
+    return {"names": rule}
+
+
 @dataclass(kw_only=True)
 class PeftConfig:
     """Fields common to all methods, named and meant as in Hugging Face PEFT.
@@ -57,14 +71,16 @@ class PeftConfig:
     peft_type: ClassVar[str]
     # field -> {model_type: the architecture's value}, used where the field is None
     target_defaults: ClassVar[dict[str, Any]] = {}
+    # fields that say how to train and nothing of what trained values compute
+    training_only: ClassVar[frozenset[str]] = frozenset()
     # fields that PEFT's config of this peft_type lacks: stored only when they are set
     beyond_peft: ClassVar[frozenset[str]] = frozenset()
 
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
+    target_modules: list[str] | str | None = field(default=None, metadata=naming("end"))
+    exclude_modules: list[str] | str | None = field(default=None, metadata=naming("end"))
+    layers_to_transform: list[int] | int | None = field(default=None, metadata=naming("index"))
+    layers_pattern: list[str] | str | None = field(default=None, metadata=naming("container"))
+    modules_to_save: list[str] | None = field(default=None, metadata=naming("text"))
     bias: str = "none"
     task_type: str | None = None
     inference_mode: bool = False
@@ -73,7 +89,15 @@ class PeftConfig:
 
     def __post_init__(self):
         _register_with_peft()
+        for f in fields(self):  # None is an empty table, a tuple a list: what a file gives back
+            value = getattr(self, f.name)
+            if value is None and f.default_factory is dict:
+                setattr(self, f.name, {})
+            elif isinstance(value, (tuple, range)):
+                setattr(self, f.name, list(value))
         self.task_type = getattr(self.task_type, "value", self.task_type)
+        if self.task_type is not None and self.task_type not in TASKS:
+            raise ValueError(f"task_type={self.task_type!r} is none of PEFT's task types: {', '.join(TASKS)}")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -144,10 +168,29 @@ class PeftConfig:
         """The method that this config's values select."""
         return next(m.name for m in METHODS.values() if m.config is type(self))
 
+    def for_peft(self) -> dict[str, Any]:
+        """The fields that Hugging Face PEFT must read otherwise to compute the same."""
+        return {}
+
+    @property
+    def dropout(self) -> float:
+        """The probability on the input of A, by whichever name ending in "_dropout" PEFT's config has it."""
+        return max((getattr(self, f.name) for f in fields(self) if f.name.endswith("_dropout")), default=0.0)
+
     def stored(self) -> dict[str, Any]:
         """The fields as they go into adapter_config.json."""
         found = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: sorted(v) if isinstance(v, set) else v for name, v in found.items()}  # PEFT makes sets of lists
+
+    def renamed(self, rename: Callable[[str], str], known: set[str]) -> PeftConfig:
+        """The config with the names of modules that a model does not know put as ``rename`` puts them."""
+
+        def now(name: str) -> str:
+            there = any(n == name or n.endswith(f".{name}") for n in known)
+            return name if there or rename(name) not in known else rename(name)
+
+        lists = {n: getattr(self, n) for n in ("target_modules", "exclude_modules", "modules_to_save")}
+        return replace(self, **{n: [*map(now, v)] for n, v in lists.items() if isinstance(v, list)})
 
     def for_targets(self, shapes: list[tuple[int, int]]) -> PeftConfig:
         """The config once the (out, in) of every adapted layer is known."""
@@ -182,14 +225,16 @@ class Method:
     weight(layer) -> Tensor (out, in): a weight formed in each forward, for methods without a useful factored form.
     output(layer) -> Factors: the expression on the layer's own output z, y = z + s·h(zAᵀ + a)Bᵀ + bias.
     With both factors and weight, each call takes the form of fewer FLOPs.
-    taken(layer) -> Factors: where the method trains on a residual, what was taken out of the base weight: W − taken is
-        put in its place when the layer is adopted, and W + taken is the base again when the adapter is off.
+    residual(layer) -> Factors: where the method trains on a residual of W, the frozen update that makes it, beside which
+        ``factors`` train: W itself is never changed. Dropout does not touch it.
     acts(layer, step): whether on_step has anything to do with a layer at a step.
     on_step([(name, layer)], step): called by ``fused_peft.on_step`` after each optimizer step.
     cost(layer, rows) -> (FLOPs with factors, FLOPs with weight), where both are declared.
     from_weight: init reads W's values, so a layer made on the meta device must be reset once its weight is there.
     replaces_weight: the factors stand in place of xWᵀ instead of beside it.
     disk_buffers: buffers that belong into a checkpoint, since they cannot be made again exactly.
+    remade(config): whether a checkpoint without them (Hugging Face PEFT's) can be read all the same, since init makes
+        the same ones again from the same weight.
     disk_shared: buffers that PEFT stores once for the whole model, whole; each layer reads its corner of them.
     disk: parameter name -> key suffix in a checkpoint, where Hugging Face PEFT has the method.
     disk_shape(shape, config): the shape a one-dimensional parameter has on disk, where PEFT's differs.
@@ -203,13 +248,14 @@ class Method:
     factors: Callable[[Any], Factors] | None = None
     weight: Callable[[Any], Tensor] | None = None
     output: Callable[[Any], Factors] | None = None
-    taken: Callable[[Any], Factors] | None = None
+    residual: Callable[[Any], Factors] | None = None
     acts: Callable[[Any, int], bool] = lambda layer, step: True
     on_step: Callable[[list[tuple[str, Any]], int], None] | None = None
     cost: Callable[[Any, int], tuple[float, float]] | None = None
     from_weight: bool = False
     replaces_weight: bool = False
     disk_buffers: tuple[str, ...] = ()
+    remade: Callable[[PeftConfig], bool] = lambda config: False
     disk_shared: tuple[str, ...] = ()
     disk: dict[str, str] = field(default_factory=dict)
     disk_shape: Callable[[tuple[int, ...], PeftConfig], tuple[int, ...]] = lambda shape, config: shape
@@ -257,14 +303,15 @@ def method_of(config: PeftConfig) -> Method:
 
 def _no_config(config: Any) -> str:
     """The error of something else where a config of this library is needed: what it is, and what to give."""
-    kind = f"{type(config).__module__}.{type(config).__qualname__}"
+    of = config if isinstance(config, type) else type(config)
+    kind = f"{of.__module__}.{of.__qualname__}"
     if config is None:
         return "config=None, but a config is needed, e.g. fused_peft.LoraConfig(r=16)"
     if isinstance(config, type) and issubclass(config, PeftConfig):
         return f"config={config.__name__} is the class; give an instance of it: fused_peft.{config.__name__}(...)"
     if isinstance(config, dict):
-        of = " (without 'peft_type')" if "peft_type" in config else ""
-        return f"config={_short(config)} is a dict; give a config made of it, e.g. fused_peft.LoraConfig(**config){of}"
+        less = " (without 'peft_type')" if "peft_type" in config else ""
+        return f"config={_short(config)} is a dict; give a config made of it, e.g. fused_peft.LoraConfig(**config){less}"
     if isinstance(config, (str, os.PathLike)):
         return (
             f"config={_short(config)} is no config; give e.g. fused_peft.LoraConfig(r=16), "

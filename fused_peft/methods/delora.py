@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..factors import Factors
-from .base import Init, Method, PeftConfig, matching_pattern, positive, positive_int, probability
+from .base import Init, Method, PeftConfig, matching_pattern, naming, positive, positive_int, probability
 from .defaults import LORA_TARGETS
 from .low_rank import kaiming_a_zero_b
 
@@ -24,11 +24,13 @@ class DeloraConfig(PeftConfig):
     peft_type: ClassVar[str] = "DELORA"
     target_defaults: ClassVar[dict[str, Any]] = {"target_modules": LORA_TARGETS}
 
+    training_only: ClassVar[frozenset[str]] = frozenset({"delora_lambda", "module_dropout"})
+
     r: int = 8
     delora_lambda: float = 15.0
     module_dropout: float = 0.0
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    lambda_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=naming("pattern"))
+    lambda_pattern: dict[str, float] = field(default_factory=dict, metadata=naming("pattern"))
 
     def __post_init__(self):
         super().__post_init__()

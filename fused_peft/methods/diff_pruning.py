@@ -5,13 +5,13 @@ Guo et al., arXiv 2012.07463, with the mask chosen once; reconstruction group of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Init, Method, PeftConfig
+from .base import Init, Method, PeftConfig, naming
 from .defaults import LORA_TARGETS
 
 
@@ -24,8 +24,10 @@ class DiffPruningConfig(PeftConfig):
     peft_type: ClassVar[str] = "DIFF_PRUNING"
     target_defaults: ClassVar[dict[str, Any]] = {"target_modules": LORA_TARGETS}
 
+    training_only: ClassVar[frozenset[str]] = frozenset({"density", "mask"})  # the chosen entries are stored
+
     density: float = 0.005
-    mask: dict[str, Tensor | int] | Tensor | int | None = None
+    mask: dict[str, Tensor | int] | Tensor | int | None = field(default=None, metadata=naming("whole"))
 
     def __post_init__(self):
         super().__post_init__()

@@ -6,11 +6,11 @@ Liu et al., arXiv 2205.05638; reconstruction group of arXiv 2407.05417, where it
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from ..factors import Factors
-from .base import Method, PeftConfig
+from .base import Method, PeftConfig, naming
 from .defaults import IA3_FEEDFORWARD, IA3_TARGETS
 
 
@@ -26,9 +26,10 @@ class IA3Config(PeftConfig):
         "target_modules": IA3_TARGETS,
         "feedforward_modules": IA3_FEEDFORWARD,
     }
+    training_only: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights"})
     beyond_peft: ClassVar[frozenset[str]] = frozenset({"bias", "scale_bias", "layers_to_transform", "layers_pattern"})
 
-    feedforward_modules: list[str] | str | None = None
+    feedforward_modules: list[str] | str | None = field(default=None, metadata=naming("text"))
     scale_bias: bool = True
     init_ia3_weights: bool = True
     fan_in_fan_out: bool = False

@@ -2,7 +2,7 @@
 
 Hu et al., arXiv 2106.09685; rsLoRA, arXiv 2312.03732; PiSSA (top r singular triplets), arXiv 2404.02948; MiLoRA (bottom
 r), arXiv 2406.09044; OLoRA (QR), arXiv 2406.01775. Extension and reconstruction groups of arXiv 2407.05417. For the
-last three W' = (W − s·B₀A₀) + s·B A: the layer keeps the residual as its weight, and A₀, B₀ to see the base again.
+last three W' = (W − s·B₀A₀) + s·B A: W stays as it is, and A₀, −B₀ are frozen beside A, B, one product of rank 2r.
 """
 
 from __future__ import annotations
@@ -99,8 +99,9 @@ def init_from_weight(W, bias, config, new):
     params = {"lora_A": A.contiguous(), "lora_B": B.contiguous()}
     if config.lora_bias:
         params["lora_B_bias"] = new(W.shape[0]).zero_()
-    taken = {f"taken_{n}": params[f"lora_{n}"].to(W.dtype, copy=True) for n in "AB"}
-    return Init(params, taken)
+    # what A, B start from, as they will be rounded: at the start the two products cancel
+    frozen = {"residual_A": new(r, W.shape[1]).copy_(A), "residual_B": new(W.shape[0], r).copy_(B).neg_()}
+    return Init(params, frozen)
 
 
 def factors(layer):
@@ -110,8 +111,8 @@ def factors(layer):
     return Factors(A=layer.lora_A, B=layer.lora_B, bias=bias, s=s, h=config.nonlinearity, p=config.lora_dropout)
 
 
-def taken(layer):
-    return Factors(A=layer.taken_A, B=layer.taken_B, s=layer.config.scaling)
+def residual(layer):
+    return Factors(A=layer.residual_A, B=layer.residual_B, s=layer.config.scaling)
 
 
 DISK = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"}
@@ -133,8 +134,10 @@ PISSA, MILORA, OLORA = (
         example=lambda r, config=config: config(r=r, lora_alpha=2 * r),
         init=init_from_weight,
         factors=factors,
-        taken=taken,
+        residual=residual,
         from_weight=True,
+        disk_buffers=("residual_A", "residual_B"),
+        remade=lambda config: not str(config.init_lora_weights).startswith("pissa_niter"),
         disk=DISK,
     )
     for name, config in (("pissa", PissaConfig), ("milora", MiloraConfig), ("olora", OloraConfig))

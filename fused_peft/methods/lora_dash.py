@@ -28,6 +28,8 @@ class LoraDashConfig(LowRankConfig):
 
     peft_type: ClassVar[str] = "LORA_DASH"
 
+    training_only: ClassVar[frozenset[str]] = LowRankConfig.training_only | {"warmup"}
+
     directions: int = 8
     warmup: int = 100
 

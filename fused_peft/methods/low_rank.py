@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..factors import ACTIVATIONS, Factors
-from .base import PeftConfig, matching_pattern, positive, positive_int, probability
+from .base import PeftConfig, matching_pattern, naming, positive, positive_int, probability
 from .defaults import LORA_TARGETS
 
 
@@ -22,6 +22,7 @@ class LowRankConfig(PeftConfig):
     """
 
     target_defaults: ClassVar[dict[str, Any]] = {"target_modules": LORA_TARGETS}
+    training_only: ClassVar[frozenset[str]] = frozenset({"lora_dropout", "init_lora_weights"})
     beyond_peft: ClassVar[frozenset[str]] = frozenset({"nonlinearity"})
 
     r: int = 8
@@ -29,8 +30,8 @@ class LowRankConfig(PeftConfig):
     lora_dropout: float = 0.0
     use_rslora: bool = False
     nonlinearity: str = "identity"
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    rank_pattern: dict[str, int] = field(default_factory=dict, metadata=naming("pattern"))
+    alpha_pattern: dict[str, float] = field(default_factory=dict, metadata=naming("pattern"))
     fan_in_fan_out: bool = False
 
     def __post_init__(self):
@@ -52,6 +53,14 @@ class LowRankConfig(PeftConfig):
             return 1.0
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    def for_peft(self) -> dict[str, Any]:
+        """PEFT has no lora_alpha=None: with alpha = r, or √r with use_rslora, its scaling is 1 as well."""
+        if self.lora_alpha is not None:
+            return {}
+        alpha = (lambda r: math.sqrt(r)) if self.use_rslora else (lambda r: r)
+        ranks = {pattern: alpha(r) for pattern, r in self.rank_pattern.items() if pattern not in self.alpha_pattern}
+        return {"lora_alpha": alpha(self.r), "alpha_pattern": self.alpha_pattern | ranks}
+
     def for_module(self, name: str) -> LowRankConfig:
         return replace(
             self,
@@ -63,7 +72,7 @@ class LowRankConfig(PeftConfig):
 
 
 def rank_fits(r: int, W, name: str = "r") -> None:
-    """ValueError when a rank exceeds the smaller side of a weight (out, in)."""
+    """ValueError when a start that factorises a weight (out, in) asks for more than it has: SVD and QR."""
     if r > min(W.shape):
         raise ValueError(
             f"{name}={r} must not exceed min(in_features, out_features)={min(W.shape)} of a layer with "
@@ -73,7 +82,6 @@ def rank_fits(r: int, W, name: str = "r") -> None:
 
 def kaiming_a_zero_b(W, r: int, new) -> dict:
     """LoRA's start: A kaiming_uniform(√5), B 0."""
-    rank_fits(r, W)
     A = new(r, W.shape[1])
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     return {"lora_A": A, "lora_B": new(W.shape[0], r).zero_()}
@@ -81,7 +89,6 @@ def kaiming_a_zero_b(W, r: int, new) -> dict:
 
 def normal_a_b(W, r: int, new, std: float = 0.02) -> dict:
     """A and B both N(0, std²), for methods with another factor at zero."""
-    rank_fits(r, W)
     return {"lora_A": new(r, W.shape[1]).normal_(std=std), "lora_B": new(W.shape[0], r).normal_(std=std)}
 
 

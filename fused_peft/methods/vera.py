@@ -28,6 +28,9 @@ class VeraConfig(PeftConfig):
     target_defaults: ClassVar[dict[str, Any]] = {
         "target_modules": {**LORA_TARGETS, "phi": ["q_proj", "v_proj"]},
     }
+    training_only: ClassVar[frozenset[str]] = frozenset(
+        {"d_initial", "vera_dropout", "save_projection", "init_weights", "projection_shape"}
+    )
     beyond_peft: ClassVar[frozenset[str]] = frozenset({"projection_shape"})
 
     r: int = 256

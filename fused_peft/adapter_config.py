@@ -1,0 +1,161 @@
+"""adapter_config.json: a config as Hugging Face PEFT reads it, and so that it comes back here as it was.
+
+Where PEFT must read something else to compute the same (it has no lora_alpha=None), the file holds what PEFT reads, and
+a *note* keeps the config's class and the fields that a plain reading would change: {field: [what the file says, what it
+was]}. The note lies in the metadata of the weights, or in the file itself for methods that PEFT lacks, since PEFT warns
+of entries that it does not know.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from . import prompt
+from .methods import METHODS, PeftConfig
+
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+NOTE = "fused_peft"  # the entry that holds the note
+
+# what PEFT writes beside the hyper-parameters, and settings that mean nothing unless another is on
+_NEUTRAL = {"auto_mapping", "eva_config", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
+
+# what PEFT writes for a method although it changes nothing once the values are loaded: AdaLoRA's rank is init_r
+_NEUTRAL_FOR = {"ADALORA": {"r", "init_lora_weights"}, "DELORA": {"init_weights"}}
+
+# PEFT's initialisations that leave the base weight alone: of no consequence once the values are loaded
+_INIT_ONLY = {"orthogonal", "eva"}
+
+
+class AdapterFormatError(ValueError):
+    """The folder does not hold an adapter that this library can load; the message names the file and the problem."""
+
+
+def in_peft(config: PeftConfig) -> bool:
+    """Whether stock Hugging Face PEFT has the method of this config."""
+    return config.peft_type in prompt.CONFIGS or any(
+        m.disk for m in METHODS.values() if m.config.peft_type == config.peft_type
+    )
+
+
+def write_config(config: PeftConfig, path: Path) -> None:
+    """Write the config into the folder ``path``, made if need be, marked for inference as PEFT does.
+
+    The caller writes ``note(config)`` into the weights' metadata. Warns of settings that PEFT would ignore.
+    """
+    document, ignored = _document(config)
+    if ignored and in_peft(config):
+        warnings.warn(
+            f"Hugging Face PEFT ignores {ignored} of {config.peft_type}; it will load another adapter", stacklevel=3
+        )
+    if not in_peft(config):
+        document[NOTE] = note(config)
+    path.mkdir(parents=True, exist_ok=True)
+    aside = path / f".{CONFIG_NAME}.{os.getpid()}"
+    aside.write_text(json.dumps(dict(sorted(document.items())), indent=2) + "\n")  # patterns keep their order
+    os.replace(aside, path / CONFIG_NAME)
+
+
+def _document(config: PeftConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the file's entries, those of them that PEFT would ignore)."""
+    values = config.stored()
+    defaults = _defaults(config)
+    values = {k: v for k, v in values.items() if v is not None or defaults[k] is not None}
+    foreign = {k: values[k] for k in config.beyond_peft & values.keys()}
+    ignored = {k: v for k, v in foreign.items() if v != defaults[k]}
+    read_there = config.for_peft() if in_peft(config) else {}
+    document = {k: v for k, v in values.items() if k not in foreign} | read_there | ignored
+    return document | {"peft_type": config.peft_type, "inference_mode": True}, ignored
+
+
+def note(config: PeftConfig) -> dict[str, Any]:
+    """{"class": the config's class, "fields": what a plain reading of its file would change}."""
+    plainly = _plainly(_document(config)[0])
+    defaults = _defaults(config)
+    changed = {k: [plainly.get(k), v] for k, v in config.stored().items() if plainly.get(k, defaults[k]) != v}
+    return {"class": type(config).__name__, "fields": changed}
+
+
+def _defaults(config: PeftConfig) -> dict[str, Any]:
+    return {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(config)}
+
+
+def _plainly(document: dict[str, Any]) -> dict[str, Any]:
+    """The fields as a plain reading takes them: that the file is marked for inference says nothing of the config."""
+    return {k: v for k, v in document.items() if k not in ("inference_mode", "peft_type")}
+
+
+def load_config(path: str | os.PathLike) -> PeftConfig:
+    """The config stored in the folder ``path``, written by this library (equal to what was saved) or by PEFT.
+
+    Raises FileNotFoundError, or AdapterFormatError for a broken file, an unknown method, or a setting that changes
+    the result and that this library does not know.
+    """
+    file = _config_file(path)
+    try:
+        stored = json.loads(file.read_text())
+        peft_type = stored.pop("peft_type")
+    except (ValueError, KeyError, AttributeError) as e:
+        raise AdapterFormatError(f"{file} is not an adapter config: {e}") from e
+    known = dict(prompt.CONFIGS)
+    for m in METHODS.values():  # of the configs that share a peft_type, the one the others derive from
+        known[m.config.peft_type] = min(known.get(m.config.peft_type, m.config), m.config, key=lambda c: len(c.__mro__))
+    if peft_type not in known:
+        raise AdapterFormatError(f"{file}: peft_type={peft_type!r} is unknown; known: {', '.join(sorted(known))}")
+    left = _note_in_weights(file.parent) or stored.pop(NOTE, None) or {}
+    stored.pop(NOTE, None)
+    kind = known[peft_type]
+    names = {f.name for f in fields(kind)}
+    neutral = _NEUTRAL | _NEUTRAL_FOR.get(peft_type, set())
+    unknown = {k: v for k, v in stored.items() if k not in names | neutral and v not in (None, False, {}, [])}
+    if unknown:
+        raise AdapterFormatError(f"{file}: {unknown} is not supported for {peft_type}; load this adapter with PEFT")
+    if stored.get("init_lora_weights") in _INIT_ONLY:
+        stored["init_lora_weights"] = True
+    values = {k: v for k, v in _plainly(stored).items() if k in names}
+    for k, (read, was) in left.get("fields", {}).items():
+        if k in names and values.get(k) == read:  # unless the file was edited since
+            values[k] = was
+    peers = {m.config.__name__: m.config for m in METHODS.values() if m.config.peft_type == peft_type}
+    try:
+        return peers.get(left.get("class"), kind)(**values)
+    except (TypeError, ValueError) as e:
+        raise AdapterFormatError(f"{file}: {e}") from e
+
+
+def _config_file(path: str | os.PathLike) -> Path:
+    """The config's file in a folder; FileNotFoundError or NotADirectoryError that says what was given instead."""
+    path = Path(path)
+    file = path / CONFIG_NAME
+    if file.is_file():
+        return file
+    if path.is_file():
+        raise NotADirectoryError(f"path={str(path)!r} is a file; give the folder that holds {CONFIG_NAME}")
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"path={str(path)!r} holds no {CONFIG_NAME}; give the folder that save_pretrained wrote"
+        )
+    hub = len(path.parts) == 2 and not path.is_absolute()
+    hint = (
+        "; an adapter on the Hugging Face hub is downloaded first: path = huggingface_hub.snapshot_download"
+        f"({path.as_posix()!r})"
+    )
+    raise FileNotFoundError(
+        f"path={str(path)!r} is no folder here; give the one that save_pretrained wrote{hint if hub else ''}"
+    )
+
+
+def _note_in_weights(path: Path) -> dict[str, Any]:
+    """The note that save_pretrained left in the metadata of the weights; empty where there is none."""
+    try:
+        with safe_open(path / WEIGHTS_NAME, framework="pt") as f:
+            found = json.loads((f.metadata() or {}).get(NOTE, "{}"))
+    except (OSError, SafetensorError, ValueError):  # reading the weights says what is wrong with them
+        return {}
+    return found if isinstance(found, dict) else {}
