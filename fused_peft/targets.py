@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 from torch import nn
 
 from .linear import PeftLinear, is_linear, why_not_adaptable
 from .methods import PeftConfig
+from .reads import experts
 
-_HEADS = {
+HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+# what the layers of an expert are called where they are linear layers
+_EXPERT_LAYERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+_short = reprlib.Repr()  # a config's value as a message shows it: a few entries of a long one
+_short.maxlist, _short.maxstring, _short.maxother = 3, 60, 80
+shown = _short.repr
 
 
-def _ends_with_any(name: str, ends) -> bool:
-    return any(name == end or name.endswith(f".{end}") for end in ends)
+def ends(name: str) -> list[str]:
+    """The name and every run of its last parts: a.b.c, b.c, c."""
+    return [name, *(name[i + 1 :] for i, c in enumerate(name) if c == ".")]
 
 
-def _layer_index(name: str, patterns) -> int | None:
+def ends_with_any(name: str, wanted: Iterable[str]) -> bool:
+    return not set(ends(name)).isdisjoint(wanted)
+
+
+def layer_index(name: str, patterns) -> int | None:
     """The first numbered segment behind one of the patterns (any container when there is none)."""
     if not patterns:
         found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
@@ -31,26 +47,33 @@ def _layer_index(name: str, patterns) -> int | None:
     return int(found[1]) if found else None
 
 
-def is_target(config: PeftConfig, name: str) -> bool:
-    """Whether a resolved config means the module of this name; target_modules=None means every module."""
-    excluded, targets = config.exclude_modules, config.target_modules
+def left_out(config: PeftConfig, name: str) -> bool:
+    """Whether a config keeps the module of this name from being adapted: excluded, or trained whole."""
+    excluded = config.exclude_modules
     if excluded:
-        if re.fullmatch(excluded, name) if isinstance(excluded, str) else _ends_with_any(name, excluded):
-            return False
-    if any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ()):
-        return False
-    if targets is None:
-        return True
+        if re.fullmatch(excluded, name) if isinstance(excluded, str) else ends_with_any(name, excluded):
+            return True
+    return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
+
+
+def asked_for(config: PeftConfig, name: str) -> bool:
+    """Whether target_modules, within layers_to_transform, means the module of this name."""
+    targets, layers = config.target_modules, config.layers_to_transform
     if isinstance(targets, str):
         return bool(re.fullmatch(targets, name))
-    if name in targets:
-        return True
-    layers = config.layers_to_transform
-    if not _ends_with_any(name, targets):
-        return False
+    if targets is not None:
+        if name in targets:
+            return True
+        if not ends_with_any(name, targets):
+            return False
     if layers is None or layers == []:
         return True
-    return _layer_index(name, config.layers_pattern) in ([layers] if isinstance(layers, int) else layers)
+    return layer_index(name, config.layers_pattern) in ([layers] if isinstance(layers, int) else layers)
+
+
+def is_target(config: PeftConfig, name: str) -> bool:
+    """Whether a resolved config means the module of this name; target_modules=None means every module."""
+    return not left_out(config, name) and asked_for(config, name)
 
 
 def _all_linear(model: nn.Module, task_type: str | None) -> list[str]:
@@ -64,21 +87,26 @@ def _all_linear(model: nn.Module, task_type: str | None) -> list[str]:
     return list(names)
 
 
+def _model_type(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    return (config.get if isinstance(config, dict) else partial(getattr, config))("model_type", "custom")
+
+
+def wants_all_linear(config: PeftConfig) -> bool:
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
 def resolve(model: nn.Module, config: PeftConfig) -> PeftConfig:
     """The config with target_modules (and other architecture defaults) and modules_to_save made explicit.
 
     Raises ValueError when target_modules is None and the architecture has no default.
     """
     found = {}
-    heads = _HEADS.get(config.task_type, ())
+    heads = HEADS.get(config.task_type, ())
     if heads:
         saved = config.modules_to_save or []
         found["modules_to_save"] = [*saved, *(h for h in heads if h not in saved)]
-    model_config = getattr(model, "config", None)
-    if isinstance(model_config, dict):
-        model_type = model_config.get("model_type", "custom")
-    else:
-        model_type = getattr(model_config, "model_type", "custom")
+    model_type = _model_type(model)
     for name, table in config.target_defaults.items():
         if getattr(config, name) is None:
             if model_type not in table and name == "target_modules":
@@ -87,53 +115,85 @@ def resolve(model: nn.Module, config: PeftConfig) -> PeftConfig:
                     "regular expression or 'all-linear'"
                 )
             found[name] = table.get(model_type, [])
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+    if wants_all_linear(config):
         found["target_modules"] = _all_linear(model, config.task_type)
     return config.resolved(**found)
 
 
-def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
-    """{name: linear module} that a resolved config adapts.
+def find_targets(model: nn.Module, config: PeftConfig, asked: PeftConfig | None = None) -> dict[str, nn.Module]:
+    """{name: linear module} that a resolved config adapts. asked: the user's own config, which errors quote.
 
     Raises ValueError when nothing matches, naming near misses, and TypeError when a match cannot be adapted.
     """
+    asked = asked or config
     modules = dict(model.named_modules())
     found = {name: module for name, module in modules.items() if name and is_target(config, name)}
     if config.target_modules is None:
         found = {name: module for name, module in found.items() if is_linear(module) and module.bias is not None}
     if not found:
-        raise ValueError(_no_match(config, modules))
+        raise ValueError(_no_match(model, asked, config))
     for name, module in found.items():
         reason = why_not_adaptable(module)
         parent, _, last = name.rpartition(".")
         if isinstance(modules[parent], nn.TransformerEncoderLayer) and last in ("linear1", "linear2"):
             reason = "nn.TransformerEncoderLayer reads its weight directly in eval mode, past any adapter; exclude it"
         if reason:
-            raise TypeError(f"target_modules={config.target_modules!r} matches {name!r}, but {reason}")
+            raise TypeError(f"target_modules={shown(asked.target_modules)} matches {name!r}, but {reason}")
     return found
 
 
-def _no_match(config: PeftConfig, modules: dict[str, nn.Module]) -> str:
-    linear = [
-        name for name, module in modules.items() if name and (is_linear(module) or isinstance(module, PeftLinear))
-    ]
-    ends = sorted({name.rpartition(".")[2] for name in linear})
-    wanted = config.target_modules or []
-    wanted = [wanted] if isinstance(wanted, str) else wanted
-    near = [n for w in wanted for n in difflib.get_close_matches(w, ends + linear, n=3, cutoff=0.5)]
+def nearest(entry: str, names: Iterable[str]) -> list[str]:
+    """The names and last parts of names that an entry may have been meant for."""
+    names = list(names)
+    last = sorted({name.rpartition(".")[2] for name in names})
+    return difflib.get_close_matches(entry, [*last, *names], n=3, cutoff=0.5)
+
+
+def _no_match(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> str:
+    """Why no module is adapted, and what to write instead."""
+    targets = asked.target_modules
+    names = [name for name, _ in model.named_modules() if name]
+    message = f"target_modules={shown(targets)} matches no module"
+    if isinstance(targets, str) and not wants_all_linear(asked):
+        wanted = re.split(r"[|,\s]+", targets)
+        if all(any(ends_with_any(name, (w,)) for name in names) for w in wanted):
+            return f"{message}: a string is a regular expression for the full name; for names, target_modules={wanted}"
+    if held := list(experts_asked_for(model, asked, config)):
+        return f"{message}; {held[0]} holds its experts in 3-D parameters, which this library does not adapt yet"
     narrowed = {
         name: getattr(config, name)
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
         if getattr(config, name)
     }
-    message = f"target_modules={config.target_modules!r} matches no module"
     if narrowed:
-        message += f" once narrowed by {narrowed}"
+        message += " once narrowed by " + ", ".join(f"{name}={shown(value)}" for name, value in narrowed.items())
+    linear = [n for n in names if is_linear(m := model.get_submodule(n)) or isinstance(m, PeftLinear)]
+    near = [] if wants_all_linear(asked) else [n for entry in _listed(targets)[:4] for n in nearest(entry, linear)]
+    if isinstance(targets, str):
+        near += difflib.get_close_matches(targets.lower(), ["all-linear"])
     if near:
         return f"{message}; the nearest names are {', '.join(dict.fromkeys(near))}"
-    if ends:
-        return f"{message}; the model's linear layers end in {', '.join(ends[:20])}"
+    if linear:
+        last = sorted({name.rpartition(".")[2] for name in linear})
+        return f"{message}; the model's linear layers end in {', '.join(last[:10])}"
     return f"{message}; the model has no linear layer below its root (wrap a lone layer with PeftLinear.from_linear)"
+
+
+def _listed(value: Any) -> list:
+    """The entries of a field: of a list, the keys of a table, or the one value."""
+    if isinstance(value, (list, set, dict)):
+        return list(value)
+    return [] if value is None or (isinstance(value, str) and not value) else [value]
+
+
+def given(model: nn.Module, asked: PeftConfig, field: str) -> list:
+    """The entries of a field that the user chose: none of "all-linear", of the architecture's default (also where a
+    stored config lists it) and of a task's heads."""
+    entries, default = _listed(getattr(asked, field)), asked.target_defaults.get(field, {}).get(_model_type(model))
+    if (field == "target_modules" and wants_all_linear(asked)) or set(entries) == set(_listed(default)):
+        return []
+    heads = HEADS.get(asked.task_type, ()) if field == "modules_to_save" else ()
+    return [entry for entry in entries if entry not in heads]
 
 
 def modules_to_save(model: nn.Module, config: PeftConfig) -> list[str]:
@@ -144,9 +204,26 @@ def modules_to_save(model: nn.Module, config: PeftConfig) -> list[str]:
     wanted = config.modules_to_save or []
     names = [name for name, _ in model.named_modules() if name]
     for entry in wanted:
-        if entry not in _HEADS.get(config.task_type, ()) and not any(n.endswith(entry) for n in names):
+        if entry not in HEADS.get(config.task_type, ()) and not any(n.endswith(entry) for n in names):
             near = difflib.get_close_matches(entry, [n.rpartition(".")[2] for n in names], n=3)
             hint = f"; the nearest names are {', '.join(dict.fromkeys(near))}" if near else ""
             raise ValueError(f"modules_to_save={wanted!r}: {entry!r} matches no module{hint}")
     found = [n for n in names if any(n.endswith(entry) for entry in wanted)]
     return [n for n in found if not any(n.startswith(f"{outer}.") for outer in found)]
+
+
+def experts_asked_for(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> dict[str, list[str]]:
+    """{module that holds experts in 3-D parameters: the names below it that the user's target_modules would mean}."""
+    every, found = wants_all_linear(asked), {}
+    if not every and not given(model, asked, "target_modules"):
+        return {}
+    for name, stacks in experts(model).items():
+        parts = [*stacks]
+        if re.search("expert|moe", type(model.get_submodule(name)).__name__, re.IGNORECASE):
+            parts += [part for layer in _EXPERT_LAYERS for part in (layer, f"0.{layer}")]
+        parts = [
+            p for p in parts if (every or asked_for(config, f"{name}.{p}")) and not left_out(config, f"{name}.{p}")
+        ]
+        if parts and not left_out(config, name):
+            found[name] = parts
+    return found

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists 
 from peft.utils import constants  # noqa: E402
 
 import fused_peft as fp  # noqa: E402
-from fused_peft.methods import defaults  # noqa: E402
+from fused_peft import prompt  # noqa: E402
+from fused_peft.methods import METHODS, defaults  # noqa: E402
+from fused_peft.methods.base import TASKS  # noqa: E402
 from fused_peft.targets import find_targets, is_target, resolve  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -297,6 +300,9 @@ def snapshot(model):
         ({"target_modules": ["prj"]}, ValueError, "'prj'.*nearest names are proj"),
         ({"target_modules": ["blocks.0.prj"]}, ValueError, r"nearest names are .*blocks\.0\.proj"),
         ({"target_modules": "prj"}, ValueError, "nearest names are proj"),
+        ({"target_modules": "proj"}, ValueError, r"regular expression for the full name.*target_modules=\['proj'\]"),
+        ({"target_modules": "1.proj, 0.proj"}, ValueError, r"target_modules=\['1.proj', '0.proj'\]"),
+        ({"target_modules": "all_linear"}, ValueError, "nearest names are all-linear"),
         ({"target_modules": []}, ValueError, "matches no module"),
         ({"target_modules": ["proj"], "exclude_modules": ["proj"]}, ValueError, "narrowed by.*exclude_modules.*proj"),
         ({"target_modules": ["head"], "modules_to_save": ["head"]}, ValueError, "narrowed by.*modules_to_save.*head"),
@@ -329,3 +335,45 @@ def test_errors_leave_the_model_unchanged(config, error, message):
 def test_peft_refuses_the_same_configs(config):
     with pytest.raises((ValueError, TypeError)):
         peft.get_peft_model(Tiny(), peft.LoraConfig(**config))
+
+
+class Attends(nn.Module):
+    """Many linear layers, and one that must not be adapted."""
+
+    def __init__(self, n=300):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(n))
+        self.attention = nn.MultiheadAttention(2, 1)
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", [f"layers.{i}" for i in range(300)] + ["attention.out_proj"]], ids=["all-linear", "list"]
+)
+def test_a_refusal_shows_what_was_asked_and_the_reason(targets):
+    with pytest.raises(
+        TypeError, match=r"'attention\.out_proj', but nn\.MultiheadAttention reads its weight"
+    ) as refused:
+        fp.get_peft_model(Attends(), fp.LoraConfig(target_modules=targets))
+    asked = "'all-linear'" if targets == "all-linear" else "['layers.0', 'layers.1', "
+    assert str(refused.value).startswith(f"target_modules={asked}")
+    assert len(str(refused.value)) < 400
+
+
+def test_nothing_left_to_adapt_is_said_briefly():
+    everything = [name for name, _ in Attends().named_modules() if name]
+    with pytest.raises(ValueError, match="'all-linear' matches no module once narrowed by exclude_modules") as refused:
+        fp.get_peft_model(Attends(), fp.LoraConfig(target_modules="all-linear", exclude_modules=everything))
+    assert len(str(refused.value)) < 400
+
+
+def test_task_types_are_pefts():
+    assert set(TASKS) == {task.value for task in peft.TaskType}
+    for task in peft.TaskType:
+        assert fp.LoraConfig(task_type=task).task_type == task.value == fp.LoraConfig(task_type=task.value).task_type
+
+
+@pytest.mark.parametrize("kind", [*(m.config for m in METHODS.values()), *prompt.CONFIGS.values()])
+def test_an_unknown_task_type_is_refused(kind):
+    example = next((m.example(2) for m in METHODS.values() if m.config is kind), None) or kind()
+    with pytest.raises(ValueError, match=r"task_type='SEQ_CLASS'.*SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM"):
+        replace(example, task_type="SEQ_CLASS")

@@ -1,0 +1,140 @@
+"""What a config asks for and no adapter will do: the warnings of get_peft_model, given before the model is changed."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from typing import Any
+
+from torch import nn
+
+from .methods import PeftConfig
+from .methods.base import matching_pattern
+from .reads import read_directly, routers
+from .targets import (
+    asked_for,
+    ends,
+    ends_with_any,
+    experts_asked_for,
+    given,
+    layer_index,
+    left_out,
+    nearest,
+    shown,
+    wants_all_linear,
+)
+
+_MOST = 4  # how many names a message enumerates
+
+# how an entry of a field means a module's name, by the rule that the field declares (methods.base.naming)
+_RULES: dict[str, Callable[[Any, str, PeftConfig], bool]] = {
+    "end": lambda entry, name, config: ends_with_any(name, (entry,)),
+    "text": lambda entry, name, config: name.endswith(entry),
+    "whole": lambda entry, name, config: name == entry,
+    "pattern": lambda entry, name, config: matching_pattern({entry: True}, name, False),
+    "index": lambda entry, name, config: layer_index(name, config.layers_pattern) == entry,
+    "container": lambda entry, name, config: layer_index(name, [entry]) is not None,
+    "expression": lambda entry, name, config: bool(re.fullmatch(entry, name)),
+}
+
+
+def warn_of_unmet(model: nn.Module, asked: PeftConfig, config: PeftConfig, adapted: Iterable[str]) -> None:
+    """Warn of entries that match nothing, of weights that are no linear layers, and of adapted layers whose weight the
+    model reads without a call.
+
+    asked: the user's config. config: the resolved one. adapted: names of the layers it adapts.
+    """
+    found = (_about_entries(model, asked, config, list(adapted)), _about_held(model, asked, config))
+    for message in filter(None, (*found, _about_reads(model, adapted))):
+        warnings.warn(message, stacklevel=5)  # the caller of get_peft_model
+
+
+def _about_entries(model: nn.Module, asked: PeftConfig, config: PeftConfig, adapted: list[str]) -> str:
+    missing = unmatched(model, asked, config, adapted)
+    return f"{type(asked).__name__} asks for what is not there: {'; '.join(missing)}" if missing else ""
+
+
+def unmatched(model: nn.Module, asked: PeftConfig, config: PeftConfig, adapted: list[str]) -> list[str]:
+    """What to say of each field of the user's config in which an entry matches nothing."""
+    names = [name for name, _ in model.named_modules() if name]
+    # what the entries of a field can mean, where that is not the adapted layers
+    scopes = {
+        "target_modules": lambda: [*(n for n in names if asked_for(config, n)), *_expert_layers(model, asked, config)],
+        "exclude_modules": lambda: set(names) - {end for name in adapted for end in _around(name)},
+        "modules_to_save": lambda: names,
+    }
+    found = []
+    for f in fields(asked):
+        rule = f.metadata.get("names")
+        entries = given(model, asked, f.name) if rule else []
+        if not entries or not isinstance(entries[0], int if rule == "index" else str):
+            continue
+        if rule in ("end", "text") and isinstance(getattr(asked, f.name), str):
+            rule = "expression"
+        scope = scopes.get(f.name, lambda: adapted)()
+        plain = {end for name in scope for end in ends(name)} if rule in ("end", "text", "pattern") else ()
+        missing = [e for e in entries if e not in plain and not any(_RULES[rule](e, n, config) for n in scope)]
+        if missing:
+            parts = [f"{e!r}{_hint(f.name, rule, e, names, config)}" for e in missing[:_MOST]]
+            what = "module" if f.name in scopes else "adapted layer"
+            found.append(f"{f.name} has no {what} for {_few(parts, total=len(missing))}")
+    return found
+
+
+def _around(name: str) -> list[str]:
+    """The names of the modules that hold this one."""
+    return [name[:i] for i, c in enumerate(name) if c == "."]
+
+
+def _expert_layers(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> list[str]:
+    """The names that the layers of held experts would have: what is asked for there has a warning of its own."""
+    return [f"{name}.{part}" for name, parts in experts_asked_for(model, asked, config).items() for part in parts]
+
+
+def _hint(field: str, rule: str, entry: Any, names: list[str], config: PeftConfig) -> str:
+    """What an entry without a match means instead, or may have been meant for."""
+    if rule == "index":
+        indices = {i for name in names if (i := layer_index(name, config.layers_pattern)) is not None}
+        return f" (the model has {min(indices)} to {max(indices)})" if indices else ""
+    if any(_RULES[rule](entry, name, config) for name in names):
+        return {
+            "target_modules": " (there are some outside layers_to_transform)",
+            "exclude_modules": " (what it names holds adapted layers; a regular expression can exclude those)",
+        }.get(field, " (there are modules of that name, but they are not adapted)")
+    near = nearest(entry, names)
+    return f" (nearest: {', '.join(near)})" if near else ""
+
+
+def _few(parts: Iterable[str], between: str = ", ", total: int | None = None) -> str:
+    """The first parts of an enumeration, and how many more there are."""
+    parts = list(parts)
+    more = (total or len(parts)) - len(parts[:_MOST])
+    return between.join(parts[:_MOST]) + (f" and {more} more" if more else "")
+
+
+def _about_held(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> str:
+    """Modules that target_modules mean and that are no linear layers: experts, and with "all-linear" routers."""
+    held = list(experts_asked_for(model, asked, config))
+    if wants_all_linear(asked):
+        held += [name for name in routers(model) if not left_out(config, name)]
+    if not held:
+        return ""
+    kinds = Counter(type(model.get_submodule(name)).__name__ for name in held)
+    return (
+        f"target_modules={shown(asked.target_modules)} does not reach {_few(f'{n} {k}' for k, n in kinds.items())} "
+        f"(first: {held[0]}): they are no linear layers, so they stay frozen. Hugging Face PEFT's target_parameters "
+        "adapts 3-D parameters, in which experts are held; this library does not yet"
+    )
+
+
+def _about_reads(model: nn.Module, adapted: Iterable[str]) -> str:
+    reads = [f"{method} uses {_few(weights)}" for method, weights in read_directly(model, adapted).items()]
+    if not reads:
+        return ""
+    return (
+        f"{_few(reads, '; ')} without calling the layer: that path passes an adapter by, and if there is no other it "
+        "trains nothing. Leave the layer out of target_modules, or look at the adapter's gradient after a backward"
+    )
