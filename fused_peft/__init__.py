@@ -29,6 +29,7 @@ from .versions import warn_outside as _warn_outside  # noqa: E402
 _warn_outside("torch")  # before anything that an untried version could break
 _warn_outside("triton")
 
+from .checks import check_training  # noqa: E402
 from .convert import (  # noqa: E402
     disable_adapter,
     explain,
@@ -134,6 +135,7 @@ __all__ = [
     "TriLoraConfig",
     "VeraConfig",
     "bottleneck",
+    "check_training",
     "disable_adapter",
     "estimate",
     "explain",

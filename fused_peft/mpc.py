@@ -11,7 +11,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
-from .convert import active_layers
+from .adapted import active_layers
 from .ops import squared_residual
 from .sharded import whole
 

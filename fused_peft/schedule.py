@@ -6,7 +6,8 @@ from collections import defaultdict
 
 from torch import nn
 
-from .convert import active_layers
+from . import checks
+from .adapted import active_layers
 from .linear import Gathered
 from .sharded import is_sharded, reshard
 
@@ -15,16 +16,20 @@ def on_step(model: nn.Module, step: int) -> None:
     """Let the methods that have a schedule act (AdaLoRA's rank allocator, LoRA-Dash's choice of directions).
 
     Call it once a training step, after ``optimizer.step()`` and before ``optimizer.zero_grad()``, with step counted
-    from 0; other methods cost nothing. Their state lives in buffers, so it is part of ``state_dict``. Raises
+    from 0; other methods cost nothing. Their state lives in buffers, so it is part of ``state_dict``. A warning names
+    the adapted layers that other code has dropped from the model, each set of them once. Raises
     RuntimeError when a method needs gradients that are gone, ValueError for a negative step. With sharded parameters
     every process calls it, and each sees them whole while it acts.
     """
     if step < 0:
         raise ValueError(f"step={step} must not be negative; count training steps from 0")
+    checks.warn_vanished(model, again=False)
+    scheduled = [(name, layer) for name, layer in active_layers(model) if layer.method.on_step is not None]
+    checks.driven([layer for _, layer in scheduled])
     by_method = defaultdict(list)
     reshard(model)
-    for name, layer in active_layers(model):
-        if layer.method.on_step is not None and layer.method.acts(layer, step):
+    for name, layer in scheduled:
+        if layer.method.acts(layer, step):
             by_method[layer.method.name].append((name, layer))
     for found in by_method.values():
         act = found[0][1].method.on_step

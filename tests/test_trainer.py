@@ -1,5 +1,7 @@
 """Transformers' Trainer with adapted models: PEFT's are accelerated, schedules run, a run resumes exactly."""
 
+import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -120,3 +122,107 @@ def test_the_callback_sees_through_wrappers_and_skips_skipped_steps(wrap, ours):
     assert sum(int((p != 0).sum()) for p in kept) < sum(p.numel() for p in kept)
     callback.on_train_end(None, None, None, model=wrapped)
     assert kinds(model) == (0 if ours else 4, 0)
+
+
+# --- what the callback says ------------------------------------------------------------------------------------------
+
+
+def with_a_layer_that_nothing_calls():
+    model = base()
+    model.unused = nn.Linear(16, 16)
+    return model
+
+
+def told(act, *args, **kwargs):
+    """The texts of this library's warnings meanwhile."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        act(*args, **kwargs)
+    return [str(w.message) for w in caught if re.search("adapted|Training would|accelerate fused", str(w.message))]
+
+
+def adapted(ours, model, **kwargs):
+    kwargs = WHERE | kwargs
+    if ours:
+        return fp.get_peft_model(model, fp.LoraConfig(**kwargs))
+    return peft.get_peft_model(model, peft.LoraConfig(**kwargs))
+
+
+BOTH = pytest.mark.parametrize("ours", [True, False], ids=["ours", "peft"])
+
+
+@BOTH
+@pytest.mark.parametrize("kwargs", [{}, {"lora_dropout": 0.1}, {"bias": "all"}], ids=lambda k: "".join(k) or "plain")
+def test_a_sound_run_is_quiet(tmp_path, ours, kwargs):
+    model = adapted(ours, base(), **kwargs).eval()  # as from_pretrained leaves it: Trainer calls train()
+    assert told(trainer(tmp_path, model, FusedPeftCallback(), gradient_accumulation_steps=2).train) == []
+
+
+@BOTH
+def test_adapters_without_a_gradient_are_named_once(tmp_path, ours):
+    model = adapted(ours, with_a_layer_that_nothing_calls(), target_modules=["query", "unused"])
+    run = trainer(tmp_path, model, FusedPeftCallback())
+    (text,) = told(run.train)
+    assert "unused.lora_A" in text
+    assert "no gradient" in text
+    (text,) = told(run.train)  # and again when training begins again
+    assert "unused.lora_A" in text
+
+
+@BOTH
+def test_an_optimizer_built_before_adapting_is_named_once(tmp_path, ours):
+    model = base()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = trainer(tmp_path, adapted(ours, model), FusedPeftCallback())
+    run.optimizer = optimizer
+    (text,) = told(run.train)
+    assert "built before the model was adapted" in text
+
+
+def test_vanished_layers_are_named_when_training_begins(tmp_path):
+    model = adapted(True, base())
+    attention = model.bert.encoder.layer[1].attention.self
+    attention.value = nn.Linear(16, 16)
+    begin = told(FusedPeftCallback().on_train_begin, None, None, None, model=model)
+    assert len(begin) == 1
+    assert "bert.encoder.layer.1.attention.self.value (now a Linear)" in begin[0]
+
+    class Rebuilds(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                attention.query = nn.Linear(16, 16)
+
+    texts = told(trainer(tmp_path, model, Rebuilds(), FusedPeftCallback()).train)
+    assert [text.count("2 of 4 adapted layers") for text in texts].count(1) == 1
+
+
+@pytest.mark.parametrize("driven", [True, False])
+@pytest.mark.parametrize("door", ["ours", "registered"])
+def test_a_schedule_that_nobody_drives_is_noticed(tmp_path, driven, door):
+    if door == "ours":
+        model = fp.get_peft_model(base(), fp.AdaLoraConfig(**RANKS))
+    else:
+        model = peft.get_peft_model(base(), fp.LoraDashConfig(r=2, **WHERE, warmup=3, directions=2))
+    texts = told(trainer(tmp_path, model, *[FusedPeftCallback()] * driven).train)
+    assert len(texts) == (not driven)
+    assert all("acts between steps" in text for text in texts)
+
+
+def test_a_model_without_an_adapter_is_left_alone(tmp_path):
+    assert told(trainer(tmp_path, base(), FusedPeftCallback()).train) == []
+
+
+def test_layers_that_are_peft_s_again_are_accelerated_in_the_next_epoch():
+    model, callback = adapted(False, base()), FusedPeftCallback()
+    callback.on_train_begin(None, None, None, model=model)
+    fp.restore(model)
+    assert kinds(model) == (4, 0)
+    callback.on_epoch_begin(None, None, None, model=model)
+    assert kinds(model) == (0, 4)
+
+
+def test_a_model_of_which_nothing_can_be_fused_is_named_when_training_begins_and_not_in_every_epoch():
+    model, callback = adapted(False, base(), target_modules=["word_embeddings"]), FusedPeftCallback()
+    (text,) = told(callback.on_train_begin, None, None, None, model=model)
+    assert "fused 0 of 1" in text
+    assert told(callback.on_epoch_begin, None, None, None, model=model) == []

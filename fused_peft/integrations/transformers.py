@@ -1,4 +1,4 @@
-"""Transformers' Trainer: PEFT models accelerated, schedules driven at the right moment of each step."""
+"""Transformers' Trainer: PEFT models accelerated, schedules driven at the right moment, the first step checked."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import sys
 
 from transformers import TrainerCallback
 
-from ..convert import unwrap
+from .. import checks
+from ..adapted import unwrap
 from ..schedule import on_step
 
 
 class FusedPeftCallback(TrainerCallback):
     """All that a Trainer script needs: ``Trainer(..., callbacks=[FusedPeftCallback()])``.
 
-    When training begins, the layers of a Hugging Face PEFT model are accelerated (``fused_peft.accelerate``); they stay
-    so, or become PEFT's again when it ends with ``restore=True``. After each optimizer step, while the gradients are
-    still there, the schedules act: ``fused_peft.on_step`` on this library's models, ``update_and_allocate`` on PEFT's
-    AdaLoRA. PEFT asks for that call in the training loop and Trainer does not make it; make none of your own beside it.
+    When training begins, the layers of a Hugging Face PEFT model are accelerated (``fused_peft.accelerate``), and when
+    an epoch begins, those added since; they stay so, or become PEFT's again when training ends with ``restore=True``.
+    After each optimizer step, while the gradients are still there, the schedules act: ``fused_peft.on_step`` on this
+    library's models, ``update_and_allocate`` on PEFT's AdaLoRA. PEFT asks for that call in the training loop and
+    Trainer does not make it; make none of your own beside it.
+
+    Before the first optimizer step ``fused_peft.check_training`` looks at the gradients and the optimizer, and warns of
+    adapters that do not train. Adapted layers that have vanished are named when training begins, and when more follow.
 
     Steps count from 0, as in PEFT's documentation, and continue on resume. A step that loss scaling skipped is passed
     over: its gradients are not finite. This library's schedules resume exactly, since their state is in ``state_dict``.
@@ -25,13 +30,20 @@ class FusedPeftCallback(TrainerCallback):
 
     def __init__(self, restore: bool = False):
         self.restore = restore
+        self._checked = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if "peft" in sys.modules:
-            from . import peft as bridge
+        self._checked = False
+        checks.warn_vanished(model, again=False)
+        _accelerate(model, first=True)
 
-            if any(type(module) in bridge.FUSED for module in model.modules()):
-                bridge.accelerate(model)
+    def on_epoch_begin(self, args, state, control, model=None, **kwargs):
+        _accelerate(model)
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if not self._checked and checks.has_adapter(model):
+            checks.check_training(model, optimizer)
+        self._checked = True
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         if getattr(optimizer, "step_was_skipped", False):
@@ -46,3 +58,16 @@ class FusedPeftCallback(TrainerCallback):
             from . import peft as bridge
 
             bridge.restore(model)
+
+
+def _accelerate(model, first: bool = False) -> None:
+    """Accelerate the PEFT layers that can be and are not yet; at first also say so where none can."""
+    if "peft" not in sys.modules:
+        return
+    from . import peft as bridge
+
+    kinds = {type(module) for module in model.modules()}
+    waiting, done = kinds & {*bridge.FUSED}, kinds & {*bridge.FUSED.values()}
+    others = any(issubclass(kind, bridge.BaseTunerLayer) for kind in kinds)
+    if waiting or (first and others and not done):
+        bridge.accelerate(model)

@@ -19,7 +19,7 @@ from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from .. import io
+from .. import checks, io
 from ..linear import PeftLinear
 from ..methods import METHODS, PeftConfig, method_of
 from ..targets import resolve
@@ -157,6 +157,8 @@ class FusedTuner(BaseTuner):
 
     def _create_and_replace(self, config, adapter_name, target, target_name, parent, current_key, parameter_name=None):
         config = config.for_module(current_key)
+        if not config.inference_mode:
+            checks.watch(self.model)
         if isinstance(target, FusedTunerLayer):
             target.update_layer(adapter_name, config)
             return
