@@ -43,6 +43,13 @@ def test_the_table_is_what_pyproject_states():
     assert stated() == {name: SpecifierSet(f">={a},<{b}") for name, (a, b) in versions.TRIED.items()}
 
 
+def test_the_readme_states_it_too():
+    text = (ROOT / "README.md").read_text("utf-8")
+    for name, (first, end) in versions.TRIED.items():
+        assert f"`{name}>={first},<{end}`" in text
+    assert f'pip install "torch>={versions.TRIED["torch"][0]},<{versions.TRIED["torch"][1]}"' in text
+
+
 def test_order_is_that_of_pip():
     releases = ("0", "0.21", "0.22", "2.10.9", "2.11", "2.13", "2.15", "3", "3.6", "3.9.0", "3.10", "5.24", "5.25.0")
     ends = ("", ".0", ".1", ".0.dev0", "a1", ".0rc2", "+cpu", ".0.post1", ".0a0+git1234", ".post1.dev2")
