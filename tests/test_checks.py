@@ -408,6 +408,18 @@ def test_a_loop_after_layers_have_vanished():
     assert "blocks.1.fc1 (now a Linear)" in text
 
 
+def test_a_step_of_a_model_in_which_nothing_trains():
+    model = adapted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.requires_grad_(False)  # by hand, which is nothing to warn of
+    assert heard(optimizer.step) == []
+    model = adapted()
+    rebuild_linear_layers(model)
+    model.requires_grad_(False)
+    assert "4 of 4 adapted layers have vanished" in heard(torch.optim.SGD(model.parameters(), lr=0.1).step)[0]
+    assert hooks() == 0
+
+
 def test_adapters_that_lie_in_an_optimizer_of_their_own_are_judged_beside_a_head_that_trains():
     model = adapted(targets=["proj"], modules_to_save=["head"])
     ours = [p for n, p in model.named_parameters() if "lora" in n]
@@ -477,6 +489,11 @@ def test_optimizers_that_share_the_parameters():
         both = [torch.optim.AdamW(rest), torch.optim.SGD(matrices, lr=0.1)][::order]
         assert heard(train, model, *both) == []
         assert hooks() == 0
+    model = adapted(modules_to_save=["head"])
+    frozen = [p for p in model.parameters() if not p.requires_grad][:3]
+    thirds = frozen, trainable(model)[::2], trainable(model)[1::2]
+    assert heard(train, model, *(torch.optim.SGD(some, lr=0.1) for some in thirds)) == []
+    assert hooks() == 0
     model = adapted(modules_to_save=["head"])
     half = trainable(model)[::2], trainable(model)[1::2]
     assert heard(train, model, *(torch.optim.SGD(some, lr=0.1) for some in half)) == []
