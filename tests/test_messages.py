@@ -166,6 +166,8 @@ ROWS = [
     Row("a config of PEFT's", plain, adapt(peft.LoraConfig(r=2, **ON)), TypeError,
         ("config is a peft.tuners.lora.config.LoraConfig", "peft.get_peft_model(model, config)",
          "fused_peft.accelerate(model)")),
+    Row("a class of PEFT's", plain, adapt(peft.LoraConfig), TypeError,
+        ("config is a peft.tuners.lora.config.LoraConfig", "fused_peft.accelerate(model)")),
     Row("None as config", plain, adapt(None), TypeError, ("config=None", "fused_peft.LoraConfig(r=16)")),
     Row("a folder as config", plain, adapt("./adapter"), TypeError,
         ("config='./adapter' is no config", "fused_peft.load_adapter(model, folder)")),

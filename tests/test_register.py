@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from cases import CASES
+from test_accelerate import Packed, warned
 from torch import nn
 
 peft = pytest.importorskip("peft")
@@ -219,3 +220,83 @@ def test_trainer_saves_and_resumes(tmp_path):
     loaded = peft.PeftModel.from_pretrained(base(), final).eval()
     ids = torch.randint(0, 40, (3, 7))
     torch.testing.assert_close(loaded(input_ids=ids).logits, whole.model.eval()(input_ids=ids).logits)
+
+
+class Tied(nn.Module):
+    """An embedding whose weight the head reads too, as tie_word_embeddings makes it."""
+
+    def __init__(self, tie=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed_tokens, self.body, self.lm_head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        if tie:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(self, ids):
+        return self.lm_head(self.body(self.embed_tokens(ids)))
+
+
+def adapted(model, *names):
+    return shaken(peft.get_peft_model(model, fp.FloraConfig(r=2, target_modules=list(names))))
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_a_weight_that_others_read_is_not_merged(call):
+    """Merging would move the outputs of the other modules; nothing changes, the layers before it included."""
+    model, ids = adapted(Tied(), "body", "lm_head"), torch.arange(9)
+    want, before = model(ids), {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(fp.NotMergeableError, match="lm_head shares its weight with embed_tokens") as error:
+        getattr(model, call)()
+    assert "model.config.tie_word_embeddings = False" in str(error.value)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert torch.equal(model(ids), want)
+    assert not any(getattr(m, "merged", False) for m in model.modules())
+    for other in (adapted(Tied(), "body"), adapted(Tied(tie=False), "body", "lm_head")):  # harmless: merged
+        want = other(ids)
+        merged = getattr(other, call)() or other
+        torch.testing.assert_close(merged(ids), want, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(merged(ids), Tied()(ids))
+
+
+def test_two_adapted_layers_that_share_a_weight_are_not_merged():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(fp.NotMergeableError, match="0 shares its weight with 1"):
+        adapted(model, "0", "1").merge_adapter()
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_a_weight_in_another_format_is_not_merged(call):
+    """A tensor subclass that came after adapting, as a quantiser brings it."""
+    model = adapted(Net(), "layers.0", "layers.2")
+    base = model.base_model.model.layers[2].base_layer
+    base.weight = nn.Parameter(Packed(base.weight.detach()), requires_grad=False)
+    before = model.base_model.model.layers[0].weight.clone()
+    with pytest.raises(fp.NotMergeableError, match=r"the weight of layers\.2 is a Packed"):
+        getattr(model, call)()
+    assert torch.equal(model.base_model.model.layers[0].weight, before)
+
+
+def test_peft_is_not_given_a_config_whose_method_it_has():
+    """It would take it for one of its own and fail on a field that it lacks."""
+    had = [c for c in CASES if c.make(3).peft_type not in tuners.REGISTERED]
+    assert len(had) > 5
+    for case in had:
+        model = Net()
+        with pytest.raises(TypeError, match=r"PEFT has \w+ itself; give PEFT a peft\.\w+ and call"):
+            peft.get_peft_model(model, configured(case))
+        assert type(model.layers[0]) is nn.Linear
+
+
+def test_nothing_is_said_of_layers_that_run_fused_already():
+    """accelerate, as the Trainer's callback calls it, on a model of registered methods alone."""
+    model = adapted(Net(), "layers.0")
+    assert not warned(fp.accelerate, model)
+    assert not warned(model.add_adapter, "second", fp.FloraConfig(r=2, target_modules=["layers.2"]))
+
+
+def test_peft_s_own_check_of_a_merge_is_still_made():
+    model = Tied(tie=False)
+    model.config = {"model_type": "custom", "tie_word_embeddings": True}
+    said = warned(adapted(model, "lm_head").merge_adapter)
+    assert any("You can opt to merge the adapter after cloning the weights" in text for text in said)

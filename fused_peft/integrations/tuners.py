@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import register_peft_method
@@ -20,7 +21,8 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from .. import checks, io
-from ..linear import PeftLinear
+from ..factors import NotMergeableError
+from ..linear import PeftLinear, is_foreign
 from ..methods import METHODS, PeftConfig, method_of
 from ..targets import resolve
 
@@ -45,7 +47,7 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
-        layer = PeftLinear.around(self.get_base_layer(), config)
+        layer = PeftLinear.from_linear(self.get_base_layer(), config)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         for name in layer.adapter_names:
             self._take(layer, name, adapter_name, "adapter_layer_names", nn.ParameterDict)
@@ -167,6 +169,30 @@ class FusedTuner(BaseTuner):
             new.requires_grad_(False)  # a further adapter trains once it is made active
         self._replace_module(parent, target_name, new, target)
 
+    def _check_merge_allowed(self) -> None:
+        """PEFT asks this before it merges anything. NotMergeableError for a weight that other modules read too, and for
+        one whose format a merge cannot write: both would change outputs silently."""
+        owners: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules():
+            for parameter in module._parameters.values():
+                owners.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+        for name, layer in self.model.named_modules():
+            if not isinstance(layer, FusedTunerLayer):
+                continue
+            weight = layer.get_base_layer().weight
+            if others := [other for other in owners[id(weight)] if other != name]:
+                raise NotMergeableError(
+                    f"{name} shares its weight with {', '.join(others)}, which merging would change too; untie it "
+                    "before it is adapted: model.config.tie_word_embeddings = False, and a Parameter of its own, "
+                    f"{name}.weight = nn.Parameter({name}.weight.clone())"
+                )
+            if is_foreign(weight):
+                raise NotMergeableError(
+                    f"the weight of {name} is a {type(weight).__name__}, whose format a merge cannot write; keep the "
+                    "adapter unmerged, or load it into the model before quantising and merge there"
+                )
+        super()._check_merge_allowed()
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Adapters of half-precision layers are made in fp32; where that is not wanted they get the layer's dtype."""
         for layer in self.model.modules():
@@ -188,9 +214,19 @@ def _load_config(path, subfolder: str | None = None, **kwargs) -> PeftConfig:
     return io.load_config(Path(path, subfolder or ""))
 
 
+def _refuse_in_peft(self) -> None:
+    if self.peft_type not in REGISTERED:
+        kind, own = type(self).__name__, PEFT_TYPE_TO_CONFIG_MAPPING.get(self.peft_type)
+        raise TypeError(
+            f"the config is a fused_peft.{kind}, and PEFT has {self.peft_type} itself; give PEFT a "
+            f"{'config of its own' if own is None else f'peft.{own.__name__}'} and call fused_peft.accelerate(model), "
+            f"or use fused_peft.get_peft_model(model, config)"
+        )
+
+
 def _register() -> frozenset[str]:
     """Every peft_type that PEFT does not have, and on the configs what PEFT calls on its own; the types."""
-    PeftConfig.is_prompt_learning = False
+    PeftConfig._refuse_in_peft = _refuse_in_peft
     PeftConfig.to_dict, PeftConfig.save_pretrained = _to_dict, _save_config
     PeftConfig.from_pretrained = staticmethod(_load_config)
     known = set(PeftType._member_map_)

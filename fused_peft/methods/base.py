@@ -311,7 +311,7 @@ def _no_config(config: Any) -> str:
         return f"config={config.__name__} is the class; give an instance of it: fused_peft.{config.__name__}(...)"
     if isinstance(config, dict):
         less = " (without 'peft_type')" if "peft_type" in config else ""
-        return f"config={_short(config)} is a dict; give a config made of it, e.g. fused_peft.LoraConfig(**config){less}"
+        return f"config={_short(config)} is a dict; give a config made of it: fused_peft.LoraConfig(**config){less}"
     if isinstance(config, (str, os.PathLike)):
         return (
             f"config={_short(config)} is no config; give e.g. fused_peft.LoraConfig(r=16), "
