@@ -66,7 +66,10 @@ def _document(config: PeftConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """(the file's entries, those of them that PEFT would ignore)."""
     values = config.stored()
     defaults = _defaults(config)
-    values = {k: v for k, v in values.items() if v is not None or defaults[k] is not None}
+    # PEFT and Transformers ask for the base model's name, known or not
+    values = {
+        k: v for k, v in values.items() if v is not None or defaults[k] is not None or k == "base_model_name_or_path"
+    }
     foreign = {k: values[k] for k in config.beyond_peft & values.keys()}
     ignored = {k: v for k, v in foreign.items() if v != defaults[k]}
     read_there = config.for_peft() if in_peft(config) else {}

@@ -20,9 +20,9 @@ def _stacks(model: nn.Module, kind: str) -> list[tuple[Tensor, bool]]:
     """[(P stacked over equal shapes, own diagonal)]: A's of one shape share a stack, and so do B's."""
     groups = defaultdict(list)
     for name, layer in active_layers(model):
-        A, B = getattr(layer, "lora_A", None), getattr(layer, "lora_B", None)
-        in_layout = A is not None and B is not None and A.shape[1] == layer.in_features
-        if not in_layout or not (A.requires_grad or B.requires_grad):
+        A, B = (getattr(layer, name or "", None) for name in (layer.method.A, layer.method.B))
+        beside = A is not None and B is not None and layer.method.output is None
+        if not beside or not (A.requires_grad or B.requires_grad):
             raise ValueError(
                 f"kind={kind!r}: MPC needs factors A and B, but {layer.method.name} (on {name}) trains none"
             )

@@ -28,6 +28,7 @@ from .factors import Factors
 SCALARS = len(Operands._fields) - TENSORS
 assert backends  # imported for its registrations
 _transforming = torch._C._are_functorch_transforms_active
+_tracing = torch._C._is_tracing  # torch.jit.trace, which would keep an autograd.Function as a call into Python
 
 
 def linear(
@@ -86,6 +87,8 @@ def linear(
         if is_compiling():
             keep_z = f.d_out is not None and f.d_out.requires_grad and torch.is_grad_enabled()
             return torch.ops.fused_peft.linear(*o, keep_z)[0]
+        if _tracing():
+            return _expression(o, f)
         backend = backend_for(o)
         if torch.is_grad_enabled():
             return _apply(backend, *o)
@@ -161,7 +164,7 @@ def formed_linear(x: Tensor, form: Callable[..., Tensor], tensors: Sequence[Tens
         (x,) = _autocast(x)
         with torch.autocast(x.device.type, enabled=False):  # W' is formed in its own dtype and rounded once
             return formed_linear(x, form, tensors, bias)
-    if is_compiling() or _transforming() or not torch.is_grad_enabled() or _distributed(x):
+    if is_compiling() or _transforming() or _tracing() or not torch.is_grad_enabled() or _distributed(x):
         w = form(*tensors).to(x.dtype)
         return plain_linear(x, w, bias if bias is None else bias.to(x.dtype))
     try:

@@ -43,20 +43,20 @@ def on_step(model: nn.Module, step: int) -> None:
 
 
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_decay: float = 0.0) -> list[dict]:
-    """Optimizer parameter groups of LoRA+ (arXiv 2402.12354): lr for every trainable tensor, ratio · lr for the B
-    factors.
+    """Optimizer parameter groups of LoRA+ (arXiv 2402.12354): lr for every trainable tensor, ratio · lr for the factor
+    on the output's side, (out, r), whatever a method calls it.
 
     ``torch.optim.AdamW(fp.lora_plus_groups(model, 1e-4))``. Raises ValueError when the model has no B factor to treat
     so.
     """
     slow, fast = [], []
-    factors_b = {id(layer.lora_B) for _, layer in active_layers(model) if hasattr(layer, "lora_B")}
+    factors_b = {id(getattr(layer, layer.method.B)) for _, layer in active_layers(model) if layer.method.B}
     for p in model.parameters():
         if p.requires_grad:
             (fast if id(p) in factors_b else slow).append(p)
     if not fast:
         raise ValueError(
-            f"model={type(model).__name__} has no trainable lora_B, which LoRA+ gives its own learning rate"
+            f"model={type(model).__name__} has no trainable factor B, (out, r), which LoRA+ gives its own learning rate"
         )
     groups = [{"params": slow, "lr": lr, "weight_decay": weight_decay}] if slow else []
     return [*groups, {"params": fast, "lr": lr * ratio, "weight_decay": weight_decay}]

@@ -301,13 +301,7 @@ def test_dash_directions_are_written_in_place_and_the_first_optimizer_trains_the
 
 @pytest.mark.parametrize(
     "config",
-    [
-        fp.LoraConfig(r=2),
-        fp.LoraConfig(r=2, lora_bias=True),
-        fp.DoraConfig(r=2),
-        fp.FloraConfig(r=2),
-        fp.TriLoraConfig(r=2),
-    ],
+    [fp.LoraConfig(r=2, lora_bias=True), *(m.example(2) for m in METHODS.values() if m.B)],
     ids=lambda c: c.method_name,
 )
 def test_lora_plus_trains_the_b_factors_faster(config):
@@ -317,8 +311,14 @@ def test_lora_plus_trains_the_b_factors_faster(config):
     rates = [(names[id(p)], group["lr"]) for group in groups for p in group["params"]]
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert len(rates) == len(trainable)  # none twice
-    assert dict(rates) == {n: 8e-3 if n.endswith("lora_B") else 1e-3 for n in trainable}
-    assert {"head.weight", "head.bias", "fc1.lora_A", "fc1.lora_B"} <= trainable
+    # by shape: fc1 is 7 -> 10 and fc2 10 -> 8, so that the factor on the output's side is the one of so many rows
+    sides = {"fc1": (7, 10), "fc2": (10, 8)}
+    assert {n for n, lr in rates if lr == 8e-3} == {
+        n for n in trainable for layer, (_, out) in sides.items()
+        if n.startswith(layer) and model.get_parameter(n).shape == (out, 2)
+    }  # fmt: skip
+    assert {lr for _, lr in rates} == {1e-3, 8e-3}
+    assert {"head.weight", "head.bias"} <= trainable
     assert all(group["weight_decay"] == 0.1 for group in groups)
     optimizer = torch.optim.AdamW(groups)
     train(model, optimizer, range(2))
@@ -331,7 +331,7 @@ def test_lora_plus_takes_its_ratio_from_the_paper():
 
 @pytest.mark.parametrize("config", [fp.SSBConfig(), fp.LoraXsConfig(r=2), fp.LoraConfig(r=2, inference_mode=True)])
 def test_lora_plus_needs_a_trainable_b(config):
-    with pytest.raises(ValueError, match="no trainable lora_B"):
+    with pytest.raises(ValueError, match="no trainable factor B"):
         fp.lora_plus_groups(adapted(config), 1e-3)
 
 

@@ -155,6 +155,8 @@ ADALORA = Method(
     name="adalora",
     group="extend",
     config=AdaLoraConfig,
+    A="lora_A",
+    B="lora_B",
     example=lambda r: AdaLoraConfig(init_r=r, target_r=r, lora_alpha=2 * r, total_step=100),
     init=init,
     factors=lambda layer: gated_factors(layer, layer.lora_A, layer.lora_E, layer.lora_B),

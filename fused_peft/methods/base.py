@@ -64,6 +64,7 @@ class PeftConfig:
     modules_to_save: modules trained and saved whole (a classifier head); a copy, so tied weights stay untouched.
     bias: which biases train: "none", "all", or "<method>_only" for those of adapted layers.
     task_type: SEQ_CLS, TOKEN_CLS and QUESTION_ANS add their heads to modules_to_save, as PEFT's model classes do.
+    An entry that names modules and matches none is named in a warning of get_peft_model.
 
     Raises ValueError or TypeError that names the field, the value and what is allowed.
     """
@@ -216,6 +217,8 @@ class PeftConfig:
 class Method:
     """One row of the method table.
 
+    A, B: the trained factor on the input's side, (r, in), and on the output's, (out, r), by its name on the layer; None
+        where there is none. LoRA+ and MPC go by them.
     example(r) -> config: a valid config of about rank r, for tables and checks.
     init(W, bias, config, new) -> {name: tensor} or Init: every trainable tensor of a layer, made once; W is (out, in)
         in its own dtype, bias (out,) or None, ``new(*shape)`` an uninitialised tensor in the adapter's dtype on W's
@@ -245,6 +248,8 @@ class Method:
     config: type[PeftConfig]
     example: Callable[[int], PeftConfig]
     init: Callable[[Tensor, Tensor | None, PeftConfig, New], dict[str, Tensor] | Init]
+    A: str | None = None
+    B: str | None = None
     factors: Callable[[Any], Factors] | None = None
     weight: Callable[[Any], Tensor] | None = None
     output: Callable[[Any], Factors] | None = None

@@ -77,6 +77,8 @@ DELORA = Method(
     name="delora",
     group="combine",
     config=DeloraConfig,
+    A="delora_A",
+    B="delora_B",
     example=lambda r: DeloraConfig(r=r),
     init=init,
     factors=factors,

@@ -53,6 +53,8 @@ DORA = Method(
     name="dora",
     group="combine",
     config=DoraConfig,
+    A="lora_A",
+    B="lora_B",
     example=lambda r: DoraConfig(r=r, lora_alpha=2 * r),
     init=init,
     factors=factors,

@@ -40,6 +40,8 @@ FLORA, MOSLORA = (
         name=name,
         group="extend",
         config=config,
+        A="lora_A",
+        B="lora_B",
         example=lambda r, config=config: config(r=r, lora_alpha=2 * r),
         init=_init(zero),
         factors=lambda layer: gated_factors(layer, layer.lora_A, layer.lora_M, layer.lora_B),

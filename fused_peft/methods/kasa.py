@@ -23,6 +23,8 @@ KASA = Method(
     name="kasa",
     group="extend",
     config=KasaConfig,
+    A="lora_A",
+    B="lora_B",
     example=lambda r: KasaConfig(r=r, lora_alpha=2 * r),
     init=lambda W, bias, config, new: {**kaiming_a_zero_b(W, config.r, new), "lora_diag": new(config.r).normal_()},
     factors=lambda layer: gated_factors(layer, layer.lora_A, layer.lora_diag, layer.lora_B),

@@ -36,6 +36,8 @@ LIERA = Method(
     name="liera",
     group="extend",
     config=LieraConfig,
+    A="lora_A",
+    B="lora_B",
     example=lambda r: LieraConfig(r=r, lora_alpha=2 * r),
     init=lambda W, bias, config, new: kaiming_a_zero_b(W, config.r, new),
     factors=factors,

@@ -87,6 +87,8 @@ LORA_DASH = Method(
     name="lora_dash",
     group="combine",
     config=LoraDashConfig,
+    A="lora_A",
+    B="lora_B",
     example=lambda r: LoraDashConfig(r=r, lora_alpha=2 * r, directions=min(r, 8)),
     init=init,
     factors=factors,

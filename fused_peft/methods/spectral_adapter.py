@@ -48,6 +48,8 @@ SPECTRAL_ADAPTER = Method(
     name="spectral_adapter",
     group="combine",
     config=SpectralAdapterConfig,
+    A="lora_B",
+    B="lora_A",
     example=lambda r: SpectralAdapterConfig(r=r),
     init=init,
     factors=factors,

@@ -25,6 +25,8 @@ TRILORA = Method(
     name="trilora",
     group="extend",
     config=TriLoraConfig,
+    A="lora_A",
+    B="lora_B",
     example=lambda r: TriLoraConfig(r=r),
     init=lambda W, bias, config, new: {**kaiming_a_b(W, config.r, new), "lora_E": new(config.r).zero_()},
     factors=lambda layer: gated_factors(layer, layer.lora_A, layer.lora_E, layer.lora_B),
