@@ -12,7 +12,8 @@ import inspect
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from tokenize import TokenError
 from types import CodeType, FunctionType
 
 from torch import nn
@@ -109,7 +110,8 @@ def _methods(kind: type) -> tuple[tuple[FunctionType, frozenset[str]], ...]:
 
 def _function(value) -> FunctionType | None:
     """The function behind a class attribute: below decorators, or a property's getter."""
-    value = getattr(value, "fget", None) or getattr(value, "func", None) or value
+    if isinstance(value, (property, cached_property)):
+        value = value.fget if isinstance(value, property) else value.func
     value = inspect.unwrap(value) if callable(value) else value
     return value if inspect.isfunction(value) else None
 
@@ -130,7 +132,13 @@ def _values_read(function: FunctionType) -> frozenset[Path]:
     try:
         source = inspect.getsource(function)
         tree = ast.parse(f"if 1:\n{source}" if source[0].isspace() else source)
-    except (OSError, TypeError, SyntaxError):  # no source, or not a whole one (a lambda inside an expression)
+    except (
+        OSError,
+        TypeError,
+        ValueError,
+        SyntaxError,
+        TokenError,
+    ):  # no source, or a part (a lambda in an expression)
         return frozenset()
     own = function.__code__.co_varnames[:1]
     return _Reads(own[0] if own else "self").of(tree)

@@ -1,5 +1,6 @@
 """Reads of a weight past its layer are found in the source, and questions about it are not taken for them."""
 
+import functools
 import re
 import warnings
 
@@ -81,6 +82,10 @@ class InAHelper(Layers):
     def norm(self):
         return self.fc2.weight.norm()
 
+    @functools.cached_property
+    def mean(self):
+        return self.fc2.weight.mean()
+
 
 class Inherited(Plainly):
     def forward(self, x):
@@ -92,7 +97,7 @@ class Nothing(Layers):
         w = self.fc.weight
         x = x.to(self.fc.weight.dtype).to(device=w.device)
         if self.fc.weight.is_meta or (isinstance(self.fc.weight, nn.Parameter) and self.fc.bias is not None):
-            x = x.to(self.fc2.weight) + torch.zeros_like(self.fc.bias) + w.new_zeros(())
+            x = x.to(self.fc2.weight) + torch.zeros_like(input=self.fc.bias) + w.new_zeros(())
         if hasattr(self.fc, "weight") and self.fc.weight.data.shape[0] == w.size(0):
             assert self.fc.weight.ndim == 2
         return self.fc2(self.fc(x))
@@ -133,7 +138,7 @@ READS = [
     (TwoLevelsDown, {"TwoLevelsDown.forward": ["block.out.weight"]}),
     (InALoop, {"InALoop.forward": ["layers.*.weight"]}),
     (ByIndex, {"ByIndex.forward": ["layers.*.weight", "table.a.weight"]}),
-    (InAHelper, {"InAHelper._mix": ["fc.weight"], "InAHelper.norm": ["fc2.weight"]}),
+    (InAHelper, {"InAHelper._mix": ["fc.weight"], "InAHelper.norm": ["fc2.weight"], "InAHelper.mean": ["fc2.weight"]}),
     (Inherited, {"Inherited.forward": ["fc.weight"]}),
     (Nothing, {}),
     (Overridden, {}),

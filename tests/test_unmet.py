@@ -129,6 +129,7 @@ def test_the_report_says_what_is_there_instead(config, expected):
         {"rank_pattern": {"blocks.0.q": 4, r".*\.1\..*": 3}, "alpha_pattern": {"q|v": 4}},
         {"layers_to_transform": [1], "layers_pattern": ["blocks"]},
         {"task_type": "SEQ_CLS"},  # its heads are looked for, not asked for
+        {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]},  # as a stored config lists them
     ],
     ids=str,
 )
@@ -248,6 +249,57 @@ def test_only_experts_named_is_refused_with_the_reason():
 def test_all_linear_of_an_ordinary_model_warns_of_nothing(name):
     classifies = {"task_type": "SEQ_CLS"} if "SequenceClass" in name else {}
     assert warned(build(name), target_modules="all-linear", **classifies) == []
+
+
+class Own(nn.Module):
+    """A matrix or a stack of its own, under a name."""
+
+    def __init__(self, name, *shape):
+        super().__init__()
+        self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+
+class EmbeddingTable(Own):
+    pass
+
+
+class Strided(nn.Conv1d):
+    pass
+
+
+class Recurrent(nn.LSTM):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        (lambda: Own("weight", 4, 4), "does not reach 1 Own (first: odd)"),
+        (lambda: Own("stack", 2, 4, 4), "does not reach 1 Own (first: odd)"),
+        (lambda: Own("table", 4, 4), None),
+        (lambda: Own("positions", 1, 4, 4), None),
+        (lambda: Own("weight", 4), None),
+        (lambda: EmbeddingTable("weight", 4, 4), None),
+        (lambda: nn.Embedding(4, 4), None),
+        (lambda: nn.Conv1d(4, 4, 2), None),
+        (lambda: Strided(4, 4, 2), None),
+        (lambda: Recurrent(4, 4), None),
+        (lambda: nn.Bilinear(4, 4, 4), None),
+    ],
+)
+def test_which_weights_all_linear_says_it_does_not_reach(module, said):
+    net = Net()
+    net.odd = module()
+    messages = warned(net, target_modules="all-linear")
+    assert len(messages) == (said is not None)
+    assert all(said in message for message in messages)
+
+
+def test_a_router_that_is_left_out_or_trained_whole_is_not_reported():
+    for config in ({"exclude_modules": ["odd"]}, {"modules_to_save": ["odd"]}):
+        net = Net()
+        net.odd = Own("weight", 4, 4)
+        assert warned(net, target_modules="all-linear", **config) == []
 
 
 def test_a_default_is_not_reported_even_when_a_stored_config_lists_it():
