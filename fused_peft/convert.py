@@ -20,7 +20,18 @@ from .adapted import is_adapted, is_pefts, layers, unwrap
 from .factors import NotMergeableError
 from .linear import Gathered, PeftLinear
 from .methods import PeftConfig, method_of
-from .sharded import fsdp_modules, gathered, is_sharded, numel, reshard, set_data, shape_of, whole
+from .sharded import (
+    fsdp_modules,
+    gathered,
+    is_partitioned,
+    is_sharded,
+    is_spread,
+    numel,
+    reshard,
+    set_data,
+    shape_of,
+    whole,
+)
 from .targets import find_targets, is_target, modules_to_save, resolve
 from .unmet import warn_of_unmet
 from .wide import HALF, narrow, widen
@@ -341,6 +352,11 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
             "merge_and_unload would replace layers whose parameters fully_shard manages; merge(model) works, or "
             "save_pretrained, then load_adapter and merge_and_unload on a model that is not sharded"
         )
+    if any(map(is_partitioned, model.parameters())):
+        raise RuntimeError(
+            "merge_and_unload would replace layers whose parameters DeepSpeed ZeRO-3 manages; merge(model) works, or "
+            "save_pretrained, then load_adapter and merge_and_unload on a model that is not partitioned"
+        )
     if not any(layer.merged for _, layer in found):
         merge(model, safe_merge)
     else:
@@ -368,20 +384,26 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     found = [("soft_prompt", soft)] if soft is not None else _found(model, "disable_adapter")
     before = [layer.enabled for _, layer in found]
     trained = {name: model.get_submodule(name) for name in state.saved}
-    parameters = {name: _bias_in_use(model, name) for name in state.biases}
+    # ZeRO-3 knows the modules that it was given and no others: there the values change places, not the modules
+    parted = {name for name, module in trained.items() if any(map(is_partitioned, module.parameters()))}
+    exchanged = [(_bias_in_use(model, name), value) for name, value in state.biases.items()]
+    for name in parted:
+        exchanged += zip(trained[name].parameters(), map(whole, state.saved[name].parameters()), strict=True)
     reshard(model)
-    values = {name: p.detach().clone() if is_sharded(p) else p.data for name, p in parameters.items()}
+    values = [whole(p).detach().clone() if is_spread(p) else p.data for p, _ in exchanged]
     state.disabled += 1
     try:
         for _, layer in found:
             layer.enabled = False
         for name, module in trained.items():
+            if name in parted:
+                continue
             like = next(module.parameters(), None)
             original = state.saved[name]
             _set(model, name, original if like is None else original.to(like.device))
             original.train(module.training)
-        for name, p in parameters.items():
-            set_data(p, state.biases[name].to(p.device, p.dtype))
+        for p, base in exchanged:
+            set_data(p, base.detach().to(p.device, p.dtype))
         yield model
     finally:
         state.disabled -= 1
@@ -389,8 +411,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
             layer.enabled = enabled
         for name, module in trained.items():
             _set(model, name, module)
-        for name, p in parameters.items():
-            set_data(p, values[name])
+        for (p, _), value in zip(exchanged, values, strict=True):
+            set_data(p, value)
 
 
 def _bias_in_use(model: nn.Module, name: str) -> Tensor:

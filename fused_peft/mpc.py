@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .adapted import active_layers
 from .ops import squared_residual
-from .sharded import whole
+from .sharded import is_partitioned, whole
 
 
 def _stacks(model: nn.Module, kind: str) -> list[tuple[Tensor, bool]]:
@@ -25,6 +25,11 @@ def _stacks(model: nn.Module, kind: str) -> list[tuple[Tensor, bool]]:
         if not beside or not (A.requires_grad or B.requires_grad):
             raise ValueError(
                 f"kind={kind!r}: MPC needs factors A and B, but {layer.method.name} (on {name}) trains none"
+            )
+        if is_partitioned(A):
+            raise ValueError(
+                f"model={type(model).__name__} is partitioned by DeepSpeed ZeRO-3, which gathers no factor for a "
+                "penalty with its gradient; train with ZeRO-2, or without the penalty"
             )
         for P, is_b in ((whole(A), False), (whole(B), True)):
             groups[P.shape, P.dtype, P.device, is_b].append(P)

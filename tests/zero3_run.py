@@ -1,0 +1,126 @@
+"""DeepSpeed ZeRO-3 in one process on the CPU, run by test_zero3: prints, as JSON, what it found for every method."""
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+out, sys.stdout = sys.stdout, sys.stderr  # DeepSpeed talks
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from torch import nn  # noqa: E402
+
+import fused_peft as fp  # noqa: E402
+from fused_peft.methods import METHODS  # noqa: E402
+
+PARTITION = {
+    "train_batch_size": 4,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,
+    "optimizer": {"type": "SGD", "params": {"lr": 0.05}},
+}
+
+
+def config_of(name):
+    config = METHODS[name].example(4)
+    config.target_modules = ["a", "b"]
+    if name == "lora":
+        config.bias, config.modules_to_save = "lora_only", ["head"]
+    return config
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(32, 48), nn.Linear(48, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.b(torch.tanh(self.a(x)))))
+
+
+def net():
+    torch.manual_seed(0)
+    return Net()
+
+
+def adapted(model, config):
+    torch.manual_seed(1)
+    return fp.get_peft_model(model, config)
+
+
+def trained(model, x, engine=None):
+    losses = []
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = None if engine else torch.optim.SGD(trainable, 0.05)
+    for _ in range(3):
+        loss = (engine or model)(x).square().mean()
+        engine.backward(loss) if engine else loss.backward()
+        (engine or optimizer).step()
+        if optimizer:
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def far(a, b):
+    return (a - b).abs().max().item()
+
+
+def run(name, folder):
+    config = config_of(name)
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    plain = adapted(net(), config)
+    want = trained(plain, x)
+    base = net().state_dict()
+
+    with deepspeed.zero.Init(config_dict_or_path=PARTITION):
+        model = Net()
+    with deepspeed.zero.GatheredParameters([*model.parameters()], modifier_rank=0):
+        model.load_state_dict(base)
+    adapted(model, config)
+    counts = fp.print_trainable_parameters(model), fp.print_trainable_parameters(plain)
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=[p for p in model.parameters() if p.requires_grad], config=PARTITION
+    )
+    found = {"losses": trained(model, x, engine), "want": want, "counts": counts}
+    model.eval(), plain.eval()
+    y = model(x).detach()
+    found["trained"] = far(y, plain(x))
+    fp.save_pretrained(model, folder)
+    fp.save_pretrained(plain, f"{folder}/plain")
+    stored, theirs = (load_file(f"{f}/adapter_model.safetensors") for f in (folder, f"{folder}/plain"))
+    found["shapes"] = {k: list(v.shape) for k, v in stored.items()} == {k: list(v.shape) for k, v in theirs.items()}
+    found["reloaded"] = far(fp.load_adapter(net().eval(), folder)(x), y)
+    with contextlib.suppress(fp.NotMergeableError):
+        fp.merge(model)
+        found["merged"] = far(model(x).detach(), y)
+        fp.unmerge(model)
+    found["unmerged"] = far(model(x).detach(), y)
+    with fp.disable_adapter(model):
+        found["disabled"] = far(model(x).detach(), net()(x))
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(trainable, modifier_rank=0):
+        for p in trainable:
+            p.fill_(0.5)
+    found["overwritten"] = far(model(x).detach(), y)
+    fp.load_adapter(model, folder)
+    found["loaded back"] = far(model(x).detach(), y)
+    for call in (fp.mpc_penalty, fp.merge_and_unload):
+        try:
+            call(model)
+        except (RuntimeError, ValueError) as e:
+            found[call.__name__] = str(e)
+    return found
+
+
+if __name__ == "__main__":
+    folder, os.environ["MASTER_PORT"] = sys.argv[1:]
+    warnings.simplefilter("ignore")
+    with contextlib.redirect_stdout(sys.stderr):
+        deepspeed.init_distributed("gloo")
+        found = {name: run(name, f"{folder}/{name}") for name in METHODS}
+    print(json.dumps(found), file=out, flush=True)
+    os._exit(0)
