@@ -420,11 +420,13 @@ def test_a_step_of_a_model_in_which_nothing_trains():
     assert hooks() == 0
 
 
-def test_adapters_that_lie_in_an_optimizer_of_their_own_are_judged_beside_a_head_that_trains():
+@pytest.mark.parametrize("order", [1, -1])
+def test_adapters_that_lie_in_an_optimizer_of_their_own_are_judged_beside_a_head_that_trains(order):
     model = adapted(targets=["proj"], modules_to_save=["head"])
     ours = [p for n, p in model.named_parameters() if "lora" in n]
     head = [*model.head.parameters()]
-    (text,) = heard(train, model, torch.optim.SGD(head, lr=0.1), torch.optim.SGD(ours, lr=0.1))
+    both = [torch.optim.SGD(head, lr=0.1), torch.optim.SGD(ours, lr=0.1)][::order]
+    (text,) = heard(train, model, *both)
     assert "none of the 2 trainable parameters has a gradient: proj.lora_A, proj.lora_B" in text
 
 
@@ -546,7 +548,8 @@ def test_closures(make, targets, keyword):
     assert hooks() == 0
 
 
-def test_closures_beside_a_step_that_has_its_gradients():
+@pytest.mark.parametrize("keyword", [False, True])
+def test_closures_beside_a_step_that_has_its_gradients(keyword):
     model = adapted(modules_to_save=["head"])
     first, second = trainable(model)[:4], trainable(model)[4:]
     plain, closed = torch.optim.SGD(first, lr=0.1), torch.optim.LBFGS(second, max_iter=1)
@@ -562,7 +565,7 @@ def test_closures_beside_a_step_that_has_its_gradients():
             loss(model).backward()
             plain.step()
             closed.zero_grad()
-            closed.step(closure)
+            closed.step(closure=closure) if keyword else closed.step(closure)
             plain.zero_grad()
 
     assert heard(run) == []
@@ -581,10 +584,11 @@ def test_steps_without_any_gradient_show_nothing_and_end_the_watch_in_time():
     assert hooks() == 0
 
 
-def test_a_dry_step_before_training_is_not_judged():
+@pytest.mark.parametrize("dry", [1, 2])
+def test_dry_steps_before_training_are_not_judged(dry):
     model = adapted(targets=ALL)
     optimizer = adamw(model)
-    assert heard(optimizer.step) == []
+    assert [text for _ in range(dry) for text in heard(optimizer.step)] == []
     assert "proj.lora_A" in heard(train, model, optimizer)[0]
 
 
