@@ -233,6 +233,7 @@ def test_naming_an_experts_layer_says_that_experts_stay_frozen(name, part):
         {"target_modules": r".*\.(q|v)_proj"},
         {"target_modules": "all-linear", "exclude_modules": r".*\.mlp\..*"},
         {"target_modules": ["q_proj", "down_proj"], "exclude_modules": ["experts"]},
+        {"target_modules": ["q_proj", "down_proj"], "exclude_modules": r".*\.experts\..*"},
     ],
     ids=str,
 )
