@@ -34,6 +34,12 @@ $(VENV)/triton-3.6: $(VENV)/torch
 $(VENV)/cutlass: $(VENV)/torch
 	$(BIN)/pip install --quiet --no-deps --target $@ "nvidia-cutlass==4.2.0.0"
 
+# DeepSpeed for the tests of ZeRO-3, and what it imports; where it does not install they are skipped, and this says so
+$(VENV)/deepspeed: $(VENV)/dev
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target $@ "deepspeed==0.19.8" \
+	  "hjson==3.1.0" "einops==0.8.1" "msgpack==1.1.2" "py-cpuinfo==9.0.0" \
+	  || { rm -rf $@; echo "NOT CHECKED: ZeRO-3, since DeepSpeed does not install"; }
+
 .PHONY: lint test bare gate cuda-check without-nvcc demo bench bench-gpu report clean
 
 lint: $(VENV)/dev
@@ -42,7 +48,7 @@ lint: $(VENV)/dev
 
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
 
-test: lint bare gate $(if $(NVCC),cuda-check,without-nvcc) $(VENV)/cutlass
+test: lint bare gate $(if $(NVCC),cuda-check,without-nvcc) $(VENV)/cutlass $(VENV)/deepspeed
 	$(BIN)/python -m pytest
 
 bare: $(VENV)/bare/torch

@@ -83,7 +83,7 @@ def _bridge(what: str):
         from .integrations import peft
     except ImportError as e:
         raise ImportError(
-            f'fused_peft.{what} works on models of Hugging Face PEFT, which does not import here ({e}); pip install '
+            f"fused_peft.{what} works on models of Hugging Face PEFT, which does not import here ({e}); pip install "
             '"fused_peft[peft]"'
         ) from e
     return peft

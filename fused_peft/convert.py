@@ -6,7 +6,7 @@ import copy
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
@@ -19,7 +19,7 @@ from .adapted import STATE as _STATE
 from .adapted import is_adapted, is_pefts, layers, unwrap
 from .factors import NotMergeableError
 from .linear import Gathered, PeftLinear
-from .methods import PeftConfig, method_of
+from .methods import Method, PeftConfig, method_of
 from .sharded import (
     fsdp_modules,
     gathered,
@@ -126,7 +126,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     new, targets = {}, find_targets(model, resolved, config)
     resolved = resolved.for_targets([_shape(module) for module in targets.values()])
     with _frozen_as_before(model):
-        for name, module in targets.items():
+        for name, module in _shown(targets, method_of(resolved)):
             try:
                 new[name] = PeftLinear.from_linear(module, resolved.for_module(name), adapter_dtype)
             except ValueError as e:
@@ -143,6 +143,15 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
                 biases[name] = whole(parameter).detach().clone()
     state = AdapterState(resolved.in_use(), saved=originals, biases=biases)
     return _Plan(state, new, copies, adapter_dtype or torch.float32)
+
+
+def _shown(targets: dict[str, nn.Module], method: Method) -> Iterable[tuple[str, nn.Module]]:
+    """The targets, with a progress bar where their starts take longer than two seconds (an SVD a layer)."""
+    if not method.from_weight:
+        return targets.items()
+    from tqdm import tqdm
+
+    return tqdm(targets.items(), f"{method.name} starts from the weights", unit="layer", delay=2, disable=None)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
@@ -177,7 +186,7 @@ def _warn_tied(model: nn.Module, new: dict[str, PeftLinear]) -> None:
             warnings.warn(
                 f"{name}.weight is shared with {', '.join(tied)}, which stay as they are; the adapter cannot be merged "
                 "before the two are untied",
-                stacklevel=4,
+                stacklevel=5,  # the caller of get_peft_model
             )
 
 
@@ -361,6 +370,13 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
         merge(model, safe_merge)
     else:
         _merge(model, [(name, layer) for name, layer in found if not layer.merged], safe_merge)
+    biased = [name for name, layer in found if layer.has_new_bias()]
+    if biased and hasattr(model, "save_pretrained"):
+        warnings.warn(
+            f"{biased[0]} (of {len(biased)} such layers) has a bias now that the architecture lacks: from_pretrained "
+            "would leave it out of a checkpoint of this model; save the adapter instead, or the model by torch.save",
+            stacklevel=2,
+        )
     _replace(model, {id(layer): layer.unload() for _, layer in found})
     if hasattr(model, _STATE):
         state = state_of(model)

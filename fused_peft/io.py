@@ -203,7 +203,7 @@ def _warn_residual(layers: dict[str, PeftLinear], config: PeftConfig) -> None:
     if found and in_peft(config):
         warnings.warn(
             f"lora_A and lora_B of {', '.join(sorted(found))} add to a residual of the base weight; a program that "
-            "reads them as plain LoRA computes another model (this library and PEFT rebuild the residual)",
+            "reads them as plain LoRA computes another model",
             stacklevel=3,
         )
 
@@ -263,8 +263,8 @@ def _drop_remade(slots: dict, stored: dict, layers: dict[str, PeftLinear], confi
         how = config.init_lora_weights
         if not layer.method.remade(config):
             raise AdapterFormatError(
-                f"{path / WEIGHTS_NAME} lacks what {how} took out of the weights, and that was drawn at random; save it "
-                "with PEFT's path_initial_model_for_weight_conversion, as plain LoRA"
+                f"{path / WEIGHTS_NAME} lacks what {how} took out of the weights, and that was drawn at random; save "
+                "it with PEFT's path_initial_model_for_weight_conversion, as plain LoRA"
             )
         if layer.config.init_lora_weights != how:
             raise AdapterFormatError(

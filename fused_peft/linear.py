@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from dataclasses import replace
 
 import torch
@@ -265,11 +266,23 @@ class PeftLinear(nn.Linear):
                 else:
                     f = self._beside_residual(f)
             return ops.linear(x, weight, f, bias, c, self.training)
+        if self.merged and self.enabled:
+            self._warn_if_training()
         if self.merged and not self.enabled:
             weight, bias = self._matrix(self._base_weight), self._base_bias
             if is_sharded(weight) and not is_sharded(x):
                 weight, bias = whole(weight), None if bias is None else whole(bias)
         return ops.plain_linear(x, weight, bias)
+
+    def _warn_if_training(self) -> None:
+        """A merged layer computes from its weight alone, so its adapter gets no gradient."""
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if any(p.requires_grad for p in self.adapter_tensors()):
+                warnings.warn(
+                    f"a merged {self.method.name} layer is called in training mode, where its adapter gets no gradient; "
+                    "unmerge(model) before training, or model.eval()",
+                    stacklevel=2,
+                )
 
     def forms_weight(self, rows: int) -> bool:
         """Whether a call on that many rows forms its weight, by FLOPs where the method has both forms.
@@ -364,6 +377,10 @@ class PeftLinear(nn.Linear):
     def _forget_base(self) -> None:
         del self._base_weight, self._base_bias
         self.merged = False
+
+    def has_new_bias(self) -> bool:
+        """Whether merging has given the layer a bias that it lacked."""
+        return self.merged and self._base_bias is None and self.bias is not None
 
     def unload(self, merge: bool = True) -> nn.Module:
         """A plain layer of the original class that shares this one's weight Parameter; merged into it if ``merge``."""

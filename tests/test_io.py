@@ -94,7 +94,7 @@ def test_loading_into_an_adapted_model_replaces_values_and_keeps_objects(saved):
         fp.load_adapter(net, saved)
     edit_config(saved, lora_alpha=99)
     before = snapshot(net)
-    with pytest.raises(fp.AdapterFormatError, match="lora_alpha=99 for blocks.0.q, but .* lora_alpha=8"):
+    with pytest.raises(fp.AdapterFormatError, match=r"lora_alpha=99 for blocks\.0\.q, but .* lora_alpha=8"):
         fp.load_adapter(net, saved)
     assert same(snapshot(net), before)
     fp.merge(net)

@@ -65,8 +65,8 @@ def pair(name, kind):
 
 
 def peers(theirs, inputs):
-    """PEFT's output. On models without an argument for a cache its prefix tuning knows one name of the backbone's: there
-    its cache goes in by hand, under the name that this Transformers has."""
+    """PEFT's output. On models without an argument for a cache its prefix tuning knows one name of the backbone's: its
+    cache goes in by hand there, under the name that this Transformers has."""
     model = theirs.base_model
     if theirs.active_peft_config.peft_type != "PREFIX_TUNING" or prompt._argument(model, prompt._CACHE_NAMES):
         return theirs(**inputs)

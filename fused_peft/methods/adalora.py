@@ -18,7 +18,7 @@ from .defaults import ADALORA_TARGETS
 from .low_rank import gated_factors, normal_a_b
 
 _PARTS = ("lora_A", "lora_E", "lora_B")
-_SCHEDULE = frozenset("lora_dropout target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step".split())
+_SCHEDULE = frozenset({"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"})
 
 
 @dataclass(kw_only=True)
@@ -31,7 +31,7 @@ class AdaLoraConfig(PeftConfig):
 
     peft_type: ClassVar[str] = "ADALORA"
     target_defaults: ClassVar[dict[str, Any]] = {"target_modules": ADALORA_TARGETS}
-    training_only: ClassVar[frozenset[str]] = _SCHEDULE
+    training_only: ClassVar[frozenset[str]] = _SCHEDULE | {"lora_dropout"}
     beyond_peft: ClassVar[frozenset[str]] = frozenset({"nonlinearity"})
 
     init_r: int = 12
@@ -69,6 +69,10 @@ class AdaLoraConfig(PeftConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} must lie in (0, 1)")
         if self.orth_reg_weight < 0:
             raise ValueError(f"orth_reg_weight={self.orth_reg_weight!r} must not be negative")
+        if not isinstance(self.rank_pattern, dict | None):
+            raise TypeError(
+                f"rank_pattern={self.rank_pattern!r} must be a stored allocation, {{name: [kept, ...]}}, or None"
+            )
         if self.target_r > self.init_r:
             raise ValueError(f"target_r={self.target_r} must not exceed init_r={self.init_r}")
 

@@ -94,6 +94,8 @@ class PeftConfig:
             value = getattr(self, f.name)
             if value is None and f.default_factory is dict:
                 setattr(self, f.name, {})
+            elif f.default_factory is dict and not isinstance(value, dict):
+                raise TypeError(f"{f.name}={value!r} must be a dict, {{name or regular expression: value}}")
             elif isinstance(value, (tuple, range)):
                 setattr(self, f.name, list(value))
         self.task_type = getattr(self.task_type, "value", self.task_type)
@@ -228,8 +230,8 @@ class Method:
     weight(layer) -> Tensor (out, in): a weight formed in each forward, for methods without a useful factored form.
     output(layer) -> Factors: the expression on the layer's own output z, y = z + s·h(zAᵀ + a)Bᵀ + bias.
     With both factors and weight, each call takes the form of fewer FLOPs.
-    residual(layer) -> Factors: where the method trains on a residual of W, the frozen update that makes it, beside which
-        ``factors`` train: W itself is never changed. Dropout does not touch it.
+    residual(layer) -> Factors: where the method trains on a residual of W, the frozen update that makes it and beside
+        which ``factors`` train: W itself is never changed. Dropout does not touch it.
     acts(layer, step): whether on_step has anything to do with a layer at a step.
     on_step([(name, layer)], step): called by ``fused_peft.on_step`` after each optimizer step.
     cost(layer, rows) -> (FLOPs with factors, FLOPs with weight), where both are declared.

@@ -24,7 +24,7 @@ class DeloraConfig(PeftConfig):
     peft_type: ClassVar[str] = "DELORA"
     target_defaults: ClassVar[dict[str, Any]] = {"target_modules": LORA_TARGETS}
 
-    training_only: ClassVar[frozenset[str]] = frozenset({"delora_lambda", "module_dropout"})
+    training_only: ClassVar[frozenset[str]] = frozenset({"delora_lambda", "lambda_pattern", "module_dropout"})
 
     r: int = 8
     delora_lambda: float = 15.0

@@ -46,6 +46,8 @@ class VeraConfig(PeftConfig):
         super().__post_init__()
         positive_int("r", self.r)
         probability("vera_dropout", self.vera_dropout)
+        if not isinstance(self.projection_prng_key, int):
+            raise TypeError(f"projection_prng_key={self.projection_prng_key!r} must be an integer, the seed of A and B")
 
     def for_targets(self, shapes: list[tuple[int, int]]) -> VeraConfig:
         return replace(self, projection_shape=tuple(map(max, zip(*shapes, strict=True))))

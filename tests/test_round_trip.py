@@ -1,0 +1,305 @@
+"""What is on disk gives back what was saved: every field of every config, and every method by every way to save."""
+
+import contextlib
+import copy
+import io
+import json
+import pickle
+from dataclasses import MISSING, fields, replace
+
+import pytest
+import torch
+from torch import nn
+
+import fused_peft as fp
+from fused_peft import adapter_config, prompt
+from fused_peft.methods import METHODS, PeftConfig
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+SAMPLES = {name: method.example(4) for name, method in METHODS.items()}
+SAMPLES |= {c.method_name: c() for c in prompt.CONFIGS.values()}
+SAMPLES |= {"lora-use_dora": fp.LoraConfig(use_dora=True), "lora-pissa": fp.LoraConfig(init_lora_weights="pissa")}
+
+# values that a field may take, by its name and else by its type; each config keeps those that it accepts
+BY_NAME = {
+    "target_modules": [["0"], "all-linear", r".*\.0"],
+    "exclude_modules": [["1"], "1"],
+    "layers_to_transform": [3, [1, 2], (0, 1), range(2)],
+    "layers_pattern": ["layers", ["h"], ("h", "l")],
+    "modules_to_save": [["head"], ("head",)],
+    "bias": ["all", "lora_only", "ssb_only"],
+    "task_type": ["SEQ_CLS", peft.TaskType.CAUSAL_LM],
+    "init_lora_weights": [False, "gaussian", "pissa", "pissa_niter_4", "milora", "olora"],
+    "nonlinearity": ["relu", "silu"],
+    "rank_pattern": [{"q": 3, "0": 2}, {"0.lora_E": [True, False]}],
+    "alpha_pattern": [{"q": 3.5, "0": 2}],
+    "lambda_pattern": [{"q": 3.5}],
+    "feedforward_modules": [["0"], ".*", []],
+    "mask": [{"0": 3, "1": 4}, 5],
+    "kind": ["houlsby", "double_seq_bn"],
+    "projection_shape": [(8, 6)],
+    "prompt_tuning_init": ["SAMPLE_VOCAB"],
+    "encoder_reparameterization_type": ["LSTM"],
+    "lora_dropout": [0.25],
+    "tinit": [2],
+    "total_step": [70],
+    "density": [0.5],
+    "revision": ["main"],
+    "base_model_name_or_path": ["models/base"],
+}
+BY_TYPE = {bool: [True, False], int: [3, 40], float: [0.25, 3.5], str: ["text"]}
+
+
+def accepted(config: PeftConfig, field) -> list[PeftConfig]:
+    """The config with every value of this field that it takes: None, the default, and others."""
+    values = [None, *BY_NAME.get(field.name, ())]
+    values += [] if field.default is MISSING else [field.default]
+    for kind, of in BY_TYPE.items():
+        values += of if kind.__name__ in str(field.type) else []
+    found = []
+    for value in values:
+        try:
+            found.append(replace(config, **{field.name: value}))
+        except (TypeError, ValueError):
+            continue
+    return found
+
+
+EVERY = [
+    pytest.param(name, field, id=f"{name}-{field.name}") for name, config in SAMPLES.items() for field in fields(config)
+]
+
+
+@pytest.mark.parametrize(("name", "field"), EVERY)
+def test_a_config_comes_back_as_it_was(name, field, tmp_path):
+    found = accepted(SAMPLES[name], field)
+    assert found, f"no value of {field.name} to try: add some to BY_NAME"
+    for i, config in enumerate(found):
+        folder = tmp_path / str(i)
+        adapter_config.write_config(config, folder)
+        from safetensors.torch import save_file
+
+        note = {"format": "pt", adapter_config.NOTE: json.dumps(adapter_config.note(config))}
+        save_file({}, folder / adapter_config.WEIGHTS_NAME, metadata=note)
+        back = fp.load_config(folder)
+        if field.name == "projection_shape":  # found anew from the model's layers
+            back.projection_shape = config.projection_shape
+        assert type(back) is type(config)
+        assert back == config, (field.name, getattr(config, field.name), getattr(back, field.name))
+
+
+class Net(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.embed = nn.Embedding(20, width)
+        self.q, self.v, self.norm = nn.Linear(width, 12), nn.Linear(12, width, bias=False), nn.LayerNorm(width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        return self.head(self.norm(x + self.v(torch.tanh(self.q(x)))))
+
+
+IDS = torch.arange(10).view(2, 5)
+VARIANTS = {
+    **{name: config for name, config in SAMPLES.items() if config.peft_type not in prompt.CONFIGS},
+    "pissa_niter": fp.PissaConfig(r=4, init_lora_weights="pissa_niter_1"),
+    "lora-biases": fp.LoraConfig(r=4, bias="all", modules_to_save=["head"]),
+    "lora-no-alpha": fp.LoraConfig(r=4, lora_alpha=None),
+    "lora-no-alpha-rs": fp.LoraConfig(r=4, lora_alpha=None, use_rslora=True, rank_pattern={"v": 2}),
+    "vera-projection": fp.VeraConfig(r=4, save_projection=True),
+}
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+
+
+def base(dtype=torch.float32):
+    torch.manual_seed(3)
+    return Net().to(dtype).eval()
+
+
+def trained(name, model=None):
+    """A model whose adapters, heads and biases have all moved, schedules driven."""
+    torch.manual_seed(5)
+    model = base() if model is None else model
+    model = fp.get_peft_model(model, replace(VARIANTS[name], target_modules=["q", "v"])).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.3)
+    for step in range(3):
+        torch.nn.functional.cross_entropy(model(IDS).flatten(0, 1), IDS.flatten() % 5).backward()
+        optimizer.step()
+        fp.on_step(model, 100 + step)  # past LoRA-Dash's warm-up
+        optimizer.zero_grad()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    model.eval()
+    assert (model(IDS) - base()(IDS)).abs().max() > 1e-3
+    return model
+
+
+def by_save_pretrained(model, name, path):
+    fp.save_pretrained(model, path)
+    torch.manual_seed(99)
+    return fp.load_adapter(base(), path)
+
+
+def by_state_dict(model, name, path):
+    memory = io.BytesIO()
+    torch.save(model.state_dict(), memory)
+    memory.seek(0)
+    torch.manual_seed(99)
+    fresh = fp.get_peft_model(base(), replace(VARIANTS[name], target_modules=["q", "v"])).eval()
+    fresh.load_state_dict(torch.load(memory), strict=True)
+    return fresh
+
+
+def by_pickle(model, name, path):
+    return pickle.loads(pickle.dumps(model))
+
+
+def by_torch_save(model, name, path):
+    path.mkdir(exist_ok=True)
+    torch.save(model, path / "model.pt")
+    return torch.load(path / "model.pt", weights_only=False)
+
+
+def by_deepcopy(model, name, path):
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("way", [by_save_pretrained, by_state_dict, by_pickle, by_torch_save, by_deepcopy])
+@every_variant
+def test_what_is_saved_gives_back_the_trained_model(name, way, tmp_path):
+    model = trained(name)
+    want = model(IDS).detach()
+    again = way(model, name, tmp_path / "saved")
+    assert torch.equal(again(IDS), want)
+    with fp.disable_adapter(again):
+        assert torch.equal(again(IDS), base()(IDS))
+    twice = way(again, name, tmp_path / "again")  # and once more, from what was loaded
+    assert torch.equal(twice(IDS), want)
+
+
+@every_variant
+def test_the_state_holds_the_base_weights(name):
+    before, after = base().state_dict(), trained(name).state_dict()
+    frozen = before.keys() - {n for n, p in trained(name).named_parameters() if p.requires_grad}
+    assert {"q.weight", "v.weight"} <= frozen
+    assert all(torch.equal(before[n], after[n]) for n in frozen)
+
+
+def llama(folder=None):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=20
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    if folder is not None:
+        model.save_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    return model
+
+
+def randomised(config, model):
+    torch.manual_seed(1)
+    model = fp.get_peft_model(model, replace(config, target_modules=["q_proj", "down_proj"])).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+@every_variant
+def test_a_transformers_model_saves_its_adapter_and_never_the_base_alone(name, tmp_path):
+    config = replace(VARIANTS[name], modules_to_save=None)
+    model = randomised(config, llama(tmp_path / "base"))
+    want = model(IDS).logits.detach()
+    model.save_pretrained(tmp_path / "out")
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    torch.testing.assert_close(fp.load_adapter(llama(tmp_path / "base"), tmp_path / "out")(IDS).logits, want)
+    plain = copy.deepcopy(llama())
+    try:
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    except Exception:  # not a sound: no config.json, or a method that this PEFT does not take
+        again = None
+    # Transformers 5.24 drops DoRA's magnitudes, with a report, from PEFT's own folders too
+    if again is not None and adapter_config.in_peft(config) and "niter" not in name and "dora" not in name:
+        torch.testing.assert_close(again(IDS).logits, want, rtol=1e-4, atol=1e-5)
+    assert again is None or not torch.equal(again(IDS).logits, plain(IDS).logits)
+    with pytest.raises(RuntimeError, match="model is part of an adapted model"):
+        model.model.save_pretrained(tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+    with pytest.raises(ValueError, match="push_to_hub=True"):
+        model.save_pretrained(tmp_path / "hub", push_to_hub=True)
+    if METHODS[config.method_name].output is None and config.method_name != "parallel_adapter":
+        adds_bias = name == "bitfit"  # Llama's layers have none, and a checkpoint's are left out when it is loaded
+        with pytest.warns(UserWarning, match="has a bias now") if adds_bias else contextlib.nullcontext():
+            merged = fp.merge_and_unload(model)
+        torch.testing.assert_close(merged(IDS).logits, want, rtol=1e-4, atol=1e-5)
+        if adds_bias:
+            return
+        merged.save_pretrained(tmp_path / "merged")  # its own again
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(back(IDS).logits, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if adapter_config.in_peft(c) and "niter" not in n])
+def test_stock_peft_computes_the_same(name, tmp_path):
+    model = trained(name)
+    fp.save_pretrained(model, tmp_path)
+    if name == "milora":  # PEFT 0.21 has no such start
+        with pytest.raises(ValueError, match="milora"):
+            peft.PeftModel.from_pretrained(base(), tmp_path)
+        return
+    theirs = peft.PeftModel.from_pretrained(base(), tmp_path).eval()
+    torch.testing.assert_close(theirs(IDS), model(IDS), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_settings_on_load_apply_or_are_refused(name, tmp_path):
+    """Another value of any field that changes what trained values compute never loads silently."""
+    config = replace(VARIANTS[name], target_modules=["q", "v"])
+    fp.save_pretrained(trained(name), tmp_path)
+    for field in fields(config):
+        if field.name in {f.name for f in fields(PeftConfig)} | config.training_only | {"fan_in_fan_out"}:
+            continue
+        for other in accepted(config, field):
+            mine = [other.for_module(n) for n in "qv"]
+            if [config.for_module(n) for n in "qv"] == mine or other.method_name != config.method_name:
+                continue
+            try:
+                fresh = fp.get_peft_model(base(), other)
+            except ValueError:
+                continue
+            before = {n: t.clone() for n, t in fresh.state_dict().items()}
+            with pytest.raises(fp.AdapterFormatError):
+                fp.load_adapter(fresh, tmp_path)
+            assert all(torch.equal(t, before[n]) for n, t in fresh.state_dict().items()), field.name
+
+
+def test_a_random_start_that_is_not_in_the_file_is_refused(tmp_path):
+    torch.manual_seed(0)
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["q"], init_lora_weights="pissa_niter_1"))
+    theirs.save_pretrained(tmp_path)
+    net = base()
+    with pytest.raises(fp.AdapterFormatError, match=r"lacks what pissa_niter_1 took .*path_initial_model"):
+        fp.load_adapter(net, tmp_path)
+    assert not hasattr(net, "_fused_peft")
+
+
+@pytest.mark.parametrize("name", ["pissa", "milora", "olora"])
+@pytest.mark.filterwarnings("default")
+def test_saving_says_what_a_reader_of_plain_lora_would_get_wrong(name, tmp_path):
+    with pytest.warns(UserWarning, match=f"lora_A and lora_B of {name} add to a residual"):
+        fp.save_pretrained(trained(name), tmp_path)
+
+
+def test_trained_parameters_that_belong_to_no_adapter_are_named(tmp_path):
+    model = trained("lora-biases")
+    model.embed.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"embed.weight trains but belong.* not saved; name .*modules_to_save"):
+        fp.save_pretrained(model, tmp_path)
