@@ -276,11 +276,16 @@ def _drop_remade(slots: dict, stored: dict, layers: dict[str, PeftLinear], confi
 
 
 def _take_embeddings(
-    stored: dict, slots: dict, model: nn.Module, parameters: dict[str, Tensor], path: Path
+    stored: dict,
+    slots: dict,
+    model: nn.Module,
+    layers: dict[str, PeftLinear],
+    parameters: dict[str, Tensor],
+    path: Path,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Remove the embeddings and output embeddings that PEFT stores whole beside the adapter; {parameter: (own, value)}
     of those whose values are not the model's."""
-    found = {}
+    found, written_here = {}, slots.keys() & stored.keys()
     heads = {id(m) for m in (_embeddings(model, which) for which in ("input", "output")) if m is not None}
     for key in stored.keys() - slots.keys():
         name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
@@ -293,9 +298,27 @@ def _take_embeddings(
                 f"{path / WEIGHTS_NAME}: {key} has shape {tuple(value.shape)}, the model's has {shape_of(own)}; call "
                 f"model.resize_token_embeddings({value.shape[0]}) first"
             )
-        if not whole(own).detach().cpu().equal(value.to(own.dtype)):
-            found[name] = own, value
+        if whole(own).detach().cpu().equal(value.to(own.dtype)):
+            continue
+        layer = layers.get(owner)
+        if layer is not None and layer.method.residual is not None and not any("residual_" in k for k in written_here):
+            tied = [n for n in convert.holders_of_weights(model)[id(own)] if n != owner]
+            if tied or not _is_residual(value, layer):
+                why = f"put in place of {', '.join(tied)} as well, being tied to it" if tied else "another model's"
+                raise AdapterFormatError(
+                    f"{path / WEIGHTS_NAME}: {key} is the residual of {layer.method.name}, and {why}; load this adapter "
+                    "with PEFT"
+                )
+            continue
+        found[name] = own, value
     return found
+
+
+@torch.no_grad()
+def _is_residual(value: Tensor, layer: PeftLinear) -> bool:
+    """Whether PEFT has stored the residual on which the method trains: there it takes the place of the weight."""
+    residual = layer._matrix(layer.method.residual(layer).merged(whole(layer.matrix).float())).cpu()
+    return torch.allclose(value.float(), residual, rtol=0, atol=1e-2 * residual.abs().max().item())
 
 
 def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
@@ -354,7 +377,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: boo
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = _renamed(stored, slots.keys() | {_PREFIX + n for n in parameters}, renaming(model))
     _drop_remade(slots, stored, layers, config, path)
-    embeddings = _take_embeddings(stored, slots, model, parameters, path)
+    embeddings = _take_embeddings(stored, slots, model, layers, parameters, path)
     _check(stored, slots, path)
     if adapted:
         _refuse_settings(layers, resolve(model, config), path)

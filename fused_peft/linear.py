@@ -279,7 +279,7 @@ class PeftLinear(nn.Linear):
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if any(p.requires_grad for p in self.adapter_tensors()):
                 warnings.warn(
-                    f"a merged {self.method.name} layer is called in training mode, where its adapter gets no gradient; "
+                    f"a merged {self.method.name} layer runs in training mode, where its adapter gets no gradient; "
                     "unmerge(model) before training, or model.eval()",
                     stacklevel=2,
                 )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 peft = pytest.importorskip("peft")
@@ -101,6 +102,39 @@ def disabled(model):
 def into_a_file(model, folder):
     (folder / "taken").write_text("")
     fp.save_pretrained(model, folder / "taken")
+
+
+def below_a_file(model, folder):
+    (folder / "taken").write_text("")
+    fp.save_pretrained(model, folder / "taken/adapter")
+
+
+def into_a_locked_folder(model, folder):
+    with pytest.MonkeyPatch.context() as patch:  # whoever runs the tests may write anywhere
+        patch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+        fp.save_pretrained(model, folder / "adapter")
+
+
+def tied():
+    return fp.get_peft_model(Tied(), fp.FloraConfig(r=2, target_modules=["body", "lm_head"]))
+
+
+def packed_base():
+    model = plain()
+    model[0].weight = nn.Parameter(Packed(model[0].weight.detach()), requires_grad=False)
+    return model
+
+
+def packed():
+    model = ours()
+    model[0].weight = nn.Parameter(Packed(model[0].weight.detach()), requires_grad=False)
+    return model
+
+
+def lost():
+    model = ours()
+    model[0] = nn.Linear(4, 4)
+    return model
 
 
 def from_a_file(model, folder):
@@ -219,6 +253,28 @@ ROWS = [
         adapt(fp.LoraConfig(r=2, target_modules="all-linear")), TypeError,
         ("target_modules='all-linear' matches '9'", "Doubling has a forward of its own", "exclude it")),
     Row("save into a file", ours, into_a_file, FileExistsError, ("is an existing file; give a folder",)),
+    Row("save below a file", ours, below_a_file, FileExistsError, ("lies below", "a file")),
+    Row("save without permission", ours, into_a_locked_folder, PermissionError,
+        ("no permission to write into", "give another folder")),
+    Row("is_trainable by word", ours, lambda m, folder: fp.load_adapter(m, folder, is_trainable="no"), TypeError,
+        ("is_trainable='no' must be True or False",)),
+    Row("save what has lost a layer", lost, fp.save_pretrained, RuntimeError, ("0", "vanished")),
+    Row("train while merged", merged, lambda m: m.train()(torch.randn(2, 4)), UserWarning,
+        ("merged lora layer", "gets no gradient", "unmerge(model)")),
+    Row("a task type of nobody's", plain, lambda m: fp.LoraConfig(task_type="SEQ_CLASS"), ValueError,
+        ("task_type='SEQ_CLASS'", "SEQ_CLS")),
+    Row("a pattern that is no table", plain, lambda m: fp.LoraConfig(rank_pattern=3), TypeError,
+        ("rank_pattern=3 must be a dict",)),
+    Row("merge a tied weight", tied, fp.merge, fp.NotMergeableError,
+        ("lm_head.weight is shared with embed_tokens", "untie them first", "torch.nn.Parameter")),
+    Row("unload a tied weight", tied, fp.merge_and_unload, fp.NotMergeableError,
+        ("lm_head.weight is shared with embed_tokens", "untie them first")),
+    Row("merge a quantised weight", packed, fp.merge, fp.NotMergeableError,
+        ("its weight is a Packed", "keep the layer unmerged")),
+    Row("adapt a quantised weight", packed_base, adapt(fp.LoraConfig(r=2, **ON)), TypeError,
+        ("its weight is a Packed", "adapt it before it is quantised")),
+    Row("adapt a tied weight", Tied, adapt(fp.LoraConfig(r=2, target_modules=["lm_head"])), UserWarning,
+        ("lm_head.weight is shared with embed_tokens", "untied")),
     Row("load from an empty folder", plain, fp.load_adapter, FileNotFoundError,
         ("holds no adapter_config.json", "give the folder that save_pretrained wrote")),
 ]  # fmt: skip
