@@ -306,8 +306,8 @@ def _take_embeddings(
             if tied or not _is_residual(value, layer):
                 why = f"put in place of {', '.join(tied)} as well, being tied to it" if tied else "another model's"
                 raise AdapterFormatError(
-                    f"{path / WEIGHTS_NAME}: {key} is the residual of {layer.method.name}, and {why}; load this adapter "
-                    "with PEFT"
+                    f"{path / WEIGHTS_NAME}: {key} is the residual of {layer.method.name}, and {why}; load this "
+                    "adapter with PEFT"
                 )
             continue
         found[name] = own, value
