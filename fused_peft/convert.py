@@ -508,8 +508,6 @@ def _problem(layer: PeftLinear, tokens: int, dtype: torch.dtype) -> dispatch.Pro
     """The call that a layer makes on ``tokens`` rows, without making it."""
     with torch.no_grad():
         f = (layer.method.output or layer.method.factors)(layer)
-        if layer.method.residual is not None and not layer.apart(f):
-            f = PeftLinear._beside_residual(layer, f)
     behind = layer.method.output is not None
     width = layer.out_features if behind else layer.in_features
     w = None if behind or layer.method.replaces_weight else layer.matrix

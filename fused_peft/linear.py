@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -223,19 +222,8 @@ class PeftLinear(nn.Linear):
         self.awaits_weight = self.method.from_weight and self.weight.is_meta
 
     def factors(self) -> Factors:
-        """The whole update of the weight as ``Factors``, differentiable in the adapter's parameters.
-
-        Raises NotMergeableError where a non-linearity stands between a residual and what trains on it.
-        """
-        return self._beside_residual(self.method.factors(self))
-
-    def _beside_residual(self, f: Factors) -> Factors:
-        """f and the frozen update that makes the method's residual, if it has one, as one update."""
-        return f if self.method.residual is None else self.method.residual(self) + replace(f, p=0.0)
-
-    def apart(self, f: Factors) -> bool:
-        """Whether f and the residual take two calls, since dropout or a non-linearity acts on f alone."""
-        return f.h != "identity" or (f.p > 0 and self.training)
+        """What trains as ``Factors``, differentiable in the adapter's parameters."""
+        return self.method.factors(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out_features) in x's dtype (or autocast's); x (..., in_features) in the weight's dtype.
@@ -259,13 +247,10 @@ class PeftLinear(nn.Linear):
                 return ops.formed_linear(x, self.formed_weight, self.adapter_tensors(), bias)
             if method.replaces_weight:
                 weight = None
-            f, c = method.factors(self), None
-            if method.residual is not None:
-                if self.apart(f):
-                    weight, c = None, ops.linear(x, weight, method.residual(self))
-                else:
-                    f = self._beside_residual(f)
-            return ops.linear(x, weight, f, bias, c, self.training)
+            c = None
+            if method.residual is not None:  # a call of its own, which keeps nothing, and which dropout spares
+                weight, c = None, ops.linear(x, weight, method.residual(self))
+            return ops.linear(x, weight, method.factors(self), bias, c, self.training)
         if self.merged and self.enabled:
             self._warn_if_training()
         if self.merged and not self.enabled:

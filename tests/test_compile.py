@@ -98,13 +98,8 @@ def test_one_graph_and_one_more_when_the_rows_change(training, case):
     with torch.set_grad_enabled(training):
         counts, graphs = compiled_like(layer, adapter(layer), BATCHES)
     assert counts == [1, 2, 2, 2]
-    calls = 0 if case.method == "diff_pruning" else 2 if _apart(layer) else 1
+    calls = 0 if case.method == "diff_pruning" else 2 if layer.method.residual else 1
     assert graphs.fused == [calls, calls]
-
-
-def _apart(layer):
-    """Whether a residual takes a call of its own, since dropout spares it."""
-    return layer.method.residual is not None and layer.apart(layer.method.factors(layer))
 
 
 @each(DROPOUT)

@@ -339,7 +339,7 @@ def test_bad_calls():
         (3, config),
         (model, object()),
         (model, fp.LoraConfig(r=4, target_modules=["9"])),
-        (model, fp.LoraConfig(r=N + 1, **targets(1))),
+        (model, fp.PissaConfig(r=N + 1, **targets(1))),
         (model, fp.LoraConfig(r=4)),
         (nn.Sequential(nn.LazyLinear(3)), config),
         (nn.Sequential(nn.Conv1d(3, 3, 1)), config),

@@ -2,7 +2,7 @@
 
 Hu et al., arXiv 2106.09685; rsLoRA, arXiv 2312.03732; PiSSA (top r singular triplets), arXiv 2404.02948; MiLoRA (bottom
 r), arXiv 2406.09044; OLoRA (QR), arXiv 2406.01775. Extension and reconstruction groups of arXiv 2407.05417. For the
-last three W' = (W − s·B₀A₀) + s·B A: W stays as it is, and A₀, −B₀ are frozen beside A, B, one product of rank 2r.
+last three W' = (W − s·B₀A₀) + s·B A: W stays as it is, and A₀, −B₀ are frozen beside A, B.
 """
 
 from __future__ import annotations
