@@ -12,6 +12,15 @@ from .linear import PeftLinear
 STATE = "_fused_peft"  # the attribute under which get_peft_model leaves its AdapterState
 
 
+# what activation checkpointing, FSDP and torch.compile put between a name's parts
+_WRAPPERS = {"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"}
+
+
+def plain_name(name: str) -> str:
+    """A module's or parameter's name as it was before any such wrapper was put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
     while True:

@@ -49,16 +49,25 @@ def write_config(config: PeftConfig, path: Path) -> None:
 
     The caller writes ``note(config)`` into the weights' metadata. Warns of settings that PEFT would ignore.
     """
+    put_config(config_text(config), path)
+
+
+def config_text(config: PeftConfig) -> str:
+    """What goes into the file. Warns of settings that PEFT would ignore."""
     document, ignored = _document(config)
     if ignored and in_peft(config):
         warnings.warn(
-            f"Hugging Face PEFT ignores {ignored} of {config.peft_type}; it will load another adapter", stacklevel=3
+            f"Hugging Face PEFT ignores {ignored} of {config.peft_type}; it will load another adapter", stacklevel=4
         )
     if not in_peft(config):
         document[NOTE] = note(config)
+    return json.dumps(dict(sorted(document.items())), indent=2) + "\n"  # patterns keep their order
+
+
+def put_config(text: str, path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     aside = path / f".{CONFIG_NAME}.{os.getpid()}"
-    aside.write_text(json.dumps(dict(sorted(document.items())), indent=2) + "\n")  # patterns keep their order
+    aside.write_text(text)
     os.replace(aside, path / CONFIG_NAME)
 
 

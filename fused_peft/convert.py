@@ -34,7 +34,7 @@ from .sharded import (
 )
 from .targets import find_targets, is_target, modules_to_save, resolve
 from .unmet import warn_of_unmet
-from .wide import HALF, narrow, widen
+from .wide import HALF, READERS, narrow, widen
 
 # what Hugging Face PEFT's own models have in place of the functions here
 _PEFT_CALLS = {
@@ -54,7 +54,7 @@ class AdapterState:
     config: PeftConfig
     saved: dict[str, nn.Module] = field(default_factory=dict)  # modules_to_save: name -> frozen original
     biases: dict[str, Tensor] = field(default_factory=dict)  # trained in place: parameter name -> base value
-    embeddings: list[str] = field(default_factory=list)  # parameters that a loaded adapter brought along, whole
+    embeddings: dict[str, Tensor] = field(default_factory=dict)  # brought along by a loaded adapter: name -> base value
     disabled: int = 0  # how many disable_adapter contexts are open
     layers: tuple[str, ...] = ()  # the names of the adapted layers, by which a vanished one is noticed
     told: tuple[str, ...] = ()  # the vanished ones that on_step has warned of
@@ -179,9 +179,9 @@ def _frozen_as_before(model: nn.Module):
 
 
 def _warn_tied(model: nn.Module, new: dict[str, PeftLinear]) -> None:
-    holders = holders_of_weights(model)
+    holders = Holders(model)
     for name, layer in new.items():
-        tied = [n for n in holders[id(layer.weight)] if n != name]
+        tied = holders.others(layer.weight, name)
         if tied:
             warnings.warn(
                 f"{name}.weight is shared with {', '.join(tied)}, which stay as they are; the adapter cannot be merged "
@@ -190,13 +190,19 @@ def _warn_tied(model: nn.Module, new: dict[str, PeftLinear]) -> None:
             )
 
 
-def holders_of_weights(model: nn.Module) -> dict[int, list[str]]:
-    """{id of a parameter: the names of the modules that hold it as their weight}."""
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "weight", None), nn.Parameter):
-            holders.setdefault(id(module.weight), []).append(name)
-    return holders
+class Holders:
+    """Which modules of a model hold which parameters."""
+
+    def __init__(self, model: nn.Module):
+        self.names: dict[int, list[tuple[str, str]]] = {}
+        for name, module in model.named_modules():
+            for key, p in module._parameters.items():
+                self.names.setdefault(id(p), []).append((name, key))
+
+    def others(self, parameter: Tensor, owner: str) -> list[str]:
+        """The names under which modules other than the owner hold a parameter, a plain ".weight" left out."""
+        held = self.names[id(parameter)]
+        return [f"{name}.{key}".removesuffix(".weight") for name, key in held if name != owner]
 
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
@@ -252,19 +258,25 @@ def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     for layer in planned.layers.values():
         for parameter in layer.adapter_names:
             getattr(layer, parameter).requires_grad_(not planned.state.config.inference_mode)
+    kept = {id(p) for layer in planned.layers.values() for p in layer.adapter_tensors()}
+    like = next((p for p in model.parameters() if p.dtype in HALF and id(p) not in kept), None)
     for name, module in planned.copies.items():
-        widen(module, planned.wide)
+        widen(module, planned.wide, like)
         # under this name only: a tied or shared original stays frozen wherever else it is used
         _set(model, name, module.requires_grad_(not planned.state.config.inference_mode))
     if isinstance(planned.state.config, prompt.SoftPromptConfig):
         soft = prompt.attach(model, planned.state.config, plain=planned.plain_prompt)
         soft.requires_grad_(not planned.state.config.inference_mode)
+    holders = Holders(model).names
     for name in planned.state.biases:
-        owner, _, bias = name.rpartition(".")
-        if owner not in planned.layers:
-            widen(model.get_submodule(owner), planned.wide, [bias])
-        elif (own := model.get_parameter(name)).dtype in HALF:
-            own.data = own.data.to(planned.wide)  # a PeftLinear computes in its input's dtype
+        half = planned.state.biases[name].dtype in HALF
+        for owner, key in holders[id(model.get_parameter(name))] if half else ():
+            if owner not in planned.layers:
+                reader, below = _reader(model, f"{owner}.{key}" if owner else key)
+                widen(reader, planned.wide, like, [below])
+        if (own := model.get_parameter(name)).dtype in HALF:
+            with gathered([own], write=True):
+                own.data = own.data.to(planned.wide)  # a PeftLinear computes in its input's dtype
         model.get_parameter(name).requires_grad_(not planned.state.config.inference_mode)
     planned.state.layers = tuple(planned.layers)
     setattr(model, _STATE, planned.state)
@@ -272,6 +284,14 @@ def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     if not planned.state.config.inference_mode:
         checks.watch(model)
     return model
+
+
+def _reader(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that owns a parameter, or the one above that reads it there, and the parameter's name in it."""
+    owner = name.rpartition(".")[0]
+    above = [".".join(owner.split(".")[:i]) for i in range(len(owner.split(".")))]
+    top = next((n for n in above if isinstance(model.get_submodule(n), READERS)), owner)
+    return model.get_submodule(top), name.removeprefix(f"{top}." if top else "")
 
 
 def _set(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -305,9 +325,14 @@ def merge(model: nn.Module, safe_merge: bool = False) -> None:
 def _merge(model: nn.Module, found: list[tuple[str, PeftLinear]], safe_merge: bool) -> None:
     """Merge these layers, all or none; NotMergeableError where another module holds the same weight."""
     checks.warn_vanished(model)
-    holders = holders_of_weights(unwrap(model))
+    holders = Holders(unwrap(model))
     for name, layer in found:
-        if tied := [n for n in holders[id(layer.weight)] if n != name]:
+        if tied := holders.others(layer.bias, name) if layer.changes_bias() else []:
+            raise NotMergeableError(
+                f"{name}.bias is shared with {', '.join(tied)}, which merging would change too; give {name} a bias of "
+                "its own, torch.nn.Parameter(layer.bias.detach().clone())"
+            )
+        if tied := holders.others(layer.weight, name):
             setting = "model.config.tie_word_embeddings = False, and " if hasattr(model, "config") else ""
             raise NotMergeableError(
                 f"{name}.weight is shared with {', '.join(tied)}, which merging would change too; untie them first: "
@@ -380,11 +405,15 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     _replace(model, {id(layer): layer.unload() for _, layer in found})
     if hasattr(model, _STATE):
         state = state_of(model)
-        for name in (*state.saved, *(n.rpartition(".")[0] for n in state.biases)):
+        adapted = dict(found)
+        for name in state.saved:
             narrow(model.get_submodule(name))
-        for name, value in state.biases.items():
-            own = model.get_parameter(name)
-            own.data = own.data.to(value.dtype)
+        for name in state.biases:
+            layer = adapted.get(name.rpartition(".")[0])
+            if layer is None:
+                narrow(_reader(model, name)[0])
+            else:
+                layer.bias.data = layer.bias.data.to(layer.weight.dtype)
         delattr(model, _STATE)
     model_saving.restore(model)
     return model

@@ -20,14 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import convert, prompt
+from .adapted import plain_name
 from .adapter_config import (
     CONFIG_NAME,
     NOTE,
     WEIGHTS_NAME,
     AdapterFormatError,
+    config_text,
     in_peft,
     load_config,
     note,
+    put_config,
     write_config,
 )
 from .checks import refuse_vanished
@@ -35,7 +38,7 @@ from .convert import by_keyword
 from .linear import PeftLinear
 from .methods import PeftConfig
 from .renamed import renaming
-from .sharded import fill, is_spread, reshard, shape_of, whole
+from .sharded import fill, gathered, is_spread, reshard, shape_of, whole
 from .targets import resolve
 
 __all__ = ["AdapterFormatError", "load_adapter", "load_config", "save_pretrained", "write_config"]
@@ -65,7 +68,9 @@ def _slots(layers: dict[str, PeftLinear], state: convert.AdapterState, find: Cal
             tensor = getattr(layer, buffer)
             slots[f"{_PREFIX}{name}.{layer.method.disk_key(buffer)}"] = (tensor, tuple(tensor.shape))
     for name in (*state.biases, *state.embeddings):
-        tensor, (owner, _, last) = find(name), name.rpartition(".")
+        owner, _, last = name.rpartition(".")
+        # of a merged layer the values that are kept beside the merged ones
+        tensor = getattr(layers[owner], f"_base_{last}") if owner in layers and layers[owner].merged else find(name)
         key = f"{owner}.base_layer.{last}" if owner in layers else name
         slots[_PREFIX + key] = (tensor, shape_of(tensor))
     for name, original in state.saved.items():
@@ -113,13 +118,19 @@ def _shared(layers: dict[str, PeftLinear]) -> dict[str, Tensor]:
     return {key: whole(t).detach().contiguous().cpu() for key, t in found.items()}
 
 
+def _layers(model: nn.Module) -> dict[str, PeftLinear]:
+    """The adapted layers by the names that they had before activation checkpointing, FSDP or torch.compile."""
+    return {plain_name(name): layer for name, layer in convert.layers(model)}
+
+
 def _finder(model: nn.Module) -> Callable[[str], Tensor]:
     tensors = None
 
     def find(name: str) -> Tensor:
         nonlocal tensors
         if tensors is None:
-            tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+            named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+            tensors = {plain_name(n): t for n, t in named}
         return tensors[name]
 
     return find
@@ -141,13 +152,14 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike, *, state_dict: di
     refuse_vanished(model, "save_pretrained")
     path = _folder(path)
     reshard(model)
-    layers = dict(convert.layers(model))
+    layers = _layers(model)
     slots = _slots(layers, state, _finder(model))
     _warn_unsaved(model, slots)
     if state_dict is not None:
         slots = _taken_from(state_dict, slots, model)
     if hasattr(model, "soft_prompt"):
-        P = model.soft_prompt.prompt()
+        with gathered(model.soft_prompt.parameters()):
+            P = model.soft_prompt.prompt().detach().clone()
         slots["prompt_embeddings"] = (P, tuple(P.shape))
     together = any(is_spread(t) for t, _ in slots.values())
     tensors = {key: whole(t).detach().reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
@@ -156,11 +168,12 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike, *, state_dict: di
     try:
         if not together or torch.distributed.get_rank() == 0:
             _warn_residual(layers, state.config)
+            config = config_text(state.config)  # all that can be refused comes before the first file
             path.mkdir(parents=True, exist_ok=True)
             aside = path / f".{WEIGHTS_NAME}.{os.getpid()}"
             save_file(apart(tensors), aside, metadata={"format": "pt", NOTE: json.dumps(note(state.config))})
             os.replace(aside, path / WEIGHTS_NAME)
-            write_config(state.config, path)
+            put_config(config, path)
     finally:
         if together:
             torch.distributed.barrier()  # nobody reads the files before they are there
@@ -169,7 +182,10 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike, *, state_dict: di
 def _taken_from(state_dict: dict[str, Tensor], slots: dict, model: nn.Module) -> dict:
     """The slots with the values of a state_dict in place of the model's own tensors."""
     names = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
-    return {key: (state_dict.get(names[id(t)], t), shape) for key, (t, shape) in slots.items()}
+    missing = {names[id(t)] for t, _ in slots.values() if id(t) in names} - state_dict.keys()
+    if missing:
+        raise ValueError(f"state_dict lacks {_listing(missing)}; give the whole of model.state_dict()")
+    return {key: (state_dict.get(names.get(id(t)), t), shape) for key, (t, shape) in slots.items()}
 
 
 def _folder(path: str | os.PathLike) -> Path:
@@ -302,7 +318,7 @@ def _take_embeddings(
             continue
         layer = layers.get(owner)
         if layer is not None and layer.method.residual is not None and not any("residual_" in k for k in written_here):
-            tied = [n for n in convert.holders_of_weights(model)[id(own)] if n != owner]
+            tied = convert.Holders(model).others(own, owner)
             if tied or not _is_residual(value, layer):
                 why = f"put in place of {', '.join(tied)} as well, being tied to it" if tied else "another model's"
                 raise AdapterFormatError(
@@ -352,7 +368,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: boo
     stored = _read(path)
     adapted = hasattr(model, convert._STATE)
     if adapted:
-        state, layers = convert.state_of(model), dict(convert.layers(model))
+        state, layers = convert.state_of(model), _layers(model)
         if state.config.method_name != config.method_name:
             raise AdapterFormatError(
                 f"{path / CONFIG_NAME} is for {config.method_name}, but the model carries {state.config.method_name}; "
@@ -372,12 +388,14 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: boo
         planned.plain_prompt = True
         state, layers = planned.state, planned.layers
     # the same names point at the same shapes before and after, so the check needs no change to the model
-    slots = _slots(layers, replace(state, embeddings=[]), _finder(model)) | _prompt_slot(state.config)
+    slots = _slots(layers, replace(state, embeddings={}), _finder(model)) | _prompt_slot(state.config)
     shared = _take_shared(stored, layers)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     stored = _renamed(stored, slots.keys() | {_PREFIX + n for n in parameters}, renaming(model))
     _drop_remade(slots, stored, layers, config, path)
+    before = stored.keys() - slots.keys()
     embeddings = _take_embeddings(stored, slots, model, layers, parameters, path)
+    brought = {key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in before - stored.keys()}
     _check(stored, slots, path)
     if adapted:
         _refuse_settings(layers, resolve(model, config), path)
@@ -387,9 +405,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: boo
         slots = {k: v for k, v in _slots(layers, state, _finder(model)).items() if k in kept}
     if hasattr(model, "soft_prompt"):
         slots |= _prompt_slot(state.config, model.soft_prompt.embedding.weight)
+    for name in state.embeddings.keys() - brought:  # of the adapter that was here before
+        fill(parameters[name], state.embeddings.pop(name))
     for name, (own, value) in embeddings.items():
+        state.embeddings.setdefault(name, whole(own).detach().clone())
         fill(own, value)
-        state.embeddings = [*dict.fromkeys([*state.embeddings, name])]
         owner = layers.get(name.rpartition(".")[0])
         if owner is not None and owner.method.from_weight:
             owner.reset_adapter_parameters()  # norms and factors of the weight that is there now
@@ -418,6 +438,7 @@ def _renamed(stored: dict, known: set[str], rename: Callable[[str], str]) -> dic
 def _refuse_settings(layers: dict[str, PeftLinear], stored: PeftConfig, path: Path) -> None:
     """Values are replaced, settings are not: AdapterFormatError where the ones that the values were trained with would
     compute something else, a warning where they only say how to train."""
+    trains = {}
     for name, layer in layers.items():
         mine, theirs = layer.config, stored.for_module(name)
         differ = {
@@ -432,14 +453,14 @@ def _refuse_settings(layers: dict[str, PeftLinear], stored: PeftConfig, path: Pa
                     f"{field}={here!r}, with which the loaded values compute something else; load them into a plain "
                     "model, or adapt it with load_config(path)"
                 )
-        if differ:
-            warnings.warn(
-                "the loaded adapter was trained with other settings; the model keeps its own: "
-                + ", ".join(f"{field}={here!r} (not {there!r})" for field, (there, here) in differ.items()),
-                stacklevel=4,
-            )
-            return
+        trains |= {field: f"{field}={here!r} (not {there!r})" for field, (there, here) in differ.items()}
+    if trains:
+        warnings.warn(
+            "the loaded adapter was trained with other settings; the model keeps its own: "
+            + ", ".join(trains.values()),
+            stacklevel=4,
+        )
 
 
-# what says where the adapters are, which the names of the tensors have settled, or nothing at all
-_ELSEWHERE = {f.name for f in fields(PeftConfig)} | {"fan_in_fan_out"}
+# fields that change no layer's values: targets, names, whether it trains, what is found from the model
+_ELSEWHERE = {f.name for f in fields(PeftConfig)} | {"fan_in_fan_out", "projection_shape"}

@@ -13,8 +13,7 @@ from . import ops
 from .factors import Factors, NotMergeableError
 from .methods import Init, Method, PeftConfig, method_of
 from .sharded import fill, gathered, is_sharded, is_spread, placed_as, shape_of, whole, whole_grad
-
-_HALF = (torch.float16, torch.bfloat16)
+from .wide import HALF
 
 
 def conv1d_type() -> type | None:
@@ -124,6 +123,7 @@ class PeftLinear(nn.Linear):
     """
 
     method = None  # until the adapter is attached
+    merged = False
     adapter_names = ()
 
     def __init__(
@@ -168,7 +168,7 @@ class PeftLinear(nn.Linear):
         method, weight = method_of(config), self.weight
         config = config.for_module("")
         if adapter_dtype is None:
-            adapter_dtype = torch.float32 if weight.dtype in _HALF else weight.dtype
+            adapter_dtype = torch.float32 if weight.dtype in HALF else weight.dtype
         start = self._start(method, config, adapter_dtype)
         self.method, self.config = method, config.in_use()
         self.merged, self.enabled = False, True
@@ -215,7 +215,12 @@ class PeftLinear(nn.Linear):
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
-        """Initialise the adapter anew from the base weight, in place: the parameter objects stay the same."""
+        """Initialise the adapter anew from the base weight, in place: the parameter objects stay the same.
+
+        Raises RuntimeError while merged.
+        """
+        if self.merged:
+            raise RuntimeError("the layer is merged; call unmerge before reset_adapter_parameters")
         start = self._start(self.method, self.config, getattr(self, self.adapter_names[0]).dtype)
         for name, value in (start.params | start.buffers).items():
             fill(getattr(self, name), value, source=0)
@@ -362,6 +367,14 @@ class PeftLinear(nn.Linear):
     def _forget_base(self) -> None:
         del self._base_weight, self._base_bias
         self.merged = False
+
+    def changes_bias(self) -> bool:
+        """Whether merging would write into the bias that the layer has."""
+        if self.bias is None or self.method.factors is None:
+            return False
+        with torch.no_grad():
+            f = self.method.factors(self)
+        return f.bias is not None or f.scale_bias
 
     def has_new_bias(self) -> bool:
         """Whether merging has given the layer a bias that it lacked."""

@@ -88,6 +88,10 @@ def linear(
             keep_z = f.d_out is not None and f.d_out.requires_grad and torch.is_grad_enabled()
             return torch.ops.fused_peft.linear(*o, keep_z)[0]
         if _tracing():
+            if o.p:
+                raise RuntimeError(
+                    "torch.jit.trace of a layer with dropout on would fix one mask; call model.eval() first"
+                )
             return _expression(o, f)
         backend = backend_for(o)
         if torch.is_grad_enabled():

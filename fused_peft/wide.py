@@ -6,6 +6,8 @@ for that reason; so are the heads and biases that train beside them.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -14,50 +16,62 @@ from .sharded import gathered
 
 HALF = (torch.float16, torch.bfloat16)
 
+# PyTorch's modules that read parameters of modules below them instead of calling those
+READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
 
 class _Body(nn.Module):
-    """The forward of a module's class, without its hooks: those run once, around the call."""
+    """The forward that a module had, without its hooks: those run once, around the call."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.module = module
+        self.module, self.replaced = module, module.__dict__.get("forward")
 
     def forward(self, *args, **kwargs):
+        if self.replaced is not None:  # on the instance, as device_map hooks do
+            return self.replaced(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
 class _Narrowed:
-    """In place of a module's forward: the same with some of its parameters cast to the dtypes it computes in."""
+    """In place of a module's forward: the same with some of its parameters cast to the dtype that ``like`` has now."""
 
-    def __init__(self, module: nn.Module, dtypes: dict[str, torch.dtype]):
-        self.body, self.dtypes = _Body(module), dtypes
+    def __init__(self, module: nn.Module, names: list[str], like: nn.Parameter):
+        self.body, self.names, self.like = _Body(module), names, like
 
     def __call__(self, *args, **kwargs):
-        module = self.body.module
-        own = ((name, module.get_parameter(name), dtype) for name, dtype in self.dtypes.items())
-        narrow = {f"module.{name}": p.to(dtype) for name, p, dtype in own if p.dtype != dtype}
+        dtype = self.like.dtype
+        own = ((name, reduce(getattr, name.split("."), self.body.module)) for name in self.names)
+        # inside another narrowed module they are narrow already
+        narrow = {f"module.{name}": t.to(dtype) for name, t in own if t.dtype != dtype}
         return functional_call(self.body, narrow, args, kwargs)
 
 
-def widen(module: nn.Module, dtype: torch.dtype, names: list[str] | None = None) -> None:
+def widen(module: nn.Module, dtype: torch.dtype, like: nn.Parameter | None, names: list[str] | None = None) -> None:
     """Keep half-precision parameters of a module (the named ones; default: all of it, whoever below owns them) in
-    ``dtype``; each module that owns or holds some still computes in the dtype it had."""
-    halves = {n: p for n, p in module.named_parameters() if p.dtype in HALF and (names is None or n in names)}
-    before = {id(p): p.dtype for p in halves.values()}
-    with gathered(halves.values(), write=True):
-        for p in halves.values():
+    ``dtype``; each module that holds some still computes in the dtype of ``like``, a frozen parameter of the model."""
+    if like is None:  # no half precision here
+        return
+    named = module.named_parameters(remove_duplicate=False)
+    chosen = [p for n, p in named if (p.dtype in HALF if names is None else n in names)]
+    with gathered(chosen, write=True):
+        for p in chosen:
             p.data = p.data.to(dtype)
+    wide = {id(p) for p in chosen}
     for m in module.modules():
-        if any(id(p) in before for p in m.parameters(recurse=False)):
-            m.forward = _Narrowed(m, {n: before[id(p)] for n, p in m.named_parameters() if id(p) in before})
+        held = [n for n, p in m.named_parameters(remove_duplicate=False) if id(p) in wide]
+        if any("." not in n for n in held) or (held and isinstance(m, READERS)):
+            m.forward = _Narrowed(m, held, like)
 
 
 def narrow(module: nn.Module) -> None:
-    """Undo ``widen``: the parameters are rounded to the dtypes that the module computes in."""
+    """Undo ``widen``: the parameters are rounded to the dtype that the module computes in."""
     for m in module.modules():
         wrapper = m.__dict__.get("forward")
         if isinstance(wrapper, _Narrowed):
-            for name, dtype in wrapper.dtypes.items():
+            for name in wrapper.names:
                 p = m.get_parameter(name)
-                p.data = p.data.to(dtype)
+                p.data = p.data.to(wrapper.like.dtype)
             del m.forward
+            if wrapper.body.replaced is not None:
+                m.forward = wrapper.body.replaced

@@ -1,5 +1,7 @@
 """PeftLinear as a module: construction, shapes, merging, state, and every refusal."""
 
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -296,3 +298,19 @@ def test_output_may_be_changed_in_place(lead):
     y.relu_()
     assert torch.equal(y, want)
     y.sum().backward()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_traced_by_torchscript_and_saved(name):
+    """In eval, gradients recorded or not: what is traced holds PyTorch's operations only, and other batches fit."""
+    layer = fp.PeftLinear(8, 8, config=METHODS[name].example(4)).eval()
+    with torch.no_grad():
+        for p in layer.adapter_tensors():
+            p.add_(0.1 * torch.randn_like(p))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            traced, memory = torch.jit.trace(layer, torch.randn(3, 8)), io.BytesIO()
+        torch.jit.save(traced, memory)
+        memory.seek(0)
+        x = torch.randn(5, 8)
+        torch.testing.assert_close(torch.jit.load(memory)(x), layer(x), rtol=1e-5, atol=1e-6)

@@ -136,3 +136,16 @@ def test_pefts_kasa_is_refused_by_name(tmp_path):
     ):
         fp.load_adapter(model, tmp_path)
     assert not hasattr(model, "_fused_peft")
+
+
+def test_embeddings_of_the_adapter_before_do_not_stay(tmp_path):
+    for name, noise in (("with", 1.0), ("without", 0.0)):
+        adapted, save = stored(llama(), tmp_path / name)
+        with torch.no_grad():
+            adapted.get_input_embeddings().weight.add_(noise)
+        want = save(save_embedding_layers=noise > 0)
+    mine = fp.load_adapter(llama(), tmp_path / "with")
+    fp.load_adapter(mine, tmp_path / "without")
+    torch.testing.assert_close(mine.eval()(IDS).logits, want, rtol=1e-4, atol=2e-5)
+    fp.save_pretrained(mine, tmp_path / "again")
+    assert not [k for k in load_file(tmp_path / "again/adapter_model.safetensors") if "embed" in k]

@@ -5,10 +5,12 @@ import copy
 import io
 import json
 import pickle
+import warnings
 from dataclasses import MISSING, fields, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fused_peft as fp
@@ -80,8 +82,6 @@ def test_a_config_comes_back_as_it_was(name, field, tmp_path):
     for i, config in enumerate(found):
         folder = tmp_path / str(i)
         adapter_config.write_config(config, folder)
-        from safetensors.torch import save_file
-
         note = {"format": "pt", adapter_config.NOTE: json.dumps(adapter_config.note(config))}
         save_file({}, folder / adapter_config.WEIGHTS_NAME, metadata=note)
         back = fp.load_config(folder)
@@ -108,6 +108,8 @@ VARIANTS = {
     **{name: config for name, config in SAMPLES.items() if config.peft_type not in prompt.CONFIGS},
     "pissa_niter": fp.PissaConfig(r=4, init_lora_weights="pissa_niter_1"),
     "lora-biases": fp.LoraConfig(r=4, bias="all", modules_to_save=["head"]),
+    "lora-both-biases": fp.LoraConfig(r=4, lora_bias=True, bias="all"),
+    "ia3-biases": fp.IA3Config(bias="all"),
     "lora-no-alpha": fp.LoraConfig(r=4, lora_alpha=None),
     "lora-no-alpha-rs": fp.LoraConfig(r=4, lora_alpha=None, use_rslora=True, rank_pattern={"v": 2}),
     "vera-projection": fp.VeraConfig(r=4, save_projection=True),
@@ -146,6 +148,24 @@ def by_save_pretrained(model, name, path):
     return fp.load_adapter(base(), path)
 
 
+def by_save_while_merged(model, name, path):
+    if METHODS[VARIANTS[name].method_name].output is None and VARIANTS[name].method_name != "parallel_adapter":
+        fp.merge(model)
+    fp.save_pretrained(model, path)
+    return fp.load_adapter(base(), path)
+
+
+def by_save_in_wrappers(model, name, path):
+    """The names on disk are those without activation checkpointing or a compiled part."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    wrapped = copy.deepcopy(model)
+    wrapped.q, wrapped.head = checkpoint_wrapper(wrapped.q), torch.compile(wrapped.head, backend="eager")
+    fp.save_pretrained(wrapped, path)
+    assert "_checkpoint" not in str(sorted(load_file(path / "adapter_model.safetensors")))
+    return fp.load_adapter(base(), path)
+
+
 def by_state_dict(model, name, path):
     memory = io.BytesIO()
     torch.save(model.state_dict(), memory)
@@ -170,7 +190,10 @@ def by_deepcopy(model, name, path):
     return copy.deepcopy(model)
 
 
-@pytest.mark.parametrize("way", [by_save_pretrained, by_state_dict, by_pickle, by_torch_save, by_deepcopy])
+WAYS = [v for k, v in globals().copy().items() if k.startswith("by_")]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @every_variant
 def test_what_is_saved_gives_back_the_trained_model(name, way, tmp_path):
     model = trained(name)
@@ -279,6 +302,90 @@ def test_settings_on_load_apply_or_are_refused(name, tmp_path):
             with pytest.raises(fp.AdapterFormatError):
                 fp.load_adapter(fresh, tmp_path)
             assert all(torch.equal(t, before[n]) for n, t in fresh.state_dict().items()), field.name
+
+
+def test_every_layer_is_asked_for_its_settings(tmp_path):
+    config = fp.LoraConfig(r=4, target_modules=["q", "v"], alpha_pattern={"v": 32}, init_lora_weights=False)
+    fp.save_pretrained(fp.get_peft_model(base(), config), tmp_path)
+    other = fp.get_peft_model(base(), replace(config, lora_dropout=0.1, alpha_pattern={}))
+    with pytest.raises(fp.AdapterFormatError, match=r"lora_alpha=32 for v, but .* lora_alpha=8"):
+        fp.load_adapter(other, tmp_path)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", [n for n in VARIANTS if n not in ("pissa", "milora", "olora", "pissa_niter")])
+def test_loading_back_into_the_same_model_warns_of_nothing(name, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = trained(name)
+    fp.save_pretrained(model, tmp_path)
+    want = model(IDS)
+    fp.load_adapter(model, tmp_path)
+    assert torch.equal(model(IDS), want)
+
+
+def test_a_state_dict_that_lacks_adapters_is_refused(tmp_path):
+    model = trained("lora")
+    for state in ({}, {f"module.{n}": t for n, t in model.state_dict().items()}):
+        with pytest.raises(ValueError, match=r"state_dict lacks q.lora_A, .*model.state_dict\(\)"):
+            fp.save_pretrained(model, tmp_path / "no", state_dict=state)
+    assert not (tmp_path / "no").exists()
+    zeros = {n: torch.zeros_like(t) for n, t in model.state_dict().items()}
+    fp.save_pretrained(model, tmp_path, state_dict=zeros)
+    assert not any(t.any() for t in load_file(tmp_path / "adapter_model.safetensors").values())
+
+
+def test_nothing_is_written_when_the_config_cannot_be(tmp_path):
+    model = fp.get_peft_model(base(), fp.LoraConfig(r=2, nonlinearity="relu", target_modules=["q"]))
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match="ignores"):
+        warnings.simplefilter("error")
+        fp.save_pretrained(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+class Reads(nn.Module):
+    """A parent that holds its child's weight under another name, and two layers that share a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.out, self.b.bias = self.a.weight, self.a.bias
+
+    def forward(self, x):
+        return self.b(self.a(x)) @ self.out
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (fp.LoraConfig(r=2, target_modules=["a"]), r"a.weight is shared with .*out"),
+        (fp.LoraConfig(r=2, target_modules=["b"], lora_bias=True), r"b.bias is shared with a.bias"),
+        (fp.IA3Config(target_modules=["b"], feedforward_modules=[]), r"b.bias is shared with a.bias"),
+        (fp.LoraConfig(r=2, target_modules=["b"]), None),
+    ],
+    ids=str,
+)
+def test_merging_never_changes_another_module(config, message):
+    model = fp.get_peft_model(Reads(), config)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(fp.NotMergeableError, match=message) if message else contextlib.nullcontext():
+        fp.merge(model)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_the_callers_tables_may_change_afterwards():
+    config = fp.LoraConfig(r=4, target_modules=["q"], alpha_pattern={"q": 3})
+    model = fp.get_peft_model(base(), config)
+    config.alpha_pattern["q"] = 99
+    assert model.q.config.scaling == 3 / 4
+    assert fp.convert.state_of(model).config.alpha_pattern == {"q": 3}
+
+
+def test_a_merged_layer_does_not_start_anew():
+    model = trained("pissa")
+    fp.merge(model)
+    with pytest.raises(RuntimeError, match="unmerge before reset_adapter_parameters"):
+        model.q.reset_adapter_parameters()
 
 
 def test_a_random_start_that_is_not_in_the_file_is_refused(tmp_path):

@@ -142,6 +142,72 @@ def test_one_compiled_graph(name):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+class Nested(nn.Module):
+    """As ViT's embeddings: a parameter of its own, and layers below."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.project = nn.Parameter(torch.randn(16)), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.project(x + self.token)
+
+
+def model_with(part, **config):
+    torch.manual_seed(0)
+    base = nn.ModuleDict({"q": nn.Linear(16, 16), "part": part}).bfloat16().eval()
+    before = copy.deepcopy(base)
+    return before, fp.get_peft_model(base, fp.LoraConfig(r=2, target_modules=["q"], **config))
+
+
+X = torch.randn(2, 3, 16)
+PARTS = {
+    "nested": (Nested, lambda m, x: m(x)),
+    "attention": (lambda: nn.MultiheadAttention(16, 2, batch_first=True), lambda m, x: m(x, x, x)[0]),
+    "encoder": (lambda: nn.TransformerEncoderLayer(16, 2, 32, dropout=0, batch_first=True), lambda m, x: m(x)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("config", [{"modules_to_save": ["part"]}, {"bias": "all"}], ids=str)
+@pytest.mark.parametrize("name", PARTS)
+def test_modules_that_read_the_parameters_of_those_below(name, config, training):
+    make, call = PARTS[name]
+    before, model = model_with(make(), **config)
+    before.train(training), model.train(training)
+    x = X.bfloat16()
+    with torch.set_grad_enabled(training):
+        y, want = call(model["part"], x), call(before["part"], x)
+    torch.testing.assert_close(y, want, rtol=0.02, atol=0.02)
+    if training:
+        y.float().square().mean().backward()
+        assert [n for n, p in model["part"].named_parameters() if p.grad is not None]
+
+
+@every
+def test_the_model_may_change_its_dtype_later(name):
+    base, model = pair(name, torch.bfloat16)
+    want = base.float()(IDS)
+    model.float()
+    torch.testing.assert_close(model(IDS), want)
+    plain = fp.merge_and_unload(model)
+    assert {p.dtype for p in plain.parameters()} == {torch.float32}
+    torch.testing.assert_close(plain(IDS), want)
+
+
+def test_a_forward_replaced_on_the_instance_is_kept():
+    torch.manual_seed(0)
+    net = Net().bfloat16()
+    forward = net.head.out.forward
+    net.head.out.forward = lambda x: forward(x) + 1
+    want = net(IDS)
+    model = fp.get_peft_model(net, CONFIGS["biases"])
+    torch.testing.assert_close(model(IDS), want, rtol=0.02, atol=0.02)
+    plain = fp.merge_and_unload(model)
+    assert "forward" in plain.head.out.__dict__
+    torch.testing.assert_close(plain(IDS), want, rtol=0.02, atol=0.02)
+
+
 def test_hooks_of_a_copy_run_once():
     _, model = pair("head", torch.bfloat16)
     calls = []

@@ -94,6 +94,8 @@ class PeftConfig:
             value = getattr(self, f.name)
             if value is None and f.default_factory is dict:
                 setattr(self, f.name, {})
+            elif isinstance(value, dict):
+                setattr(self, f.name, dict(value))  # the caller's own may change later
             elif f.default_factory is dict and not isinstance(value, dict):
                 raise TypeError(f"{f.name}={value!r} must be a dict, {{name or regular expression: value}}")
             elif isinstance(value, (tuple, range)):
@@ -189,11 +191,18 @@ class PeftConfig:
         """The config with the names of modules that a model does not know put as ``rename`` puts them."""
 
         def now(name: str) -> str:
-            there = any(n == name or n.endswith(f".{name}") for n in known)
-            return name if there or rename(name) not in known else rename(name)
+            new = rename(name)
+            if new == name or new not in known or any(n == name or n.endswith(f".{name}") for n in known):
+                return name
+            return new
 
         lists = {n: getattr(self, n) for n in ("target_modules", "exclude_modules", "modules_to_save")}
-        return replace(self, **{n: [*map(now, v)] for n, v in lists.items() if isinstance(v, list)})
+        tables = {f.name: getattr(self, f.name) for f in fields(self) if f.default_factory is dict}
+        return replace(
+            self,
+            **{n: [*map(now, v)] for n, v in lists.items() if isinstance(v, list)},
+            **{n: {now(key): value for key, value in table.items()} for n, table in tables.items()},
+        )
 
     def for_targets(self, shapes: list[tuple[int, int]]) -> PeftConfig:
         """The config once the (out, in) of every adapted layer is known."""

@@ -38,12 +38,15 @@ class LoraConfig(LowRankConfig):
     def __post_init__(self):
         super().__post_init__()
         how = self.init_lora_weights
-        if how not in (True, False, "gaussian", *_FROM_W) and not re.fullmatch(r"pissa_niter_\d+", str(how)):
+        named = how in ("gaussian", *_FROM_W) or re.fullmatch(r"pissa_niter_\d+", str(how))
+        if not isinstance(how, bool) and not named:
             raise ValueError(
                 f"init_lora_weights={how!r} must be True, False, 'gaussian', 'pissa', 'pissa_niter_<n>', 'milora' or "
                 "'olora'"
             )
-        if self.use_dora and (self.lora_bias or self.nonlinearity != "identity" or how in _FROM_W):
+        if self.use_dora and (
+            self.lora_bias or self.nonlinearity != "identity" or str(how).partition("_")[0] in _FROM_W
+        ):
             raise ValueError("use_dora=True excludes lora_bias, nonlinearity and initialisations that change the base")
 
     @property
