@@ -61,4 +61,10 @@ def is_adapted(model: nn.Module) -> bool:
 def is_pefts(model: nn.Module) -> bool:
     """Whether the adapters in the model are Hugging Face PEFT's."""
     model = unwrap(model)
-    return hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules())
+    if hasattr(model, "peft_config"):
+        return True
+    return any(hasattr(m, "base_layer") and _from_peft(type(m)) for m in model.modules())
+
+
+def _from_peft(kind: type) -> bool:
+    return any(base.__module__.partition(".")[0] == "peft" for base in kind.__mro__)

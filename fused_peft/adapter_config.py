@@ -1,9 +1,8 @@
 """adapter_config.json: a config as Hugging Face PEFT reads it, and so that it comes back here as it was.
 
 Where PEFT must read something else to compute the same (it has no lora_alpha=None), the file holds what PEFT reads, and
-a *note* keeps the config's class and the fields that a plain reading would change: {field: [what the file says, what it
-was]}. The note lies in the metadata of the weights, or in the file itself for methods that PEFT lacks, since PEFT warns
-of entries that it does not know.
+a *note* keeps the config's class and the fields that a plain reading would change, as they were. It lies in the
+metadata of the weights, or in the file itself for methods that PEFT lacks, since PEFT warns of entries that it does not know.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+import zlib
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,11 @@ NOTE = "fused_peft"  # the entry that holds the note
 _NEUTRAL = {"auto_mapping", "eva_config", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
 
 # what PEFT writes for a method although it changes nothing once the values are loaded: AdaLoRA's rank is init_r
-_NEUTRAL_FOR = {"ADALORA": {"r", "init_lora_weights"}, "DELORA": {"init_weights"}}
+_NEUTRAL_FOR = {
+    "ADALORA": {"r", "init_lora_weights"},
+    "DELORA": {"init_weights"},
+    "PROMPT_TUNING": {"prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
+}
 
 # PEFT's initialisations that leave the base weight alone: of no consequence once the values are loaded
 _INIT_ONLY = {"orthogonal", "eva"}
@@ -87,15 +91,22 @@ def _document(config: PeftConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def note(config: PeftConfig) -> dict[str, Any]:
-    """{"class": the config's class, "fields": what a plain reading of its file would change}."""
-    plainly = _plainly(_document(config)[0])
+    """{"class": the config's class, "fields": what a plain reading of its file would change, "of": which file}."""
+    document = _document(config)[0]
+    plainly = _plainly(document)
     defaults = _defaults(config)
-    changed = {k: [plainly.get(k), v] for k, v in config.stored().items() if plainly.get(k, defaults[k]) != v}
-    return {"class": type(config).__name__, "fields": changed}
+    changed = {k: v for k, v in config.stored().items() if plainly.get(k, defaults[k]) != v}
+    return {"class": type(config).__name__, "fields": changed, "of": _digest(document)}
 
 
 def _defaults(config: PeftConfig) -> dict[str, Any]:
     return {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(config)}
+
+
+def _digest(document: dict[str, Any]) -> int:
+    """Of the entries that matter to a reading; the base model may have moved."""
+    kept = {k: v for k, v in _plainly(document).items() if k not in ("base_model_name_or_path", "revision", NOTE)}
+    return zlib.crc32(json.dumps(kept, sort_keys=True).encode())
 
 
 def _plainly(document: dict[str, Any]) -> dict[str, Any]:
@@ -113,7 +124,7 @@ def load_config(path: str | os.PathLike) -> PeftConfig:
     try:
         stored = json.loads(file.read_text())
         peft_type = stored.pop("peft_type")
-    except (ValueError, KeyError, AttributeError) as e:
+    except (ValueError, KeyError, AttributeError, TypeError) as e:
         raise AdapterFormatError(f"{file} is not an adapter config: {e}") from e
     known = dict(prompt.CONFIGS)
     for m in METHODS.values():  # of the configs that share a peft_type, the one the others derive from
@@ -130,10 +141,12 @@ def load_config(path: str | os.PathLike) -> PeftConfig:
         raise AdapterFormatError(f"{file}: {unknown} is not supported for {peft_type}; load this adapter with PEFT")
     if stored.get("init_lora_weights") in _INIT_ONLY:
         stored["init_lora_weights"] = True
-    values = {k: v for k, v in _plainly(stored).items() if k in names}
-    for k, (read, was) in left.get("fields", {}).items():
-        if k in names and values.get(k) == read:  # unless the file was edited since
-            values[k] = was
+    if stored.get("prompt_tuning_init") == "TEXT":  # of no consequence once the values are loaded
+        stored["prompt_tuning_init"] = "RANDOM"
+    flags = {f.name for f in fields(kind) if f.type == "bool"}
+    values = {k: v for k, v in _plainly(stored).items() if k in names and not (v is None and k in flags)}
+    if left.get("of") == _digest(stored):  # unless the file was edited since
+        values |= {k: was for k, was in left.get("fields", {}).items() if k in names}
     peers = {m.config.__name__: m.config for m in METHODS.values() if m.config.peft_type == peft_type}
     try:
         return peers.get(left.get("class"), kind)(**values)

@@ -7,7 +7,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import checks, dispatch, model_saving, prompt
 from .adapted import STATE as _STATE
-from .adapted import is_adapted, is_pefts, layers, unwrap
+from .adapted import is_adapted, is_pefts, layers, roots, unwrap
 from .factors import NotMergeableError
 from .linear import Gathered, PeftLinear
 from .methods import Method, PeftConfig, method_of
@@ -100,6 +100,10 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     """Build every new module without changing the model. Raises what get_peft_model raises."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} must be a torch.nn.Module")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(
+            f"model is a {type(model).__name__}; adapt the model inside, model.module, and wrap it after that"
+        )
     soft = isinstance(config, prompt.SoftPromptConfig)
     if not soft:
         method_of(config)
@@ -124,6 +128,12 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
         warn_of_unmet(model, config, resolved, ())
         return _Plan(AdapterState(resolved.in_use(), saved=originals), {}, copies, adapter_dtype or torch.float32)
     new, targets = {}, find_targets(model, resolved, config)
+    both = [name for name in targets if name in saved]
+    if both:
+        raise ValueError(
+            f"modules_to_save={resolved.modules_to_save!r} also means {both[0]!r}, by the end of its name, and that is "
+            f"a target; a module is adapted or trained whole: add {both[0]!r} to exclude_modules"
+        )
     resolved = resolved.for_targets([_shape(module) for module in targets.values()])
     with _frozen_as_before(model):
         for name, module in _shown(targets, method_of(resolved)):
@@ -201,7 +211,7 @@ class Holders:
 
     def others(self, parameter: Tensor, owner: str) -> list[str]:
         """The names under which modules other than the owner hold a parameter, a plain ".weight" left out."""
-        held = self.names[id(parameter)]
+        held = self.names.get(id(parameter), ())
         return [f"{name}.{key}".removesuffix(".weight") for name, key in held if name != owner]
 
 
@@ -258,8 +268,9 @@ def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     for layer in planned.layers.values():
         for parameter in layer.adapter_names:
             getattr(layer, parameter).requires_grad_(not planned.state.config.inference_mode)
-    kept = {id(p) for layer in planned.layers.values() for p in layer.adapter_tensors()}
-    like = next((p for p in model.parameters() if p.dtype in HALF and id(p) not in kept), None)
+    trained = {id(p) for m in planned.state.saved.values() for p in m.parameters()}
+    trained |= {id(p) for layer in planned.layers.values() for p in layer.adapter_tensors()}
+    like = next((p for p in model.parameters() if p.dtype in HALF and id(p) not in trained), None)
     for name, module in planned.copies.items():
         widen(module, planned.wide, like)
         # under this name only: a tied or shared original stays frozen wherever else it is used
@@ -369,7 +380,7 @@ def _found(model: nn.Module, what: str | None = None) -> list[tuple[str, PeftLin
     if what is not None:
         refuse_pefts(model, what)
     found = list(layers(model))
-    if hasattr(model, "soft_prompt"):
+    if prompt.attached(model):
         raise NotMergeableError("a soft prompt has no weight: there is nothing to merge, unload or explain per layer")
     if not found:
         raise ValueError(f"model={type(model).__name__} has no adapted layer; call get_peft_model first")
@@ -402,19 +413,19 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
             "would leave it out of a checkpoint of this model; save the adapter instead, or the model by torch.save",
             stacklevel=2,
         )
-    _replace(model, {id(layer): layer.unload() for _, layer in found})
-    if hasattr(model, _STATE):
-        state = state_of(model)
-        adapted = dict(found)
+    unloaded = {id(layer): layer.unload() for _, layer in found}
+    _replace(model, unloaded)
+    plain = {id(layer) for layer in unloaded.values()}
+    for root in roots(model):
+        state = root.__dict__[_STATE]
         for name in state.saved:
-            narrow(model.get_submodule(name))
+            narrow(root.get_submodule(name))
         for name in state.biases:
-            layer = adapted.get(name.rpartition(".")[0])
-            if layer is None:
-                narrow(_reader(model, name)[0])
-            else:
-                layer.bias.data = layer.bias.data.to(layer.weight.dtype)
-        delattr(model, _STATE)
+            narrow(_reader(root, name)[0])
+            owner = root.get_submodule(name.rpartition(".")[0])
+            if id(owner) in plain:
+                owner.bias.data = owner.bias.data.to(owner.weight.dtype)
+        delattr(root, _STATE)
     model_saving.restore(model)
     return model
 
@@ -424,8 +435,15 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model computes what the base model did: adapters off, merged or not; heads of
     modules_to_save and biases trained in place back at their base values."""
     model = unwrap(model)
+    parts = roots(model)
+    if parts and _STATE not in model.__dict__:  # adapted in part
+        with ExitStack() as stack:
+            for part in parts:
+                stack.enter_context(disable_adapter(part))
+            yield model
+        return
     state = getattr(model, _STATE, None) or AdapterState(config=None)
-    soft = getattr(model, "soft_prompt", None)
+    soft = prompt.attached(model)
     found = [("soft_prompt", soft)] if soft is not None else _found(model, "disable_adapter")
     before = [layer.enabled for _, layer in found]
     trained = {name: model.get_submodule(name) for name in state.saved}

@@ -154,12 +154,12 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike, *, state_dict: di
     reshard(model)
     layers = _layers(model)
     slots = _slots(layers, state, _finder(model))
-    _warn_unsaved(model, slots)
+    _warn_unsaved(model, slots, state)
     if state_dict is not None:
         slots = _taken_from(state_dict, slots, model)
-    if hasattr(model, "soft_prompt"):
-        with gathered(model.soft_prompt.parameters()):
-            P = model.soft_prompt.prompt().detach().clone()
+    if soft := prompt.attached(model):
+        with gathered(soft.parameters()):
+            P = soft.prompt().detach().clone()
         slots["prompt_embeddings"] = (P, tuple(P.shape))
     together = any(is_spread(t) for t, _ in slots.values())
     tensors = {key: whole(t).detach().reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
@@ -201,10 +201,15 @@ def _folder(path: str | os.PathLike) -> Path:
     return path
 
 
-def _warn_unsaved(model: nn.Module, slots: dict) -> None:
+def _warn_unsaved(model: nn.Module, slots: dict, state: convert.AdapterState) -> None:
     """Name the parameters that train and do not go into the file: someone set requires_grad on them by hand."""
-    kept = {id(t) for t, _ in slots.values()} | {id(p) for n, p in model.named_parameters() if "soft_prompt" in n}
-    lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in kept]
+    soft = prompt.attached(model)
+    kept = {id(t) for t, _ in slots.values()} | {id(p) for p in (soft.parameters() if soft else ())}
+    lost = [
+        n
+        for n, p in model.named_parameters()
+        if p.requires_grad and id(p) not in kept and plain_name(n) not in (*state.biases, *state.embeddings)
+    ]
     if lost:
         warnings.warn(
             f"{_listing(lost)} train{'s' if len(lost) == 1 else ''} but belong to no adapter and are not saved; name "
@@ -377,7 +382,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: boo
         merged = [name for name, layer in layers.items() if layer.merged]
         if merged:
             raise RuntimeError(f"{merged[0]} is merged; call unmerge before load_adapter")
-        if hasattr(model, "soft_prompt") and model.soft_prompt.encoder is not None:
+        if (soft := prompt.attached(model)) and soft.encoder is not None:
             raise AdapterFormatError(f"{path} holds the prompt without its encoder; load it into a plain model")
     else:
         rename = renaming(model)
@@ -403,8 +408,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: boo
         convert.carry_out(model, planned)
         kept = slots.keys()
         slots = {k: v for k, v in _slots(layers, state, _finder(model)).items() if k in kept}
-    if hasattr(model, "soft_prompt"):
-        slots |= _prompt_slot(state.config, model.soft_prompt.embedding.weight)
+    if soft := prompt.attached(model):
+        slots |= _prompt_slot(state.config, soft.embedding.weight)
     for name in state.embeddings.keys() - brought:  # of the adapter that was here before
         fill(parameters[name], state.embeddings.pop(name))
     for name, (own, value) in embeddings.items():

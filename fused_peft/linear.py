@@ -52,6 +52,8 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         )
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "its shape is not known yet; run one batch through the model first"
+    if module._parameters.get("weight") is None and not hasattr(module, "parametrizations"):
+        return "a hook computes its weight (pruning, weight_norm); make that permanent first, e.g. by prune.remove"
     if is_sharded(module.weight):
         return "its weight is sharded over several processes; adapt the model before parallelising or sharding it"
     if is_foreign(module.weight):
@@ -329,6 +331,9 @@ class PeftLinear(nn.Linear):
         """
         if self.merged:
             raise RuntimeError("the layer is already merged; unmerge it before merging again")
+        if hasattr(self, "parametrizations") or self.weight.is_meta:
+            why = "is on the meta device (offloaded?)" if self.weight.is_meta else "is parametrized"
+            raise NotMergeableError(f"its weight {why}, so what merging writes would not stay; keep the layer unmerged")
         if is_foreign(self.weight):
             raise NotMergeableError(
                 f"its weight is a {type(self.weight).__name__}, which would round the merged values to its own format; "

@@ -206,6 +206,13 @@ class SoftPrompt(nn.Module):
             return (), kwargs
         words = module.get_input_embeddings()
         if self.prefix:
+            if module.training and getattr(module, "is_gradient_checkpointing", False):
+                raise RuntimeError(
+                    "prefix tuning does not work with gradient checkpointing, under which Transformers drops the cache "
+                    "with the prefix; call model.gradient_checkpointing_disable()"
+                )
+            if kwargs.get("position_ids") is not None:  # of the tokens alone; the prefix takes the first n
+                kwargs["position_ids"] = kwargs["position_ids"] + n
             for name in _CACHE_NAMES:
                 kwargs.pop(name, None)
             kwargs[_argument(module, _CACHE_NAMES)] = self._cache(batch, module.config, words.weight.dtype)
@@ -225,6 +232,12 @@ class SoftPrompt(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.config.method_name}, num_virtual_tokens={self.config.num_virtual_tokens}"
+
+
+def attached(model: nn.Module) -> SoftPrompt | None:
+    """The model's soft prompt, if it has one of this library's."""
+    soft = getattr(model, "soft_prompt", None)
+    return soft if isinstance(soft, SoftPrompt) else None
 
 
 def attach(model: nn.Module, config: SoftPromptConfig, plain: bool = False) -> SoftPrompt:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 peft = pytest.importorskip("peft")
@@ -128,6 +129,18 @@ def packed_base():
 def packed():
     model = ours()
     model[0].weight = nn.Parameter(Packed(model[0].weight.detach()), requires_grad=False)
+    return model
+
+
+def pruned():
+    model = plain()
+    nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
+    return model
+
+
+def parametrized():
+    model = ours()
+    nn.utils.parametrizations.weight_norm(model[0])
     return model
 
 
@@ -265,6 +278,20 @@ ROWS = [
         ("task_type='SEQ_CLASS'", "SEQ_CLS")),
     Row("a pattern that is no table", plain, lambda m: fp.LoraConfig(rank_pattern=3), TypeError,
         ("rank_pattern=3 must be a dict",)),
+    Row("a word for a switch", plain, lambda m: fp.LoraConfig(use_rslora="false"), TypeError,
+        ("use_rslora='false' must be True or False",)),
+    Row("a word for layer indices", plain, lambda m: fp.LoraConfig(layers_to_transform="0"), TypeError,
+        ("layers_to_transform='0' must be an index",)),
+    Row("adapt inside DataParallel", lambda: nn.DataParallel(plain()), adapt(fp.LoraConfig(r=2, **ON)), ValueError,
+        ("model is a DataParallel", "model.module")),
+    Row("adapt and train whole", lambda: nn.ModuleDict({"my_head": plain()[0], "head": plain()[2]}),
+        adapt(fp.LoraConfig(r=2, target_modules=["my_head"], modules_to_save=["head"])), ValueError,
+        ("also means 'my_head'", "exclude_modules")),
+    Row("adapt a pruned layer", pruned, adapt(fp.LoraConfig(r=2, **ON)), TypeError,
+        ("a hook computes its weight", "prune.remove")),
+    Row("merge a parametrized layer", parametrized, fp.merge, fp.NotMergeableError, ("is parametrized", "unmerged")),
+    Row("trace with dropout", lambda: fp.PeftLinear(4, 4, config=fp.LoraConfig(r=2, lora_dropout=0.5)),
+        lambda m: torch.jit.trace(m, torch.randn(2, 4)), RuntimeError, ("dropout", "model.eval()")),
     Row("merge a tied weight", tied, fp.merge, fp.NotMergeableError,
         ("lm_head.weight is shared with embed_tokens", "untie them first", "torch.nn.Parameter")),
     Row("unload a tied weight", tied, fp.merge_and_unload, fp.NotMergeableError,

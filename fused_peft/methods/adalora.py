@@ -7,6 +7,7 @@ After each step, ``on_step`` smooths the sensitivity |p · ∂p| of every entry 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -139,6 +140,12 @@ def on_step(layers, step):
                         f"on_step needs the gradients, and {path}.{name} has none: call it after backward and before "
                         "zero_grad"
                     )
+        grads = [getattr(layer, name).grad for _, layer in layers for name in _PARTS]
+        if not all(bool(torch.isfinite(g).all()) for g in grads):
+            warnings.warn(
+                f"step {step}: AdaLoRA passes over gradients that are not finite, as a scaled step skipped has"
+            )
+            return
         for _, layer in layers:
             _observe(layer)
     if step <= end:

@@ -98,6 +98,8 @@ class PeftConfig:
                 setattr(self, f.name, dict(value))  # the caller's own may change later
             elif f.default_factory is dict and not isinstance(value, dict):
                 raise TypeError(f"{f.name}={value!r} must be a dict, {{name or regular expression: value}}")
+            elif f.type == "bool" and not isinstance(value, bool):
+                raise TypeError(f"{f.name}={value!r} must be True or False")
             elif isinstance(value, (tuple, range)):
                 setattr(self, f.name, list(value))
         self.task_type = getattr(self.task_type, "value", self.task_type)
@@ -113,6 +115,13 @@ class PeftConfig:
             if isinstance(self.modules_to_save, str):
                 raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list of names, not a string")
             self.modules_to_save = self._names("modules_to_save", self.modules_to_save)
+        if self.base_model_name_or_path is not None:
+            self.base_model_name_or_path = str(self.base_model_name_or_path)
+        indices = self.layers_to_transform
+        if isinstance(indices, str) or not all(
+            isinstance(i, int) for i in (indices if isinstance(indices, list) else [] if indices is None else [indices])
+        ):
+            raise TypeError(f"layers_to_transform={indices!r} must be an index or a list of indices")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} needs target_modules as a list of names; with a "
