@@ -2,7 +2,7 @@
 
 Where PEFT must read something else to compute the same (it has no lora_alpha=None), the file holds what PEFT reads, and
 a *note* keeps the config's class and the fields that a plain reading would change, as they were. It lies in the
-metadata of the weights, or in the file itself for methods that PEFT lacks, since PEFT warns of entries that it does not know.
+metadata of the weights, or in the file itself for methods that PEFT lacks: PEFT warns of entries that it does not know.
 """
 
 from __future__ import annotations
