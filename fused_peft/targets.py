@@ -53,6 +53,11 @@ def left_out(config: PeftConfig, name: str) -> bool:
     if excluded:
         if re.fullmatch(excluded, name) if isinstance(excluded, str) else ends_with_any(name, excluded):
             return True
+    return trained_whole(config, name)
+
+
+def trained_whole(config: PeftConfig, name: str) -> bool:
+    """Whether modules_to_save means the module of this name, or one around it."""
     return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
 
 

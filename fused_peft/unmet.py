@@ -24,6 +24,7 @@ from .targets import (
     left_out,
     nearest,
     shown,
+    trained_whole,
     wants_all_linear,
 )
 
@@ -62,7 +63,10 @@ def unmatched(model: nn.Module, asked: PeftConfig, config: PeftConfig, adapted: 
     names = [name for name, _ in model.named_modules() if name]
     # what the entries of a field can mean, where that is not the adapted layers
     scopes = {
-        "target_modules": lambda: [*(n for n in names if asked_for(config, n)), *_expert_layers(model, asked, config)],
+        "target_modules": lambda: [
+            *(n for n in names if asked_for(config, n) and not trained_whole(asked, n)),
+            *_expert_layers(model, asked, config),
+        ],
         "exclude_modules": lambda: set(names) - {end for name in adapted for end in _around(name)},
         "modules_to_save": lambda: names,
     }
@@ -99,7 +103,9 @@ def _hint(field: str, rule: str, entry: Any, names: list[str], config: PeftConfi
     if rule == "index":
         indices = {i for name in names if (i := layer_index(name, config.layers_pattern)) is not None}
         return f" (the model has {min(indices)} to {max(indices)})" if indices else ""
-    if any(_RULES[rule](entry, name, config) for name in names):
+    if meant := [name for name in names if _RULES[rule](entry, name, config)]:
+        if field == "target_modules" and all(trained_whole(config, name) for name in meant):
+            return " (modules_to_save trains it whole)"
         return {
             "target_modules": " (there are some outside layers_to_transform)",
             "exclude_modules": " (what it names holds adapted layers; a regular expression can exclude those)",

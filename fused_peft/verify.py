@@ -64,7 +64,9 @@ def written_out(layer: PeftLinear, x: Tensor, dtype: torch.dtype, keep: Tensor |
         return method.output(layer).to(dtype).expression(z, None, None, z, keep)
     if formed:
         return torch.nn.functional.linear(x, layer.formed_weight(*layer.adapter_tensors()).to(dtype), bias)
-    return layer.factors().to(dtype).expression(x, None if method.replaces_weight else weight, bias, keep=keep)
+    c = None if method.residual is None else method.residual(layer).to(dtype).expression(x, weight)
+    weight = None if method.replaces_weight else weight
+    return layer.factors().to(dtype).expression(x, weight, bias, c, keep)
 
 
 def measure(

@@ -122,7 +122,6 @@ def test_the_report_says_what_is_there_instead(config, expected):
         {},
         {"target_modules": "all-linear"},
         {"target_modules": r".*\.(q|v|nothing)"},
-        {"target_modules": ["q", "head"], "modules_to_save": ["head"]},  # trained, though not by an adapter
         {"target_modules": ["q", "head"], "exclude_modules": ["head"]},
         {"exclude_modules": ["head"]},  # a module that was no target anyway
         {"exclude_modules": r".*\.0\..*"},
@@ -316,3 +315,10 @@ def test_a_default_is_not_reported_even_when_a_stored_config_lists_it():
     named = replace(config, target_modules=["q", "wi"])
     with pytest.warns(UserWarning, match=r"target_modules has no module for 'wi' \(nearest: wi_"):
         fp.get_peft_model(model, named)
+
+
+def test_a_target_that_is_trained_whole_is_named():
+    model = nn.ModuleDict({"q": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+    config = fp.LoraConfig(r=2, target_modules=["q", "head"], modules_to_save=["head"])
+    with pytest.warns(UserWarning, match=r"no module for 'head' \(modules_to_save trains it whole\)"):
+        fp.get_peft_model(model, config)
