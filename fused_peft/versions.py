@@ -8,7 +8,7 @@ import warnings
 
 # package: (first release tried, first release not tried); pyproject.toml states the same
 TRIED = {
-    "torch": ("2.11", "2.15"),
+    "torch": ("2.11", "2.14"),
     "triton": ("3.6", "3.10"),
     "transformers": ("5.20", "5.25"),
     "peft": ("0.21", "0.22"),
