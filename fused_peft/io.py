@@ -124,6 +124,7 @@ def _layers(model: nn.Module) -> dict[str, PeftLinear]:
 
 
 def _finder(model: nn.Module) -> Callable[[str], Tensor]:
+    """name -> parameter or buffer, listed once something is asked for."""
     tensors = None
 
     def find(name: str) -> Tensor:
@@ -181,7 +182,8 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike, *, state_dict: di
 
 def _taken_from(state_dict: dict[str, Tensor], slots: dict, model: nn.Module) -> dict:
     """The slots with the values of a state_dict in place of the model's own tensors."""
-    names = {id(t): n for n, t in (*model.named_buffers(), *model.named_parameters())}
+    # a merged layer's base values go under their own names
+    names = {id(t): n.replace("._base_", ".") for n, t in (*model.named_buffers(), *model.named_parameters())}
     missing = {names[id(t)] for t, _ in slots.values() if id(t) in names} - state_dict.keys()
     if missing:
         raise ValueError(f"state_dict lacks {_listing(missing)}; give the whole of model.state_dict()")

@@ -342,6 +342,11 @@ def test_a_state_dict_that_lacks_adapters_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"state_dict lacks q.lora_A, .*model.state_dict\(\)"):
             fp.save_pretrained(model, tmp_path / "no", state_dict=state)
     assert not (tmp_path / "no").exists()
+    merged = trained("lora-both-biases")
+    want = merged(IDS)
+    fp.merge(merged)
+    fp.save_pretrained(merged, tmp_path / "merged", state_dict=merged.state_dict())
+    assert torch.equal(fp.load_adapter(base(), tmp_path / "merged")(IDS), want)
     zeros = {n: torch.zeros_like(t) for n, t in model.state_dict().items()}
     fp.save_pretrained(model, tmp_path, state_dict=zeros)
     assert not any(t.any() for t in load_file(tmp_path / "adapter_model.safetensors").values())
