@@ -209,9 +209,9 @@ class Holders:
             for key, p in module._parameters.items():
                 self.names.setdefault(id(p), []).append((name, key))
 
-    def others(self, parameter: Tensor, owner: str) -> list[str]:
+    def others(self, parameter: Tensor | None, owner: str) -> list[str]:
         """The names under which modules other than the owner hold a parameter, a plain ".weight" left out."""
-        held = self.names.get(id(parameter), ())
+        held = () if parameter is None else self.names.get(id(parameter), ())
         return [f"{name}.{key}".removesuffix(".weight") for name, key in held if name != owner]
 
 
@@ -338,7 +338,7 @@ def _merge(model: nn.Module, found: list[tuple[str, PeftLinear]], safe_merge: bo
     checks.warn_vanished(model)
     holders = Holders(unwrap(model))
     for name, layer in found:
-        if tied := holders.others(layer.bias, name) if layer.changes_bias() else []:
+        if (tied := holders.others(layer.bias, name)) and layer.changes_bias():
             raise NotMergeableError(
                 f"{name}.bias is shared with {', '.join(tied)}, which merging would change too; give {name} a bias of "
                 "its own, torch.nn.Parameter(layer.bias.detach().clone())"
