@@ -31,7 +31,7 @@ def _plain(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _few(names: Iterable[str], most: int = 4) -> str:
+def few(names: Iterable[str], most: int = 4) -> str:
     """The first of the names, and how many there are besides."""
     names = [*names]
     rest = len(names) - most
@@ -59,7 +59,7 @@ def _vanished(root: nn.Module) -> list[str]:
 
 def _about_vanished(root: nn.Module, gone: list[str]) -> str:
     now = {_plain(name): type(m).__name__ for name, m in root.named_modules()}
-    named = _few(f"{name} (now a {now[_plain(name)]})" if _plain(name) in now else name for name in gone)
+    named = few(f"{name} (now a {now[_plain(name)]})" if _plain(name) in now else name for name in gone)
     total = len(root.__dict__[STATE].layers)
     return (
         f"{len(gone)} of {total} adapted layers have vanished since get_peft_model: {named}. Code that rebuilds "
@@ -179,7 +179,7 @@ def _of_dropout(model: nn.Module) -> list[str]:
         return []
     return [
         f"the config's dropout of {dropping[0][1].config.dropout} is off in {len(still)} of {len(dropping)} adapted "
-        f"layers, which are in eval mode: {_few(still)}. Call model.train() before training"
+        f"layers, which are in eval mode: {few(still)}. Call model.train() before training"
     ]
 
 
@@ -192,11 +192,11 @@ def _of_gradients(model: nn.Module, trainable: _Named) -> list[str]:
         return []
     if not any(p.grad is not None for _, p in trainable):
         return [
-            f"none of the {len(expected)} trainable parameters has a gradient: {_few(without)}. Check after backward "
+            f"none of the {len(expected)} trainable parameters has a gradient: {few(without)}. Check after backward "
             "and before zero_grad; if that was so, no adapted layer takes part in the loss"
         ]
     return [
-        f"{len(without)} of {len(expected)} trainable parameters have no gradient after backward: {_few(without)}. "
+        f"{len(without)} of {len(expected)} trainable parameters have no gradient after backward: {few(without)}. "
         "Their layers are not called, or their weight is read without a call, so these do not train; adapt other "
         "modules. (A layer called for some inputs only, such as an expert, may be named wrongly)"
     ]
@@ -226,11 +226,11 @@ def _of_optimizers(model: nn.Module, trainable: _Named, optimizers: list) -> lis
 
 def _about_missing(missing: list[str], trainable: int, frozen: list[str]) -> str:
     fix = "torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])"
-    text = f"the optimizer does not hold {len(missing)} of {trainable} trainable parameters: {_few(missing)}. "
+    text = f"the optimizer does not hold {len(missing)} of {trainable} trainable parameters: {few(missing)}. "
     if not frozen:
         return text + f"They stay as they are; give them to it: {fix}"
     return text + (
-        f"It holds {len(frozen)} frozen ones instead ({_few(frozen, 2)}), so it was built before the model was "
+        f"It holds {len(frozen)} frozen ones instead ({few(frozen, 2)}), so it was built before the model was "
         f"adapted; build it after get_peft_model: {fix}"
     )
 

@@ -33,7 +33,7 @@ from .adapter_config import (
     put_config,
     write_config,
 )
-from .checks import refuse_vanished
+from .checks import few, refuse_vanished
 from .convert import by_keyword
 from .linear import PeftLinear
 from .methods import PeftConfig
@@ -186,7 +186,7 @@ def _taken_from(state_dict: dict[str, Tensor], slots: dict, model: nn.Module) ->
     names = {id(t): n.replace("._base_", ".") for n, t in (*model.named_buffers(), *model.named_parameters())}
     missing = {names[id(t)] for t, _ in slots.values() if id(t) in names} - state_dict.keys()
     if missing:
-        raise ValueError(f"state_dict lacks {_listing(missing)}; give the whole of model.state_dict()")
+        raise ValueError(f"state_dict lacks {few(sorted(missing))}; give the whole of model.state_dict()")
     return {key: (state_dict.get(names.get(id(t)), t), shape) for key, (t, shape) in slots.items()}
 
 
@@ -214,8 +214,8 @@ def _warn_unsaved(model: nn.Module, slots: dict, state: convert.AdapterState) ->
     ]
     if lost:
         warnings.warn(
-            f"{_listing(lost)} train{'s' if len(lost) == 1 else ''} but belong to no adapter and are not saved; name "
-            "their modules in modules_to_save, or save them yourself",
+            f"{few(sorted(lost))} train{'s' if len(lost) == 1 else ''} but belong to no adapter and are not saved; "
+            "name their modules in modules_to_save, or save them yourself",
             stacklevel=3,
         )
 
@@ -256,16 +256,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise AdapterFormatError(f"{file} is truncated or not a safetensors file: {e}") from e
 
 
-def _listing(keys) -> str:
-    keys = sorted(keys)
-    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
-
-
 def _check(stored: dict[str, Tensor], slots: dict, path: Path) -> None:
     missing, extra = slots.keys() - stored.keys(), stored.keys() - slots.keys()
     if missing or extra:
-        parts = [f"lacks {_listing(missing)}"] if missing else []
-        parts += [f"has {_listing(extra)}, which the model does not"] if extra else []
+        parts = [f"lacks {few(sorted(missing))}"] if missing else []
+        parts += [f"has {few(sorted(extra))}, which the model does not"] if extra else []
         raise AdapterFormatError(f"{path / WEIGHTS_NAME} {' and '.join(parts)}; was it made for another architecture?")
     for key, (tensor, shape) in slots.items():
         if stored[key].shape != shape:
