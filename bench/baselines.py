@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_peft as fp
-from fused_peft import verify
+from fused_peft.tools import verify
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

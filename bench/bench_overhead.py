@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fused_peft as fp
-from fused_peft import ops
+from fused_peft.core import ops
 from fused_peft.methods import svd
 
 TINY, CALLS = Shape(4, 16, 16, 2), 500

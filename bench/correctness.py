@@ -35,10 +35,11 @@ from fused_peft.kernels import dropout as kernel
 from plans import Gemm, clusters
 
 import fused_peft as fp
-from fused_peft import dispatch, verify
-from fused_peft.dropout import keep_mask, new_seed, threshold
-from fused_peft.extension import PLANS, Plan
+from fused_peft.backends.extension import PLANS, Plan
+from fused_peft.core import dispatch
+from fused_peft.core.dropout import keep_mask, new_seed, threshold
 from fused_peft.methods import METHODS
+from fused_peft.tools import verify
 
 COLUMNS = "case backend dtype shape tensor against error limit plain ok repeat gpu note"
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -11,7 +11,7 @@ from clock import quantile
 from timing import DEVICE, INTERPRETING, Step, Table, copies_of, interleaved
 
 from fused_peft.backends.triton import _kernels
-from fused_peft.dispatch import backends
+from fused_peft.core.dispatch import backends
 
 COLUMNS = "M K N contender ms_p20 ms_p50 ms_p80 tflops ratio_p20 ratio_p50 ratio_p80 gpu driver torch triton commit"
 SHAPES = ((4096, 4096, 4096), (8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096))  # M, K, N

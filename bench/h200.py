@@ -46,8 +46,9 @@ from timing import DEVICE, GPU, GRACE, INTERPRETING, Step, Table, captured, copi
 from torch import Tensor, nn
 
 import fused_peft as fp
-from fused_peft import dispatch, extension
-from fused_peft.dispatch import backends
+from fused_peft.backends import extension
+from fused_peft.core import dispatch, operands
+from fused_peft.core.dispatch import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"correctness": 0.35, "gemm": 0.05, "speed": 0.4, "tune": 0.2}
@@ -150,7 +151,7 @@ def cuda_takes(method: str, layer: Layer) -> bool:
         if model.forms_weight(layer.M):
             return False
         x, device = torch.empty(layer.M, layer.K, dtype=DTYPES[TIMED], device="meta"), torch.device(DEVICE)
-        problem = dispatch.foreseen(model.factors(), x, model.weight, model.bias, None, True, device)
+        problem = operands.foreseen(model.factors(), x, model.weight, model.bias, None, True, device)
     with dispatch.forcing("cuda"):
         return not (backends()["cuda"].available() or backends()["cuda"].reasons(problem))
 

@@ -32,7 +32,7 @@ from timing import DEVICE, GPU, INTERPRETING, Table, captured, copies_of, each, 
 from torch import Tensor
 
 import fused_peft as fp
-from fused_peft import dispatch
+from fused_peft.core import dispatch
 
 GAIN = 0.98  # a config is kept below this multiple of the closed form's time
 CLOSE = 2e-2  # relative Frobenius distance between the results under two configs

@@ -6,44 +6,26 @@
 Methods and notation: arXiv 2407.05417. ``python -m fused_peft info`` shows what runs on this machine and why.
 """
 
-from pathlib import Path as _Path
+import importlib as _importlib
+import sys as _sys
+from contextlib import suppress as _suppress
 
 __version__ = "0.1.0"
 
-_root = _Path(__file__).resolve().parent.parent
-if not (_Path(__file__).parent / "kernels").is_dir() and (_root / "kernels").is_dir():
-    # A source checkout or an editable install: kernels/ stands beside this folder, not in it.
-    __path__.append(str(_root))
+from .core.paths import provide_kernels as _provide_kernels
+from .core.paths import source_dir
 
+_provide_kernels()
 
-def source_dir(name: str) -> _Path:
-    """The folder of ``kernels`` or ``csrc``, in a wheel or in a checkout. Raises FileNotFoundError."""
-    for parent in (_Path(__file__).parent, _root):
-        if (parent / name).is_dir():
-            return parent / name
-    raise FileNotFoundError(f"{name}/ is missing from this installation of fused_peft; reinstall it")
-
-
-from .versions import warn_outside as _warn_outside  # noqa: E402
+from .core.versions import warn_outside as _warn_outside  # noqa: E402
 
 _warn_outside("torch")  # before anything that an untried version could break
 _warn_outside("triton")
 
-from .checks import check_training  # noqa: E402
-from .convert import (  # noqa: E402
-    disable_adapter,
-    explain,
-    get_peft_model,
-    merge,
-    merge_and_unload,
-    print_trainable_parameters,
-    unmerge,
-)
-from .dispatch import StrictError, set_backend, set_strict  # noqa: E402
-from .estimate import estimate  # noqa: E402
-from .factors import Factors, NotMergeableError  # noqa: E402
-from .io import AdapterFormatError, load_adapter, load_config, save_pretrained  # noqa: E402
-from .linear import PeftLinear  # noqa: E402
+from . import backends as _backends  # noqa: E402, F401
+from .core import ops as _ops  # noqa: E402
+from .core.dispatch import StrictError, set_backend, set_strict  # noqa: E402
+from .core.factors import Factors, NotMergeableError  # noqa: E402
 from .methods import (  # noqa: E402
     AdaLoraConfig,
     BitFitConfig,
@@ -72,9 +54,43 @@ from .methods import (  # noqa: E402
     VeraConfig,
     bottleneck,
 )
-from .mpc import mpc_penalty, orthogonality_penalty  # noqa: E402
-from .prompt import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig  # noqa: E402
-from .schedule import lora_plus_groups, on_step  # noqa: E402
+from .methods import base as _base  # noqa: E402
+from .model import explain as _explain  # noqa: E402
+from .model.checkpoint import AdapterFormatError, load_adapter, load_config, save_pretrained  # noqa: E402
+from .model.checks import check_training  # noqa: E402
+from .model.convert import (  # noqa: E402
+    disable_adapter,
+    get_peft_model,
+    merge,
+    merge_and_unload,
+    print_trainable_parameters,
+    unmerge,
+)
+from .model.explain import explain  # noqa: E402
+from .model.layer import PeftLinear  # noqa: E402
+from .model.penalties import mpc_penalty, orthogonality_penalty  # noqa: E402
+from .model.prompt import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig  # noqa: E402
+from .model.schedule import lora_plus_groups, on_step  # noqa: E402
+from .tools.estimate import estimate  # noqa: E402
+
+# What knows the floors above it by these lines alone: nothing below imports upwards.
+_ops.on_dtensors = lambda: _importlib.import_module("fused_peft.distributed.parallel")  # imports torch.distributed
+
+
+def _register_with_peft() -> None:
+    """Where Hugging Face PEFT is in use, make it know the methods that it lacks."""
+    if "peft" in _sys.modules:
+        with _suppress(ImportError):  # a PEFT too old for it
+            _importlib.import_module("fused_peft.integrations.tuners")
+
+
+def _peft_rows(model, tokens, dtype):
+    """explain's rows of a Hugging Face PEFT model."""
+    return _bridge("explain").explanations(model, tokens, dtype) if "peft" in _sys.modules else []
+
+
+_base.ON_USE.append(_register_with_peft)
+_explain.OF_PEFT.append(_peft_rows)
 
 
 def _bridge(what: str):

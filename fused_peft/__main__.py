@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, aot, dispatch, extension, verify
-from .linear import PeftLinear
+from . import __version__
+from .core import dispatch
 from .methods import METHODS
+from .model.layer import PeftLinear
+from .tools import compile_csrc, compile_triton, verify
 
 
 def _version(package: str) -> str:
@@ -104,16 +106,18 @@ def main(argv: list[str] | None = None) -> int:
     table.add_argument("--out", dest="out_features", type=int, default=768)
     table.add_argument("--r", type=int, default=8)
     ahead = commands.add_parser("compile", help="compile every kernel without a GPU; fails on spills and the like")
-    ahead.add_argument("--arch", choices=[*aot.ARCHES, "sm_90a"], required=True, help="sm_90a: csrc/, others: Triton")
+    ahead.add_argument(
+        "--arch", choices=[*compile_triton.ARCHES, "sm_90a"], required=True, help="sm_90a: csrc/, others: Triton"
+    )
     ahead.add_argument("--out", type=Path, required=True, help="folder for one .cubin each")
     ahead.add_argument("--json", type=Path, help="registers, stack, shared memory and instruction counts")
     ahead.add_argument("--only", default="", help="only kernels whose name contains this")
     ahead.add_argument("--jobs", type=int, help="compilations at a time; all cores by default")
     args = parser.parse_args(argv)
     if args.command == "compile" and args.arch == "sm_90a":
-        return extension.run(args.out, args.json, args.jobs, args.only)
+        return compile_csrc.run(args.out, args.json, args.jobs, args.only)
     if args.command == "compile":
-        return aot.run(args.arch, args.out, args.json, args.jobs, args.only)
+        return compile_triton.run(args.arch, args.out, args.json, args.jobs, args.only)
     if args.command == "methods":
         return methods(args.in_features, args.out_features, args.r)
     return info() if args.command == "info" else run_verify(args.device)

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
 import fused_peft
-from fused_peft import dispatch
+from fused_peft.core import dispatch
 
 
 @pytest.fixture(autouse=True)

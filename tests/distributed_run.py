@@ -32,9 +32,10 @@ from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import fused_peft as fp
-from fused_peft import convert, ops
-from fused_peft.parallel import ColwiseParallel, RowwiseParallel, shard
-from fused_peft.sharded import whole
+from fused_peft.core import ops
+from fused_peft.core.sharded import whole
+from fused_peft.distributed.parallel import ColwiseParallel, RowwiseParallel, shard
+from fused_peft.model import convert
 
 K, H, N, ROWS, STEPS = 8, 12, 4, 8, 4
 PLAIN = [c for c in CASES if "dropout" not in c.name and c.name != "parallel_adapter+all"]

@@ -7,7 +7,7 @@ from cases import Case, Shape
 from paper import FORMULAS
 
 from fused_peft import PeftLinear
-from fused_peft.dropout import keep_mask, new_seed
+from fused_peft.core.dropout import keep_mask, new_seed
 
 TOLERANCE = 1e-9
 INTERPRETED = 2e-7  # of a kernel in the interpreter, which gets its scalars in fp32

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fused_peft import extension, verify
-from fused_peft.dropout import keep_mask
-from fused_peft.extension import KINDS, Call, Plan
+from fused_peft.backends import extension
+from fused_peft.backends.extension import KINDS, Call, Plan
+from fused_peft.core.dropout import keep_mask
+from fused_peft.tools import verify
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

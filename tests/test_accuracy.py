@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fused_peft import verify
-from fused_peft.backends import eager
+from fused_peft.core import eager
 from fused_peft.methods import METHODS
+from fused_peft.tools import verify
 
 
 @pytest.mark.parametrize("dtype", verify.LIMITS, ids=str)

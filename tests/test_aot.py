@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from fused_peft import aot
 from fused_peft.backends.triton import _kernels
+from fused_peft.tools import compile_triton as aot
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
 CLEAN = aot.Report("k", "gemm_lowrank", "sm_90", "bf16", "", 200, 0, 200_000, 4, 0, 6, 1, 0)

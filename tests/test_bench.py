@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_peft.backends.eager import Eager
+from fused_peft.core.eager import Eager
 from fused_peft.methods import METHODS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))

@@ -16,8 +16,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.optim import optimizer as torch_optimizer
 
 import fused_peft as fp
-from fused_peft import checks
 from fused_peft.methods import METHODS
+from fused_peft.model import checks
 
 TARGETS = ["fc1", "fc2"]
 ALL = ["fc1", "fc2", "proj"]

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fused_peft import __main__ as cli
-from fused_peft import __version__, source_dir, verify
+from fused_peft import __version__, source_dir
 from fused_peft.methods import METHODS
+from fused_peft.tools import verify
 
 PACKAGE = Path(cli.__file__).parent
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *source_dir("kernels").rglob("*.py")])

@@ -13,7 +13,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
 
 import fused_peft as fp
-from fused_peft import dispatch
+from fused_peft.core import dispatch
 
 BATCHES = (4, 6, 9, 40)  # of 3 rows each; with the last, SAM-PARSER and SVDiff are cheaper with their weight formed
 DROPOUT = [case for case in CASES if "dropout" in case.name or case.name.endswith("+all")]
@@ -45,7 +45,7 @@ class Graphs:
     def __call__(self, graph, inputs):
         compiled = self.backend(graph, inputs)
         nodes = [node for part in graph.modules() if hasattr(part, "graph") for node in part.graph.nodes]
-        self.fused.append(sum("fused_peft.linear" in str(node.target) for node in nodes))
+        self.fused.append(sum("fused_peft.model.layer" in str(node.target) for node in nodes))
         self.total += 1
         return compiled
 

@@ -20,12 +20,13 @@ from plans import DTYPES, Gemm, clusters
 from torch.utils import cpp_extension
 
 import fused_peft as fp
-from fused_peft import dispatch, extension, verify
 from fused_peft.__main__ import main
-from fused_peft.backends import cuda
+from fused_peft.backends import cuda, extension
 from fused_peft.backends import triton as backend_file
+from fused_peft.backends.extension import PLANS, Call, Plan
 from fused_peft.backends.triton import _kernels
-from fused_peft.extension import PLANS, Call, Plan
+from fused_peft.core import dispatch, operands
+from fused_peft.tools import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = fp.source_dir("csrc")
@@ -281,7 +282,7 @@ def hopper(monkeypatch):
     dispatch.choose.cache_clear()
 
 
-PROBLEM = dispatch.Problem(
+PROBLEM = operands.Problem(
     "cuda", (9, 0), torch.bfloat16, torch.float32, 8192, 4096, 4096, 16, frozenset({"x", "w", "A", "B"})
 )
 

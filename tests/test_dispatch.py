@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fused_peft as fp
-from fused_peft import dispatch
-from fused_peft.backends.eager import Eager
+from fused_peft.core import dispatch, operands
+from fused_peft.core.eager import Eager
 
 
 class Picky(Eager):
@@ -87,12 +87,12 @@ def test_explain_says_what_merged_and_disabled_layers_do(layers):
 def test_problem_describes_the_call():
     x, w = torch.randn(2, 3, 16), torch.randn(8, 16)
     A, B, G = torch.randn(2, 16), torch.randn(8, 2), torch.randn(2, 2)
-    problem = dispatch.Problem.of(dispatch.Operands(x, w, A=A, B=B, G=G, h="relu", p=0.5))
+    problem = operands.Problem.of(operands.Operands(x, w, A=A, B=B, G=G, h="relu", p=0.5))
     assert (problem.M, problem.K, problem.N, problem.r) == (6, 16, 8, 2)
     assert (problem.device, problem.arch, problem.G, problem.h) == ("cpu", None, "matrix", "relu")
     assert problem.p == 0.0  # no seed, no dropout
     assert problem.present == {"x", "w", "A", "B", "G"}
-    assert hash(problem) == hash(dispatch.Problem.of(dispatch.Operands(x, w, A=A, B=B, G=G, h="relu", p=0.5)))
+    assert hash(problem) == hash(operands.Problem.of(operands.Operands(x, w, A=A, B=B, G=G, h="relu", p=0.5)))
 
 
 def test_a_product_of_weights_says_so():

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import fused_peft as fp
-from fused_peft.dropout import Mask, keep_mask, new_seed, threshold
+from fused_peft.core.dropout import Mask, keep_mask, new_seed, threshold
 
 N = 1 << 21
 
 
 def signed(seed, n=N):
     """Uniform values in (-1, 1), read back through masks of every threshold bit."""
-    from fused_peft.dropout import _bits
+    from fused_peft.core.dropout import _bits
 
     return (_bits(seed, n).double() + 0.5) / 32768
 

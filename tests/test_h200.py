@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from fused_peft.backends import triton as backend
-from fused_peft.dispatch import Problem
-from fused_peft.extension import PLANS
+from fused_peft.backends.extension import PLANS
+from fused_peft.core.operands import Problem
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 

@@ -10,8 +10,8 @@ from cases import CASES, WIDE
 from oracle import INTERPRETED, build, disagreements, inputs
 
 import fused_peft as fp
-from fused_peft import verify
 from fused_peft.backends import triton as backend_file
+from fused_peft.tools import verify
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="fp64 runs in the interpreter only")

@@ -359,7 +359,7 @@ def test_encoder_layers_with_a_fast_path_are_refused():
 
 
 def test_all_layers_are_replaced_in_one_walk_over_the_model(net, monkeypatch):
-    from fused_peft import convert
+    from fused_peft.model import convert
 
     walks, right = [], convert._replace
     monkeypatch.setattr(convert, "_replace", lambda model, new: (walks.append(len(new)), right(model, new)))

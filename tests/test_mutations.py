@@ -4,9 +4,9 @@ import pytest
 from cases import CASES, SMALL
 from oracle import build, disagreements, inputs
 
-from fused_peft import dispatch, ops
-from fused_peft.backends.eager import Eager
-from fused_peft.dispatch import Operands
+from fused_peft.core import dispatch, ops
+from fused_peft.core.eager import Eager
+from fused_peft.core.operands import Operands
 from fused_peft.methods import METHODS
 
 FIELDS = Operands._fields

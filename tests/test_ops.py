@@ -8,10 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fused_peft as fp
-from fused_peft import dispatch, ops
-from fused_peft.backends import eager
-from fused_peft.dropout import keep_mask, new_seed
-from fused_peft.factors import ACTIVATIONS, Factors, NotMergeableError
+from fused_peft.core import dispatch, eager, operands, ops
+from fused_peft.core.dropout import keep_mask, new_seed
+from fused_peft.core.factors import ACTIVATIONS, Factors, NotMergeableError
 
 M, K, N, R = 5, 7, 6, 3
 FACTOR_SHAPES = {"A": (R, K), "B": (N, R), "a": (R,), "d_in": (K,), "d_out": (N,), "bias": (N,)}
@@ -387,13 +386,13 @@ def test_opcheck_of_the_backward(present, G, h, with_c, adapters, trains_B):
     w, c = (None, torch.randn(2, M, N)) if with_c else (torch.randn(N, K), None)
     tensors = [t[n].detach() if n in t else None for n in ("bias", "d_in", "d_out", "A", "a", "G", "B")]
     rest = (1.5, 0.3, h, True, False, False)
-    o = dispatch.Operands(x, w, c, *tensors, new_seed(x.device), *rest)
+    o = operands.Operands(x, w, c, *tensors, new_seed(x.device), *rest)
     _, T, z = eager.Eager().forward(o, "d_out" in present)
-    need = [t is not None for t in o[: dispatch.TENSORS]]
+    need = [t is not None for t in o[: operands.TENSORS]]
     need[o._fields.index("w")] = need[o._fields.index("seed")] = False
     need[o._fields.index("B")] &= trains_B
     need[o._fields.index("c")] &= "d_out" in present  # otherwise dy itself, which is not asked for
-    args = (dy, *o[: dispatch.TENSORS], T, z, *rest, need)
+    args = (dy, *o[: operands.TENSORS], T, z, *rest, need)
     torch.library.opcheck(torch.ops.fused_peft.linear_backward.default, args)
 
 

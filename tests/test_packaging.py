@@ -17,7 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from fused_peft import versions
+from fused_peft.core import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 

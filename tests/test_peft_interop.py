@@ -13,7 +13,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import fused_peft as fp  # noqa: E402
-from fused_peft import dropout, ops  # noqa: E402
+from fused_peft.core import dropout, ops  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -28,7 +28,7 @@ from test_peft_interop import (  # noqa: E402, F401
 )
 
 import fused_peft as fp  # noqa: E402
-from fused_peft import dropout, ops  # noqa: E402
+from fused_peft.core import dropout, ops  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,7 +11,7 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
 import fused_peft as fp  # noqa: E402
-from fused_peft import prompt  # noqa: E402
+from fused_peft.model import prompt  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}

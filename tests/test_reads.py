@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_peft as fp
-from fused_peft.reads import read_directly
+from fused_peft.model.reads import read_directly
 
 
 class Layers(nn.Module):

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fused_peft as fp
-from fused_peft import aot
 from fused_peft.backends.triton import Triton
+from fused_peft.tools import compile_triton as aot
 
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fused_peft as fp
-from fused_peft import adapter_config, prompt
 from fused_peft.methods import METHODS, PeftConfig
+from fused_peft.model import adapter_config, prompt
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

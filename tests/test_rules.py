@@ -14,53 +14,97 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fused_peft"
 README = (ROOT / "README.md").read_text()
 
-FOUNDATION = {"factors", "dropout"}
+# Who stands on whom: a file imports from its own folder and from lower floors, wherever in the file the import is
+FLOORS = (
+    {"core"},
+    {"backends", "methods"},
+    {"model"},
+    {"distributed", "tools", "integrations"},
+    {"__init__", "__main__"},
+)
+LEVEL = {folder: level for level, folders in enumerate(FLOORS) for folder in folders}
 
 
 def imports(file: Path) -> set[str]:
-    """Top-level names imported; those inside the package as "fused_peft.x"."""
-    depth = len(file.relative_to(ROOT).parts) - 1
+    """Modules imported anywhere in a file, by their full names."""
+    parts = file.relative_to(ROOT).parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             found.update(a.name for a in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(file.relative_to(ROOT).parts[: depth - node.level + 1]) if node.level else ""
-            module = ".".join(filter(None, (base, node.module)))
-            found.update([module] if node.module else [f"{module}.{a.name}" for a in node.names])
+            base = list(parts[: len(parts) - node.level + 1]) if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for a in node.names:  # a module of a package, or a name of a module
+                path = ROOT.joinpath(*module.split("."), a.name)
+                is_module = path.with_suffix(".py").exists() or path.is_dir()
+                found.add(f"{module}.{a.name}" if is_module else module)
     return found
 
 
-def inner(file: Path) -> set[str]:
-    return {name.split(".", 2)[1] for name in imports(file) if name.startswith("fused_peft.")}
+def dotted(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+SOURCES = {dotted(file): file for file in PACKAGE.rglob("*.py")}
+GRAPH = {name: {i for i in imports(file) if i in SOURCES} - {name} for name, file in SOURCES.items()}
+
+
+def folder_of(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in LEVEL else "__init__"
 
 
 def files(folder: str) -> list[Path]:
     return sorted((ROOT / folder).glob("*.py"))
 
 
-@pytest.mark.parametrize("file", files("fused_peft/methods"), ids=lambda f: f.stem)
-def test_a_method_imports_factors_and_its_base_only(file):
-    assert inner(file) <= {"factors", "ops", "methods"}
-    assert not {name for name in imports(file) if "backend" in name or "triton" in name}
+def test_every_folder_has_its_floor():
+    assert {p.parent.name for p in PACKAGE.glob("*/*.py")} <= set(LEVEL)
 
 
-@pytest.mark.parametrize("file", files("fused_peft/backends"), ids=lambda f: f.stem)
-def test_a_backend_knows_no_method(file):
-    assert inner(file) <= FOUNDATION | {"dispatch", "backends", "kernels", "extension"}
-    names = {n for m in METHODS.values() for n in (m.name, *m.disk)}
-    words = set(re.findall(r"\w+", file.read_text()))
-    assert not words & names
+@pytest.mark.parametrize("name", sorted(GRAPH))
+def test_imports_go_down_only(name):
+    own, level = folder_of(name), LEVEL[folder_of(name)]
+    upwards = {i for i in GRAPH[name] if folder_of(i) != own and LEVEL[folder_of(i)] >= level}
+    if name == "fused_peft.__main__":
+        upwards -= {"fused_peft"}
+    assert not upwards
+
+
+def test_there_are_no_circles():
+    waiting = {name: set(needs) for name, needs in GRAPH.items()}
+    while free := [name for name, needs in waiting.items() if not needs]:
+        for name in free:
+            del waiting[name]
+        for needs in waiting.values():
+            needs.difference_update(free)
+    assert not waiting
+
+
+def test_a_rule_catches_an_import_inside_a_function(tmp_path, monkeypatch):
+    file = tmp_path / "fused_peft/core/x.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("def f():\n    from ..model import layer\n    from .. import methods\n")
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "fused_peft/model").mkdir()
+    (tmp_path / "fused_peft/model/layer.py").touch()
+    (tmp_path / "fused_peft/methods").mkdir()
+    assert imports(file) == {"fused_peft.model.layer", "fused_peft.methods"}
+
+
+@pytest.mark.parametrize("folder", sorted(set(LEVEL) - {"methods", "__init__", "__main__"}))
+def test_only_methods_name_a_method(folder):
+    """Anywhere else a method is asked for what it declares."""
+    names = {m.name for m in METHODS.values()} if folder in ("core", "backends") else set()
+    names |= {n for m in METHODS.values() for n in m.disk} if folder in ("core", "backends") else set()
+    for file in files(f"fused_peft/{folder}"):
+        assert not set(re.findall(r"\w+", file.read_text())) & names, file
 
 
 @pytest.mark.parametrize("file", files("kernels"), ids=lambda f: f.stem)
 def test_a_kernel_imports_triton_torch_and_configs_only(file):
     assert {name.split(".")[0] for name in imports(file)} <= {"triton", "torch", "kernels"} | sys.stdlib_module_names
-
-
-@pytest.mark.parametrize("file", [PACKAGE / f"{name}.py" for name in sorted(FOUNDATION)], ids=lambda f: f.stem)
-def test_the_foundation_imports_nothing_of_the_package(file):
-    assert not inner(file)
 
 
 def test_only_ops_saves_for_backward():
@@ -78,14 +122,10 @@ def test_kernels_is_not_a_regular_package():
 
 def test_no_unused_module():
     """Every file of the package is imported by another, or is an entry point."""
-    used = set()
-    for file in PACKAGE.rglob("*.py"):
-        used |= imports(file)
-    for file in PACKAGE.rglob("*.py"):
-        name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        parent, _, last = name.rpartition(".")
-        entry = last in ("fused_peft", "__main__") or "integrations" in name
-        assert entry or name in used or f"{parent}.{last}" in used, file
+    used = set().union(*GRAPH.values())
+    for name, file in SOURCES.items():
+        entry = name in ("fused_peft", "fused_peft.__main__") or "integrations" in name or file.name == "__init__.py"
+        assert entry or name in used or name.endswith("distributed.parallel"), file
 
 
 def _readme_blocks(language: str) -> list[str]:

@@ -15,10 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists 
 from peft.utils import constants  # noqa: E402
 
 import fused_peft as fp  # noqa: E402
-from fused_peft import prompt  # noqa: E402
 from fused_peft.methods import METHODS, defaults  # noqa: E402
 from fused_peft.methods.base import TASKS  # noqa: E402
-from fused_peft.targets import find_targets, is_target, resolve  # noqa: E402
+from fused_peft.model import prompt  # noqa: E402
+from fused_peft.model.targets import find_targets, is_target, resolve  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fused_peft as fp
-from fused_peft.wide import HALF
+from fused_peft.model.wide import HALF
 
 IDS = torch.arange(10).view(2, 5)
 

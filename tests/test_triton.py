@@ -12,10 +12,11 @@ from cases import CASES, SHAPES, WIDE
 from oracle import INTERPRETED, build, disagreements, inputs
 
 import fused_peft as fp
-from fused_peft import dispatch, ops, verify
 from fused_peft.backends import triton as backend_file
-from fused_peft.dispatch import Problem
-from fused_peft.factors import Factors
+from fused_peft.core import dispatch, operands, ops
+from fused_peft.core.factors import Factors
+from fused_peft.core.operands import Problem
+from fused_peft.tools import verify
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
 GPU = torch.cuda.is_available()
@@ -194,7 +195,7 @@ class Wrapped(torch.Tensor):
 
 
 def test_tensor_subclasses_are_refused():
-    problem = Problem.of(dispatch.Operands(x=torch.randn(2, 4), w=torch.randn(3, 4).as_subclass(Wrapped)))
+    problem = Problem.of(operands.Operands(x=torch.randn(2, 4), w=torch.randn(3, 4).as_subclass(Wrapped)))
     assert problem.subclasses == {"w is a Wrapped"}
     assert (
         "w is a Wrapped: a tensor subclass" in backend_file.Triton().reasons(_problem(subclasses=problem.subclasses))[0]
@@ -256,9 +257,9 @@ def launches(config, M, backward=False, K=4096, N=4096):
     f = layer.factors()
     x = torch.empty(M, K, device="meta", dtype=torch.bfloat16)
     seed = torch.empty(2, device="meta", dtype=torch.int32) if f.p else None
-    o = dispatch.Operands(x, layer.weight, None, None, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed, f.s, f.p, f.h)
+    o = operands.Operands(x, layer.weight, None, None, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed, f.s, f.p, f.h)
     need = tuple(
-        t is not None and n not in ("w", "seed") for n, t in zip(o._fields, o[: dispatch.TENSORS], strict=False)
+        t is not None and n not in ("w", "seed") for n, t in zip(o._fields, o[: operands.TENSORS], strict=False)
     )
     backend = backend_file.Triton()
     with k.launch.record((9, 0)) as first:

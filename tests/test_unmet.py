@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import fused_peft as fp
-from fused_peft import prompt
 from fused_peft.methods import METHODS
-from fused_peft.targets import find_targets, resolve
-from fused_peft.unmet import unmatched
+from fused_peft.model import prompt
+from fused_peft.model.targets import find_targets, resolve
+from fused_peft.model.unmet import unmatched
 
 
 class Block(nn.Module):

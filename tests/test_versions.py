@@ -12,7 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from fused_peft import prompt, versions
+from fused_peft.core import versions
+from fused_peft.model import prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 

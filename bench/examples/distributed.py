@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaForCausalLM, set_seed
 
 import fused_peft as fp
-from fused_peft.parallel import ColwiseParallel, RowwiseParallel
+from fused_peft.distributed.parallel import ColwiseParallel, RowwiseParallel
 
 BATCH = 8  # of all processes together
 PLAN = {f"model.layers.*.self_attn.{n}_proj": ColwiseParallel() for n in "qkv"} | {

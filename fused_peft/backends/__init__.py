@@ -1,11 +1,9 @@
-"""Backends compute the expression of ``factors``; they never name a method."""
+"""Backends compute the expression of ``core.factors``; they never name a method. Eager, the definition, is in core."""
 
-from .. import dispatch
+from ..core import dispatch
 from .cuda import Cuda
-from .eager import Eager
 from .triton import Triton
 
-dispatch.register(Eager())
 dispatch.register(Triton(), ("cuda",))
 dispatch.register(Cuda(), ("cuda",))  # before Triton
 dispatch.set_backend_from_environment()

@@ -15,10 +15,11 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .. import dispatch, extension
-from ..dispatch import Problem
-from ..extension import KINDS, Call, Cast, Factor, Plan
+from ..core import dispatch
+from ..core.operands import Problem
+from . import extension
 from . import triton as base
+from .extension import KINDS, Call, Cast, Factor, Plan
 
 HALF = (torch.bfloat16, torch.float16)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}

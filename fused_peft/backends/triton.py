@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dropout
-from ..dispatch import Operands, Problem
-from . import eager
+from ..core import dropout, eager
+from ..core.operands import Operands, Problem
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_RANK = 512

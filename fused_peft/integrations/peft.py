@@ -21,10 +21,11 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from .. import dispatch, ops, versions
-from ..convert import explain_layer, is_adapted
-from ..factors import Factors
-from ..linear import conv1d_type, is_linear
+from ..core import dispatch, operands, ops, versions
+from ..core.factors import Factors
+from ..model.adapted import is_adapted
+from ..model.explain import explain_layer
+from ..model.layer import conv1d_type, is_linear
 from .tuners import FusedTunerLayer
 
 _NAMED = 3  # reasons that a warning spells out
@@ -339,5 +340,5 @@ def _explain(layer: nn.Module, tokens: int, dtype: torch.dtype | None) -> tuple[
     if not found:
         return method, "plain", "torch", "no adapter of this layer is active"
     x = torch.empty(1, device="meta", dtype=dtype or weight.dtype).expand(tokens, weight.shape[1])
-    choice = dispatch.choose(dispatch.foreseen(found[0], x, weight, bias, None, True, weight.device))
+    choice = dispatch.choose(operands.foreseen(found[0], x, weight, bias, None, True, weight.device))
     return method, "factors", choice.backend.name, choice.why()

@@ -6,9 +6,9 @@ import sys
 
 from transformers import TrainerCallback
 
-from .. import checks
-from ..adapted import unwrap
-from ..schedule import on_step
+from ..model import checks
+from ..model.adapted import unwrap
+from ..model.schedule import on_step
 
 
 class FusedPeftCallback(TrainerCallback):

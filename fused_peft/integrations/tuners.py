@@ -20,11 +20,12 @@ from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
-from .. import checks, io
-from ..factors import NotMergeableError
-from ..linear import PeftLinear, is_foreign
+from ..core.factors import NotMergeableError
 from ..methods import METHODS, PeftConfig, method_of
-from ..targets import resolve
+from ..model import adapted, checks
+from ..model import checkpoint as io
+from ..model.layer import PeftLinear, is_foreign
+from ..model.targets import resolve
 
 
 class FusedTunerLayer(nn.Module, BaseTunerLayer):
@@ -140,6 +141,9 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
     def _get_name(self) -> str:
         first = next(iter(self._layers.values()), None)
         return "FusedTunerLayer" if first is None else f"{first.method.name}.FusedTunerLayer"
+
+
+adapted.ACTIVE[FusedTunerLayer] = FusedTunerLayer.active
 
 
 class FusedTuner(BaseTuner):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..factors import ACTIVATIONS
+from ..core.factors import ACTIVATIONS
 from .base import Init, Method, PeftConfig, positive, positive_int, probability
 from .defaults import ADALORA_TARGETS
 from .low_rank import gated_factors, normal_a_b

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..factors import ACTIVATIONS, Factors
+from ..core.factors import ACTIVATIONS, Factors
 from .base import Method, PeftConfig, positive, positive_int
 from .defaults import BOTH_OUTPUTS, FFN_OUTPUTS
 from .low_rank import LowRankConfig, kaiming_a_zero_b

@@ -6,19 +6,16 @@ A method file imports ``factors`` and this file, declares one ``Method`` and not
 from __future__ import annotations
 
 import copy
-import importlib
 import math
 import os
 import re
-import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from ..factors import Factors
+from ..core.factors import Factors
 
 METHODS: dict[str, Method] = {}
 # makes an uninitialised tensor of a shape, in the adapter's dtype on the weight's device
@@ -32,11 +29,12 @@ class Init(NamedTuple):
     buffers: dict[str, Tensor] = {}
 
 
-def _register_with_peft() -> None:
-    """Where Hugging Face PEFT is in use, make it know the methods that it lacks."""
-    if "peft" in sys.modules and (registers := "fused_peft.integrations.tuners") not in sys.modules:
-        with suppress(ImportError):  # a PEFT too old for it
-            importlib.import_module(registers)
+def _on_use() -> None:
+    for call in ON_USE:
+        call()
+
+
+ON_USE: list[Callable[[], None]] = []  # called when a config is made, or PEFT first asks one
 
 
 # Hugging Face PEFT's TaskType
@@ -89,7 +87,7 @@ class PeftConfig:
     revision: str | None = None
 
     def __post_init__(self):
-        _register_with_peft()
+        _on_use()
         for f in fields(self):  # None is an empty table, a tuple a list: what a file gives back
             value = getattr(self, f.name)
             if value is None and f.default_factory is dict:
@@ -152,7 +150,7 @@ class PeftConfig:
     @property
     def is_prompt_learning(self) -> bool:
         """False; the first question that PEFT puts to a config, which may have been made before PEFT was imported."""
-        _register_with_peft()
+        _on_use()
         self._refuse_in_peft()
         return False
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..factors import Factors
+from ..core.factors import Factors
 from .base import Method, PeftConfig
 
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..factors import Factors
+from ..core.factors import Factors
 from .base import Init, Method, PeftConfig, matching_pattern, naming, positive, positive_int, probability
 from .defaults import LORA_TARGETS
 from .low_rank import kaiming_a_zero_b

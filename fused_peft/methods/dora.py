@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..factors import Factors
-from ..ops import row_norm
+from ..core.factors import Factors
+from ..core.ops import row_norm
 from .base import Init, Method
 from .lora import DISK, LoraConfig
 from .lora import init as lora_init

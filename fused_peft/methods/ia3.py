@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from ..factors import Factors
+from ..core.factors import Factors
 from .base import Method, PeftConfig, naming
 from .defaults import IA3_FEEDFORWARD, IA3_TARGETS
 

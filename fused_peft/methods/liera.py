@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..factors import Factors
+from ..core.factors import Factors
 from .base import Method
 from .low_rank import LowRankConfig, kaiming_a_zero_b
 

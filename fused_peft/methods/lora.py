@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..factors import Factors
+from ..core.factors import Factors
 from .base import Init, Method
 from .low_rank import LowRankConfig, kaiming_a_zero_b, rank_fits
 from .svd import decomposed, finite

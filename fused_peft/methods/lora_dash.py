@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from ..factors import Factors
+from ..core.factors import Factors
 from .base import Init, Method, positive_int
 from .low_rank import LowRankConfig, kaiming_a_zero_b
 from .svd import decomposed

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..factors import ACTIVATIONS, Factors
+from ..core.factors import ACTIVATIONS, Factors
 from .base import PeftConfig, matching_pattern, naming, positive, positive_int, probability
 from .defaults import LORA_TARGETS
 

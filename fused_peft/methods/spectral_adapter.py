@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 
-from ..factors import Factors
+from ..core.factors import Factors
 from .base import Init, Method
 from .low_rank import LowRankConfig, rank_fits
 from .svd import decomposed

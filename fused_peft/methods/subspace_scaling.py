@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..factors import Factors
+from ..core.factors import Factors
 from .base import Method, PeftConfig
 from .defaults import IA3_TARGETS
 

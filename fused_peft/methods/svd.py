@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..factors import Factors
+from ..core.factors import Factors
 from .base import Init, Method, PeftConfig
 from .defaults import LORA_TARGETS
 

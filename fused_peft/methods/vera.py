@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..factors import Factors
+from ..core.factors import Factors
 from .base import Init, Method, PeftConfig, positive_int, probability
 from .defaults import LORA_TARGETS
 

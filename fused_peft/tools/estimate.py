@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .convert import carry_out, plan
-from .linear import PeftLinear
-from .methods import PeftConfig
+from ..methods import PeftConfig
+from ..model.convert import carry_out, plan
+from ..model.layer import PeftLinear
 
 
 @dataclass(frozen=True)

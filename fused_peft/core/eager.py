@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import Operands, Problem
-from ..dropout import Mask
-from ..factors import ACTIVATIONS
+from .dropout import Mask
+from .factors import ACTIVATIONS
+from .operands import Operands, Problem
 
 _aten = torch.ops.aten
 # T, h(T), dU -> dT

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from .backends.cuda import Cuda
-from .backends.triton import Triton, _kernels, _missing
-from .dispatch import TENSORS, Operands
+from ..backends.cuda import Cuda
+from ..backends.triton import Triton, _kernels, _missing
+from ..core.operands import TENSORS, Operands
 
 ARCHES = {"sm_80": (8, 0), "sm_90": (9, 0)}
 COUNTED = {"wgmma": "HGMMA", "mma": r"[HI]MMA", "tma_load": "UTMALDG", "tma_store": "UTMASTG", "local": r"(?:LD|ST)L"}

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from .linear import PeftLinear, is_linear, why_not_adaptable
-from .methods import PeftConfig
+from ..methods import PeftConfig
+from .layer import PeftLinear, is_linear, why_not_adaptable
 from .reads import experts
 
 HEADS = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,17 +13,11 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import checks, dispatch, model_saving, prompt
-from .adapted import STATE as _STATE
-from .adapted import is_adapted, is_pefts, layers, roots, unwrap
-from .factors import NotMergeableError
-from .linear import Gathered, PeftLinear
-from .methods import Method, PeftConfig, method_of
-from .sharded import (
+from ..core.factors import NotMergeableError
+from ..core.sharded import (
     fsdp_modules,
     gathered,
     is_partitioned,
-    is_sharded,
     is_spread,
     numel,
     reshard,
@@ -32,6 +25,11 @@ from .sharded import (
     shape_of,
     whole,
 )
+from ..methods import Method, PeftConfig, method_of
+from . import checks, model_saving, prompt
+from .adapted import STATE as _STATE
+from .adapted import is_adapted, is_pefts, layers, roots, unwrap
+from .layer import PeftLinear
 from .targets import find_targets, is_target, modules_to_save, resolve
 from .unmet import warn_of_unmet
 from .wide import HALF, READERS, narrow, widen
@@ -324,7 +322,7 @@ def merge(model: nn.Module, safe_merge: bool = False) -> None:
     Raises RuntimeError when already merged, NotMergeableError when a method has no equivalent weight, ValueError with
     safe_merge when a merged weight is not finite.
     """
-    found = _found(model, "merge")
+    found = adapted_layers(model, "merge")
     refuse_while_disabled(model, "merge")
     reshard(model)
     for name, layer in found:
@@ -364,7 +362,7 @@ def _merge(model: nn.Module, found: list[tuple[str, PeftLinear]], safe_merge: bo
 
 def unmerge(model: nn.Module) -> None:
     """Restore every base weight bit for bit. Raises RuntimeError when a layer is not merged."""
-    found = _found(model, "unmerge")
+    found = adapted_layers(model, "unmerge")
     refuse_while_disabled(model, "unmerge")
     reshard(model)
     for name, layer in found:
@@ -374,7 +372,7 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def _found(model: nn.Module, what: str | None = None) -> list[tuple[str, PeftLinear]]:
+def adapted_layers(model: nn.Module, what: str | None = None) -> list[tuple[str, PeftLinear]]:
     """The model's adapted layers, for the function ``what`` where PEFT has its own; ValueError where there are none."""
     model = unwrap(model)
     if what is not None:
@@ -390,7 +388,7 @@ def _found(model: nn.Module, what: str | None = None) -> list[tuple[str, PeftLin
 def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     """Merge, then turn every layer back into its original class; returns the plain model. Raises as ``merge`` does."""
     model = unwrap(model)
-    found = _found(model, "merge_and_unload")
+    found = adapted_layers(model, "merge_and_unload")
     refuse_while_disabled(model, "merge_and_unload")
     if fsdp_modules(model):
         raise RuntimeError(
@@ -444,7 +442,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         return
     state = getattr(model, _STATE, None) or AdapterState(config=None)
     soft = prompt.attached(model)
-    found = [("soft_prompt", soft)] if soft is not None else _found(model, "disable_adapter")
+    found = [("soft_prompt", soft)] if soft is not None else adapted_layers(model, "disable_adapter")
     before = [layer.enabled for _, layer in found]
     trained = {name: model.get_submodule(name) for name in state.saved}
     # ZeRO-3 knows the modules that it was given and no others: there the values change places, not the modules
@@ -494,70 +492,3 @@ def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
     checks.warn_vanished(model)
     print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {percent:.4f}")
     return trainable, total
-
-
-@dataclass(frozen=True)
-class LayerExplanation:
-    """Which form and backend compute one layer, and why: the refusals of the backends before it."""
-
-    name: str
-    method: str
-    form: str
-    backend: str
-    why: str
-
-
-class Explanation(list):
-    """One LayerExplanation a layer; prints as a table."""
-
-    def __str__(self) -> str:
-        rows = [("layer", "method", "form", "backend", "why")]
-        rows += [(e.name, e.method, e.form, e.backend, e.why) for e in self]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows)
-
-
-def explain(model: nn.Module, tokens: int = 2048, dtype: torch.dtype | None = None) -> Explanation:
-    """Which form and backend would run each layer on ``tokens`` rows of ``dtype`` (default: the weight's), and why.
-
-    ``print(fp.explain(model))`` shows a table. In strict mode, raises StrictError as the forward would.
-    """
-    if "peft" in sys.modules and is_pefts(model):
-        from .integrations import peft
-
-        if rows := peft.explanations(model, tokens, dtype):
-            return Explanation(LayerExplanation(*row) for row in rows)
-    return Explanation(LayerExplanation(name, *explain_layer(layer, tokens, dtype)) for name, layer in _found(model))
-
-
-def explain_layer(layer: PeftLinear, tokens: int, dtype: torch.dtype | None) -> tuple[str, str, str, str]:
-    """(method, form, backend, why) of one layer."""
-    method = layer.method
-    if layer.merged or not layer.enabled:
-        state = "merged" if layer.merged and layer.enabled else "disabled"
-        return method.name, "plain", "torch", f"{state}: one plain linear layer"
-    if layer.forms_weight(tokens):
-        why = "the weight is formed in each call, then one plain GEMM"
-        if method.cost:
-            factored, formed = (f / 1e9 for f in method.cost(layer, tokens))
-            why += f": {formed:.3g} GFLOP instead of {factored:.3g} factored"
-        return method.name, "weight", "torch", why
-    sharded = is_sharded(layer.weight)
-    problem = _problem(Gathered(layer, values=False) if sharded else layer, tokens, dtype or layer.weight.dtype)
-    choice = dispatch.choose(problem)
-    form = "output" if method.output else "product" if problem.hadamard else "factors"
-    why = "W * (1 + s*BA) is formed once each way; " if problem.hadamard else ""
-    why += f"sharded over {layer.weight.device_mesh.size()} processes; " if sharded else ""
-    return method.name, form, choice.backend.name, why + choice.why()
-
-
-def _problem(layer: PeftLinear, tokens: int, dtype: torch.dtype) -> dispatch.Problem:
-    """The call that a layer makes on ``tokens`` rows, without making it."""
-    with torch.no_grad():
-        f = (layer.method.output or layer.method.factors)(layer)
-    behind = layer.method.output is not None
-    width = layer.out_features if behind else layer.in_features
-    w = None if behind or layer.method.replaces_weight else layer.matrix
-    bias = f.bias if f.bias is not None or behind else layer.bias
-    x = torch.empty(1, device="meta", dtype=dtype).expand(tokens, width)
-    return dispatch.foreseen(f, x, w, bias, x if behind else None, layer.training, layer.weight.device)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import ops
-from .factors import Factors, NotMergeableError
-from .methods import Init, Method, PeftConfig, method_of
-from .sharded import fill, gathered, is_sharded, is_spread, placed_as, shape_of, whole, whole_grad
+from ..core import ops
+from ..core.factors import Factors, NotMergeableError
+from ..core.sharded import fill, gathered, is_sharded, is_spread, placed_as, shape_of, whole, whole_grad
+from ..methods import Init, Method, PeftConfig, method_of
 from .wide import HALF
 
 

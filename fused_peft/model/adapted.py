@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
-from .linear import PeftLinear
+from .layer import PeftLinear
 
 STATE = "_fused_peft"  # the attribute under which get_peft_model leaves its AdapterState
 
+
+ACTIVE: dict[type, Callable[[nn.Module], PeftLinear | None]] = {}  # layers of integrations -> the adapter in force
 
 # what activation checkpointing, FSDP and torch.compile put between a name's parts
 _WRAPPERS = {"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"}
@@ -39,12 +40,12 @@ def layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
 
 def active_layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
     """As ``layers``, and in a Hugging Face PEFT model the active adapters of the methods registered there."""
-    tuners = sys.modules.get("fused_peft.integrations.tuners")
     for name, m in unwrap(model).named_modules():
         if isinstance(m, PeftLinear):
             yield name, m
-        elif tuners and isinstance(m, tuners.FusedTunerLayer) and (layer := m.active()) is not None:
-            yield name, layer
+        elif (active := next((a for kind, a in ACTIVE.items() if isinstance(m, kind)), None)) is not None:
+            if (layer := active(m)) is not None:
+                yield name, layer
 
 
 def roots(model: nn.Module) -> list[nn.Module]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from .methods import PeftConfig
-from .methods.base import matching_pattern
+from ..methods import PeftConfig
+from ..methods.base import matching_pattern
 from .reads import read_directly, routers
 from .targets import (
     asked_for,

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .adapted import STATE, active_layers, is_adapted, is_pefts, layers, roots, unwrap
-from .linear import PeftLinear
+from .layer import PeftLinear
 
 _Named = list[tuple[str, nn.Parameter]]
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -19,16 +20,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from . import backends
-from .backends.eager import row_sum
-from .dispatch import TENSORS, Operands, backend_for, is_eager
+from . import eager
+from .dispatch import backend_for, is_eager
 from .dropout import keep_mask, new_seed
 from .factors import Factors
+from .operands import TENSORS, Operands
 
 SCALARS = len(Operands._fields) - TENSORS
-assert backends  # imported for its registrations
 _transforming = torch._C._are_functorch_transforms_active
 _tracing = torch._C._is_tracing  # torch.jit.trace, which would keep an autograd.Function as a call into Python
+
+
+def on_dtensors() -> ModuleType:
+    """The module whose ``linear`` and ``row_norm`` take DTensors; the package replaces this function."""
+    raise RuntimeError("nothing computes on DTensors, since fused_peft itself is not imported")
 
 
 def linear(
@@ -44,12 +49,12 @@ def linear(
 
     x (..., K) in any floating dtype and any strides; w (N, K) in x's dtype, any strides, or None when c (..., N) takes
     the place of x̂Wᵀ; bias (N,) is used unless ``f.bias`` is given. Dropout is on when ``f.p`` > 0 and ``training``; its
-    seed is ``seed``, int32 (2,), or a new one. On DTensors each process computes its part (``fused_peft.parallel``).
+    seed is ``seed``, int32 (2,), or a new one. On DTensors each process computes its part (``distributed.parallel``).
     Under autocast x, w and c are cast to the autocast dtype. Factors may have another floating dtype than x; their
     gradients come out in their own. Raises ValueError or TypeError when shapes, dtypes or devices do not fit.
     """
     if _distributed(x):
-        return _parallel().linear(x, w, f, bias, c, training)
+        return on_dtensors().linear(x, w, f, bias, c, training)
     bias = bias if f.bias is None else f.bias
     if autocasting(x):
         x, w, c = _autocast(x, w, c)
@@ -133,11 +138,11 @@ def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tens
     """
     A, B = A.detach(), B.detach()
     if _distributed(W):
-        return _parallel().row_norm(W, squared, A, B, s)
+        return on_dtensors().row_norm(W, squared, A, B, s)
     if is_compiling() and not _transforming():
         return torch.ops.fused_peft.row_norm(W, squared, A, B, s)
     if _transforming():
-        return backends.eager.row_norm(W, squared, A, B, s)
+        return eager.row_norm(W, squared, A, B, s)
     with torch.no_grad():
         return _row_norm_op_body(W, squared, A, B, s)
 
@@ -205,7 +210,7 @@ def _formed_gradients(form, bias_dtype, dy, x, tensors, want_x, want_bias, *want
         w = form(*leaves).to(dy.dtype)
     rows = dy.reshape(-1, dy.shape[-1])
     dx = torch.mm(rows, w.detach()).view(*dy.shape[:-1], w.shape[1]) if want_x else None
-    dbias = row_sum(rows, bias_dtype) if want_bias else None
+    dbias = eager.row_sum(rows, bias_dtype) if want_bias else None
     grads = iter(())
     if any(wanted):
         dw = torch.mm(rows.t(), x.reshape(-1, x.shape[-1]))
@@ -216,12 +221,6 @@ def _formed_gradients(form, bias_dtype, dy, x, tensors, want_x, want_bias, *want
 def _distributed(t: Tensor) -> bool:
     """Whether t is a DTensor."""
     return type(t) is not Tensor and hasattr(t, "device_mesh")
-
-
-def _parallel():
-    from . import parallel  # torch.distributed.tensor is not imported before it is needed
-
-    return parallel
 
 
 def autocasting(x: Tensor) -> bool:

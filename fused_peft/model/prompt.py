@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .methods import PeftConfig
-from .methods.base import positive_int
-from .versions import warn_outside
+from ..core.versions import warn_outside
+from ..methods import PeftConfig
+from ..methods.base import positive_int
 
 _SIZES = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),

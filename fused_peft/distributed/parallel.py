@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_tensor, parallel
 
-from . import ops
-from .backends.eager import norm_of
-from .dropout import keep_mask, new_seed
-from .factors import Factors
-from .linear import PeftLinear
+from ..core import ops
+from ..core.dropout import keep_mask, new_seed
+from ..core.eager import norm_of
+from ..core.factors import Factors
+from ..model.layer import PeftLinear
 
 _PROBES = ((1_000_003, 2_000_003), (2_000_003, 1_000_003))  # (out, in) that no rank comes near
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import dispatch
-from .dropout import keep_mask, new_seed
-from .linear import PeftLinear
-from .methods import METHODS, PeftConfig
+from ..core import dispatch
+from ..core.dropout import keep_mask, new_seed
+from ..methods import METHODS, PeftConfig
+from ..model.layer import PeftLinear
 
 # Methods whose formula rounds five times or more in a row, or sends gradients through a norm: 1.4 times the limit in
 # half precision, where plain PyTorch is no better.

@@ -6,10 +6,10 @@ from collections import defaultdict
 
 from torch import nn
 
+from ..core.sharded import is_sharded, reshard
 from . import checks
 from .adapted import active_layers
-from .linear import Gathered
-from .sharded import is_sharded, reshard
+from .layer import Gathered
 
 
 def on_step(model: nn.Module, step: int) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..methods import METHODS, PeftConfig
 from . import prompt
-from .methods import METHODS, PeftConfig
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 NOTE = "fused_peft"  # the entry that holds the note

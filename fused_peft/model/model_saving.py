@@ -12,8 +12,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..core.sharded import is_spread
 from .adapted import layers
-from .sharded import is_spread
 
 STATE_NAME = "model.safetensors"  # where Trainer looks for the state of a model that it resumes
 
@@ -38,7 +38,7 @@ class _SavesAdapter:
                 "push_to_hub=True: an adapted model saves its adapter into a folder; upload that with "
                 "huggingface_hub.upload_folder"
             )
-        from . import io  # which adapts models to load into, and so comes after this file
+        from . import checkpoint as io  # which adapts models to load into, and so comes after this file
 
         state = kwargs.get("state_dict")
         if not is_main_process and (state is not None or not any(map(is_spread, self.model.parameters()))):

@@ -11,9 +11,9 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 
+from ..core.ops import squared_residual
+from ..core.sharded import is_partitioned, whole
 from .adapted import active_layers
-from .ops import squared_residual
-from .sharded import is_partitioned, whole
 
 
 def _stacks(model: nn.Module, kind: str) -> list[tuple[Tensor, bool]]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .sharded import gathered
+from ..core.sharded import gathered
 
 HALF = (torch.float16, torch.bfloat16)
 

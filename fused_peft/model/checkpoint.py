@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..core.sharded import fill, gathered, is_spread, reshard, shape_of, whole
+from ..methods import PeftConfig
 from . import convert, prompt
 from .adapted import plain_name
 from .adapter_config import (
@@ -35,10 +37,8 @@ from .adapter_config import (
 )
 from .checks import few, refuse_vanished
 from .convert import by_keyword
-from .linear import PeftLinear
-from .methods import PeftConfig
+from .layer import PeftLinear
 from .renamed import renaming
-from .sharded import fill, gathered, is_spread, reshard, shape_of, whole
 from .targets import resolve
 
 __all__ = ["AdapterFormatError", "load_adapter", "load_config", "save_pretrained", "write_config"]

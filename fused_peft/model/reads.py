@@ -18,7 +18,7 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
-from .linear import is_linear
+from .layer import is_linear
 
 Path = tuple[str, ...]  # attributes from self on, "*" for an index: self.layers[0].fc is ("layers", "*", "fc")
 

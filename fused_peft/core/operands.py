@@ -1,0 +1,102 @@
+"""What one call of the expression reads, and the call as a backend judges it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .factors import Factors
+
+
+class Operands(NamedTuple):
+    """Everything one call of the expression reads. Shapes as in ``Factors``; x (..., K), w (N, K), c (..., N)."""
+
+    x: Tensor | None = None
+    w: Tensor | None = None
+    c: Tensor | None = None
+    bias: Tensor | None = None
+    d_in: Tensor | None = None
+    d_out: Tensor | None = None
+    A: Tensor | None = None
+    a: Tensor | None = None
+    G: Tensor | None = None
+    B: Tensor | None = None
+    seed: Tensor | None = None  # int32 (2,): dropout is on
+    s: float = 1.0
+    p: float = 0.0
+    h: str = "identity"
+    scale_bias: bool = False
+    drop_base: bool = False
+    hadamard: bool = False
+
+
+TENSORS = 11  # the leading fields of Operands that are tensors
+_PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+
+
+def place(device: torch.device) -> dict:
+    """The fields of a Problem that its device decides."""
+    return {
+        "device": device.type,
+        "arch": torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+    }
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call of the expression as a backend judges it: M rows, K in, N out, rank r, and what is present."""
+
+    device: str
+    arch: tuple[int, int] | None
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype | None
+    M: int
+    K: int
+    N: int
+    r: int
+    present: frozenset[str]
+    G: str = "none"
+    h: str = "identity"
+    p: float = 0.0
+    scale_bias: bool = False
+    drop_base: bool = False
+    hadamard: bool = False
+    elsewhere: frozenset[str] = frozenset()  # operands on another device than x
+    subclasses: frozenset[str] = frozenset()  # operands that are no plain tensors (DTensor, quantised weights)
+
+    @classmethod
+    def of(cls, o: Operands) -> Problem:
+        x, factor = o.x, next((t for t in (o.A, o.d_in, o.d_out) if t is not None), None)
+        K = next(t for t in (o.w, o.A, x) if t is not None).shape[-1]
+        given = [(n, v) for n, v in zip(o._fields, o[:TENSORS], strict=False) if v is not None]
+        return cls(
+            **place(x.device),
+            dtype=x.dtype,
+            adapter_dtype=None if factor is None else factor.dtype,
+            M=math.prod(x.shape[:-1]),
+            K=K,
+            N=next(t for t in (o.w, o.B) if t is not None).shape[0] if o.c is None else o.c.shape[-1],
+            r=0 if o.A is None else o.A.shape[0],
+            present=frozenset(n for n, _ in given),
+            G="none" if o.G is None else ("vector", "matrix")[o.G.dim() - 1],
+            h=o.h,
+            p=o.p if o.seed is not None else 0.0,
+            scale_bias=o.scale_bias,
+            drop_base=o.drop_base and o.seed is not None,
+            hadamard=o.hadamard,
+            elsewhere=frozenset(f"{n} on {v.device}" for n, v in given if v.device != x.device),
+            subclasses=frozenset(f"{n} is a {type(v).__name__}" for n, v in given if type(v) not in _PLAIN),
+        )
+
+
+def foreseen(f: Factors, x: Tensor, w: Tensor | None, bias, c, training: bool, device: torch.device) -> Problem:
+    """The Problem of a call on ``device`` with these factors, without making it; x and c may be on the meta device."""
+    seed = x if f.p and training else None
+    o = Operands(
+        x, w, c, bias, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed, f.s, f.p, f.h, f.scale_bias, f.drop_base, f.hadamard
+    )
+    return replace(Problem.of(o), elsewhere=frozenset(), **place(device))
