@@ -35,7 +35,7 @@ PROCESSORS, MATRIX_GATE = 132, 128  # streaming multiprocessors; the largest G (
 KERNELS = {*configs.KINDS, "add_up", "split"}
 ROWS, RANKS = (1, 16, 128, 1024, 8192), (8, 16, 64, 256)
 WIDTHS = ((4096, 4096), (4096, 14336), (14336, 4096), (1024, 1024))  # K, N
-# method: its operands beside x and W, and options, both as fused_peft.aot writes them
+# method: its operands beside x and W, and options, both as tools.compile_triton writes them
 METHODS: dict[str, tuple[str, dict]] = {
     "lora": ("A B", {}),
     "lora_dropout": ("A B seed", {}),

@@ -65,5 +65,5 @@ extern "C" fused_peft::Status fused_peft_cast(const fused_peft::Cast* c) {
   return c->dtype == BF16 ? cast_all<bf16>(*c) : cast_all<fp16>(*c);
 }
 
-// What fused_peft/extension.py holds its own declarations to.
+// What fused_peft/backends/extension.py holds its own declarations to.
 extern "C" int fused_peft_sizes(int which) { return which ? sizeof(fused_peft::Cast) : sizeof(fused_peft::Call); }

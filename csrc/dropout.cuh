@@ -1,4 +1,4 @@
-// keep(e) of fused_peft/dropout.py for CUDA and host code: the same bits, two elements a hash.
+// keep(e) of fused_peft/core/dropout.py for CUDA and host code: the same bits, two elements a hash.
 #pragma once
 #include <cstdint>
 
@@ -20,7 +20,7 @@ FUSED_PEFT_HOST_DEVICE uint32_t hash(const int32_t* seed, uint32_t pair) {
   return h ^ (h >> 14);
 }
 
-// Whether an element of the pair (0 or 1) is kept; threshold: as fused_peft.dropout.threshold(p).
+// Whether an element of the pair (0 or 1) is kept; threshold: as core.dropout.threshold(p).
 FUSED_PEFT_HOST_DEVICE bool kept(uint32_t bits, int which, int32_t threshold) {
   return static_cast<int16_t>(which ? bits >> 16 : bits) >= threshold;
 }

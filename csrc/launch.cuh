@@ -148,7 +148,7 @@ Status start(const Call& c) {
 
 }  // namespace fused_peft
 
-// One compiled plan, callable by name from C; what fused_peft/extension.py puts into files of their own.
+// One compiled plan, callable by name from C; what fused_peft/backends/extension.py puts into files of their own.
 #define FUSED_PEFT_INSTANCE(NAME, ...)                                       \
   extern "C" fused_peft::Status fused_peft_##NAME(const fused_peft::Call* c) { \
     using namespace fused_peft;                                              \

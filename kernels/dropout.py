@@ -1,4 +1,4 @@
-"""keep(e) of ``fused_peft.dropout`` on the GPU: the same bits, two elements a hash, recomputed where needed."""
+"""keep(e) of ``core.dropout`` on the GPU: the same bits, two elements a hash, recomputed where needed."""
 
 from __future__ import annotations
 

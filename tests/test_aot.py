@@ -46,7 +46,7 @@ def _compile(tmp_path, *args, env=()):
 
 
 _LIST = """
-from fused_peft import aot
+from fused_peft.tools import compile_triton as aot
 for name, launch in aot.launches("ARCH").items():
     print(name, launch.kernel.__name__, aot._dtype(launch))
 """

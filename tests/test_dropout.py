@@ -79,7 +79,7 @@ def test_seeds_follow_manual_seed():
 
 _TRITON = """
 import sys, torch
-from fused_peft.dropout import keep_mask, threshold
+from fused_peft.core.dropout import keep_mask, threshold
 from fused_peft.kernels.dropout import keep_mask as kernel
 for words, n, p in (((0, 0), 1000, 0.3), ((-5, 77), 1001, 0.9), ((2**31 - 1, -2**31), 64, 0.0)):
     seed, out = torch.tensor(words, dtype=torch.int32), torch.full((n,), -1, dtype=torch.int8)

@@ -395,13 +395,13 @@ def test_the_start_is_the_norm_of_the_weight(base, case):
 @of("delora")
 def test_kept_norms_are_equal(base, case):
     mine, theirs = fused(base, case), stock(base, case)
-    for name, layer in fp.convert.layers(mine):
+    for name, layer in fp.model.adapted.layers(mine):
         norm = theirs.base_model.model.get_submodule(name).delora_w_norm["default"]
         assert_close(layer.delora_w_norm, norm, rtol=1e-6, atol=0)
 
 
 def assert_same_projection(mine, theirs):
-    for _, layer in fp.convert.layers(mine):
+    for _, layer in fp.model.adapted.layers(mine):
         assert torch.equal(layer.vera_A, theirs.base_model.vera_A["default"][:, : layer.in_features])
         assert torch.equal(layer.vera_B, theirs.base_model.vera_B["default"][: layer.out_features])
 
@@ -458,7 +458,7 @@ SCHEDULES = (
 
 
 def kept(mine):
-    return {f"{name}.lora_E.default": layer.kept.tolist() for name, layer in fp.convert.layers(mine)}
+    return {f"{name}.lora_E.default": layer.kept.tolist() for name, layer in fp.model.adapted.layers(mine)}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
@@ -497,7 +497,7 @@ def test_training_with_the_allocator_is_equal_and_its_checkpoint_loads(base, cas
     assert kept(mine) == theirs.peft_config["default"].rank_pattern
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load_in_ours(base, tmp_path / "theirs")
-    ranks = {f"{name}.lora_E": len(layer.lora_E) for name, layer in fp.convert.layers(loaded)}
+    ranks = {f"{name}.lora_E": len(layer.lora_E) for name, layer in fp.model.adapted.layers(loaded)}
     stored = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["rank_pattern"]
     assert ranks == {name: sum(pattern) for name, pattern in stored.items()}
     same_logits(theirs, loaded, base)
