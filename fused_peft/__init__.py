@@ -79,7 +79,7 @@ _ops.on_dtensors = lambda: _importlib.import_module("fused_peft.distributed.para
 
 def _register_with_peft() -> None:
     """Where Hugging Face PEFT is in use, make it know the methods that it lacks."""
-    if "peft" in _sys.modules:
+    if "peft" in _sys.modules and "fused_peft.integrations.tuners" not in _sys.modules:
         with _suppress(ImportError):  # a PEFT too old for it
             _importlib.import_module("fused_peft.integrations.tuners")
 

@@ -19,7 +19,7 @@ def build(case: Case, shape: Shape, bias: bool = True, dtype=torch.float64, rand
     layer = PeftLinear.from_linear(linear, case.make(shape.r))
     if randomise:
         with torch.no_grad():
-            for name in layer.adapter_names:
+            for name in layer.tensor_names:
                 getattr(layer, name).add_(torch.randn(getattr(layer, name).shape, dtype=dtype))
             for name in ("dash_U", "dash_Vh"):
                 if hasattr(layer, name):  # as if the warm-up were over
@@ -42,13 +42,13 @@ def layer_results(layer: PeftLinear, x, dy, seed: int = 7) -> dict:
     """{y, dx, and the gradient of every adapter parameter} as the layer computes them, dropout seeded."""
     x = x.detach().requires_grad_()
     torch.manual_seed(seed)
-    return gradients(layer(x), {"x": x, **{n: getattr(layer, n) for n in layer.adapter_names}}, dy)
+    return gradients(layer(x), {"x": x, **{n: getattr(layer, n) for n in layer.tensor_names}}, dy)
 
 
 def paper_results(case: Case, layer: PeftLinear, x, dy, seed: int = 7) -> dict:
     """The same from tests/paper.py and PyTorch's autograd."""
     leaf = x.detach().requires_grad_()
-    p = {n: getattr(layer, n).detach().clone().requires_grad_() for n in layer.adapter_names}
+    p = {n: getattr(layer, n).detach().clone().requires_grad_() for n in layer.tensor_names}
     constants = case.constants(layer, layer.config)
     drop = next((getattr(layer.config, n) for n in ("lora_dropout", "vera_dropout") if hasattr(layer.config, n)), 0.0)
     if drop and layer.training:

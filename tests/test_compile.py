@@ -45,7 +45,7 @@ class Graphs:
     def __call__(self, graph, inputs):
         compiled = self.backend(graph, inputs)
         nodes = [node for part in graph.modules() if hasattr(part, "graph") for node in part.graph.nodes]
-        self.fused.append(sum("fused_peft.model.layer" in str(node.target) for node in nodes))
+        self.fused.append(sum("fused_peft.linear" in str(node.target) for node in nodes))
         self.total += 1
         return compiled
 
@@ -82,7 +82,7 @@ def compiled_like(
 
 
 def adapter(layer):
-    return {name: getattr(layer, name) for name in layer.adapter_names}
+    return {name: getattr(layer, name) for name in layer.tensor_names}
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_gradcheck(case, monkeypatch):
         norm = dora.row_norm(layer.matrix, layer.base_norm2, layer.lora_A, layer.lora_B, layer.config.scaling).detach()
         monkeypatch.setattr(dora, "row_norm", lambda *args: norm)
     x, _ = inputs(SMALL)
-    names = layer.adapter_names
+    names = layer.tensor_names
 
     def run(x, *params):
         torch.manual_seed(3)
@@ -101,7 +101,7 @@ def test_merged_forward_equals_unmerged(case, bias):
 def test_unmerge_is_bitwise_in_low_precision(case, dtype):
     torch.manual_seed(0)
     layer = fp.PeftLinear(64, 48, config=case.make(4), dtype=dtype)
-    nn.init.normal_(getattr(layer, layer.adapter_names[-1]))
+    nn.init.normal_(getattr(layer, layer.tensor_names[-1]))
     before = layer.weight.clone()
     layer.merge()
     layer.unmerge()

@@ -372,8 +372,9 @@ def test_opcheck(present, G, h, with_c):
     w, c = (None, rand(2, M, N, dtype=torch.float32)) if with_c else (rand(N, K, dtype=torch.float32), None)
     names = ("bias", "d_in", "d_out", "A", "a", "G", "B")
     seed = new_seed(x.device)
-    args = (x, w, c, *(t.get(n) for n in names), seed, 1.5, 0.3, h, True, False, False, t.get("d_out") is not None)
-    torch.library.opcheck(torch.ops.fused_peft.linear.default, args)
+    given = {n: t.get(n) for n in names}
+    o = operands.Operands(x, w, c, **given, seed=seed, s=1.5, p=0.3, h=h, scale_bias=True)
+    torch.library.opcheck(torch.ops.fused_peft.linear.default, (*o, t.get("d_out") is not None))
 
 
 @pytest.mark.parametrize("trains_B", [True, False])
@@ -385,21 +386,21 @@ def test_opcheck_of_the_backward(present, G, h, with_c, adapters, trains_B):
     x, dy = torch.randn(2, M, K), torch.randn(2, M, N)
     w, c = (None, torch.randn(2, M, N)) if with_c else (torch.randn(N, K), None)
     tensors = [t[n].detach() if n in t else None for n in ("bias", "d_in", "d_out", "A", "a", "G", "B")]
-    rest = (1.5, 0.3, h, True, False, False)
-    o = operands.Operands(x, w, c, *tensors, new_seed(x.device), *rest)
+    rest = {"s": 1.5, "p": 0.3, "h": h, "scale_bias": True}
+    o = operands.Operands(x, w, c, *tensors, new_seed(x.device), **rest)
     _, T, z = eager.Eager().forward(o, "d_out" in present)
     need = [t is not None for t in o[: operands.TENSORS]]
     need[o._fields.index("w")] = need[o._fields.index("seed")] = False
     need[o._fields.index("B")] &= trains_B
     need[o._fields.index("c")] &= "d_out" in present  # otherwise dy itself, which is not asked for
-    args = (dy, *o[: operands.TENSORS], T, z, *rest, need)
+    args = (dy, *o, T, z, need)
     torch.library.opcheck(torch.ops.fused_peft.linear_backward.default, args)
 
 
 def test_function_transforms():
     layer = fp.PeftLinear(K, N, config=fp.LoraConfig(r=3, init_lora_weights=False), dtype=torch.float64)
     x = torch.randn(M, K, dtype=torch.float64)
-    params = {n: getattr(layer, n).detach() for n in layer.adapter_names}
+    params = {n: getattr(layer, n).detach() for n in layer.tensor_names}
 
     def loss(params):
         return torch.func.functional_call(layer, params, (x,)).square().sum()

@@ -463,7 +463,7 @@ def test_a_method_that_starts_from_the_weight_waits_for_it(case):
     torch.testing.assert_close(layer(x), F.linear(x, weight, layer.bias), rtol=1e-4, atol=1e-4)
     assert all(p is parameters[n] for n, p in layer.named_parameters())
     layer.train()(x).sum().backward()
-    assert all(getattr(layer, n).grad is not None for n in layer.adapter_names)
+    assert all(getattr(layer, n).grad is not None for n in layer.tensor_names)
 
 
 # --- bottlenecks by AdapterHub's names -------------------------------------------------------------------------------
@@ -485,7 +485,7 @@ def test_parallel_bottlenecks_are_parallel_adapters(name, learned):
     assert config == fp.ParallelAdapterConfig(r=4, use_bias=True, learn_scale=learned, nonlinearity="gelu")
     layer = adapted(config).fc1
     assert layer.method.name == "parallel_adapter"
-    assert set(layer.adapter_names) == {"lora_A", "lora_B", "down_bias", "up_bias"} | ({"scale"} if learned else set())
+    assert set(layer.tensor_names) == {"lora_A", "lora_B", "down_bias", "up_bias"} | ({"scale"} if learned else set())
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..core import dropout, eager
 from ..core.operands import Operands, Problem
+from ..core.torch_internals import unsafe_view
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_RANK = 512
@@ -147,7 +148,7 @@ class Triton:
         lead = (x if c is None else c).shape[0] if o.x.dim() == 2 else o.x.shape[:-1]
         if o.hadamard:
             y = k.hadamard.product(x, o.w, o.B, o.A, o.s, o.bias)
-            return y if o.x.dim() == 2 else _aten._unsafe_view(y, (*lead, y.shape[1])), None, None
+            return y if o.x.dim() == 2 else unsafe_view(y, (*lead, y.shape[1])), None, None
         N = next(t for t in (o.w, o.B) if t is not None).shape[0] if c is None else c.shape[1]
         mask, rest, T, update = None, None, None, None
         if o.seed is not None:
@@ -170,7 +171,7 @@ class Triton:
         )  # fmt: skip
         if rest is not None:
             result.y.add_(F.linear(rest, o.w))
-        y = result.y if o.x.dim() == 2 else _aten._unsafe_view(result.y, (*lead, N))  # a view of nothing
+        y = result.y if o.x.dim() == 2 else unsafe_view(result.y, (*lead, N))  # a view of nothing
         return y, result.T if T is None else T, result.z
 
     def backward(

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from .torch_internals import transforming
+
 # (shift, multiplier) of each round; the last shift has no multiply. Constants of C. Wellons' triple32.
 ROUNDS = ((17, 0xED5AD4BB - (1 << 32)), (11, 0xAC4C1B51 - (1 << 32)), (15, 0x31848BAB))
 LAST_SHIFT = 14
@@ -42,6 +44,8 @@ def _bits(seed: Tensor, n: int) -> Tensor:
         if i == 0:
             h.bitwise_xor_(seed[1])
     xor_shift(LAST_SHIFT)
+    if transforming():  # vmap of PyTorch 2.11 has no view as another dtype
+        return torch.stack([h << 16 >> 16, h >> 16], -1).to(torch.int16).flatten()[:n]
     return h.view(torch.int16)[:n]
 
 

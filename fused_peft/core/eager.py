@@ -23,6 +23,7 @@ from torch import Tensor
 from .dropout import Mask
 from .factors import ACTIVATIONS
 from .operands import Operands, Problem
+from .torch_internals import unsafe_view
 
 _aten = torch.ops.aten
 # T, h(T), dU -> dT
@@ -169,8 +170,10 @@ class Eager:
         return [] if problem.dtype.is_floating_point else [f"{problem.dtype} is not a floating dtype"]
 
     def forward(self, o: Operands, keep_z: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard = o
-        if hadamard:
+        x, w, c, bias, d_in, d_out = o.x, o.w, o.c, o.bias, o.d_in, o.d_out
+        A, a, G, B, seed, s, p, h = o.A, o.a, o.G, o.B, o.seed, o.s, o.p, o.h
+        drop_base = o.drop_base
+        if o.hadamard:
             w, A = _multiplied(w, A, B, s), None
         dt, lead = x.dtype, None
         if x.dim() != 2:
@@ -179,7 +182,7 @@ class Eager:
         if bias is not None and bias.dtype != dt:
             bias = bias.to(dt)
         xh = x if d_in is None else x * d_in.to(dt)
-        inner, outer = (bias, None) if d_out is None or scale_bias else (None, bias)
+        inner, outer = (bias, None) if d_out is None or o.scale_bias else (None, bias)
         xd, scale = xh, 1.0
         if seed is not None:
             xd, scale = Mask(seed, xh.shape, p)(xh), 1 / (1 - p)
@@ -226,12 +229,13 @@ class Eager:
                 y = torch.addcmul(outer, z, d_out.to(dt))
             else:
                 y = z.mul_(d_out.to(dt)) if fresh and not keep_z else z * d_out.to(dt)
-        return y if lead is None else _aten._unsafe_view(y, (*lead, y.shape[1])), T, z if keep_z else None
+        return y if lead is None else unsafe_view(y, (*lead, y.shape[1])), T, z if keep_z else None
 
     def backward(
         self, dy: Tensor, o: Operands, T: Tensor | None, z: Tensor | None, need: tuple[bool, ...]
     ) -> tuple[Tensor | None, ...]:
-        x, w, _, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard = o
+        x, w, bias, d_in, d_out, hadamard = o.x, o.w, o.bias, o.d_in, o.d_out, o.hadamard
+        A, a, G, B, seed, s, p, h = o.A, o.a, o.G, o.B, o.seed, o.s, o.p, o.h
         want_x, want_w, want_c, want_bias, want_d_in, want_d_out, want_A, want_a, want_G, want_B, _ = need
         dx = dw = dc = dbias = dd_in = dd_out = dA = da = dG = dB = None
         dy_shape, dt = dy.shape, dy.dtype
@@ -243,7 +247,7 @@ class Eager:
         elif d_out is not None:
             dz = _scaled(dy, d_out) if d_out.dtype != dt and A is not None else dy * d_out.to(dt)
         if want_bias:
-            dbias = row_sum(dz if scale_bias else dy, bias.dtype)
+            dbias = row_sum(dz if o.scale_bias else dy, bias.dtype)
         if want_c:
             dc = dz.view(dy_shape)
 
@@ -288,7 +292,7 @@ class Eager:
                     if A.dtype != dt:
                         dA = dA.to(A.dtype)
 
-        drop_base = drop_base and seed is not None
+        drop_base = o.drop_base and seed is not None
         if want_w:
             xd = mask(xh).mul_(scale) if drop_base else xh
             dw = torch.mm(dz.t(), xd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -10,10 +11,16 @@ import torch
 from torch import Tensor
 
 from .factors import Factors
+from .frozen import decode
 
 
 class Operands(NamedTuple):
-    """Everything one call of the expression reads. Shapes as in ``Factors``; x (..., K), w (N, K), c (..., N)."""
+    """Everything one call of the expression reads, declared once: the op's schema, its fake, what autograd keeps and
+    the order of the gradients follow from this list. Shapes as in ``Factors``; x (..., K), w (N, K), c (..., N).
+
+    The weight is ``w``, or what ``frozen.decode(spec, parts)`` makes of ``parts``: at the top of forward and again of
+    backward, so that the parts alone are kept.
+    """
 
     x: Tensor | None = None
     w: Tensor | None = None
@@ -26,15 +33,30 @@ class Operands(NamedTuple):
     G: Tensor | None = None
     B: Tensor | None = None
     seed: Tensor | None = None  # int32 (2,): dropout is on
+    parts: Sequence[Tensor] = ()
     s: float = 1.0
     p: float = 0.0
     h: str = "identity"
     scale_bias: bool = False
     drop_base: bool = False
     hadamard: bool = False
+    spec: str = ""
+
+    def decoded(self) -> Operands:
+        """With the weight as a matrix in x's dtype where it is stored in parts."""
+        return self._replace(w=decode(self.spec, self.parts, self.x.dtype)) if self.spec else self
+
+    def kept(self, reads_x: bool, bias: bool) -> tuple[Tensor | None, ...]:
+        """The tensors that backward reads, by their places; ``bias``: for its dtype alone, as its gradient's."""
+        x, w, _, b, *rest = self[:TENSORS]
+        w = None if self.spec else w
+        return (x if reads_x else None, w, None, b.new_empty(0) if bias else None, *rest)
 
 
-TENSORS = 11  # the leading fields of Operands that are tensors
+_SCHEMA = {"Tensor | None": "Tensor?", "Sequence[Tensor]": "Tensor[]"}  # other types are spelled alike
+_TYPES = {name: getattr(kind, "__forward_arg__", kind) for name, kind in Operands.__annotations__.items()}
+SCHEMA = ", ".join(f"{_SCHEMA.get(kind, kind)} {name}" for name, kind in _TYPES.items())
+TENSORS = list(_TYPES.values()).count("Tensor | None")  # the leading fields: what can have a gradient
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
 
 
@@ -93,10 +115,16 @@ class Problem:
         )
 
 
+def call_of(x, w, f: Factors, bias, c, seed, p: float, parts: Sequence[Tensor] = (), spec: str = "") -> Operands:
+    """The operands of a call with these factors."""
+    return Operands(
+        x, w, c, bias, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed, parts,
+        f.s, p, f.h, f.scale_bias, f.drop_base, f.hadamard, spec,
+    )  # fmt: skip
+
+
 def foreseen(f: Factors, x: Tensor, w: Tensor | None, bias, c, training: bool, device: torch.device) -> Problem:
     """The Problem of a call on ``device`` with these factors, without making it; x and c may be on the meta device."""
     seed = x if f.p and training else None
-    o = Operands(
-        x, w, c, bias, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed, f.s, f.p, f.h, f.scale_bias, f.drop_base, f.hadamard
-    )
+    o = call_of(x, w, f, bias, c, seed, f.p)
     return replace(Problem.of(o), elsewhere=frozenset(), **place(device))

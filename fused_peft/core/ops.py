@@ -24,11 +24,9 @@ from . import eager
 from .dispatch import backend_for, is_eager
 from .dropout import keep_mask, new_seed
 from .factors import Factors
-from .operands import TENSORS, Operands
-
-SCALARS = len(Operands._fields) - TENSORS
-_transforming = torch._C._are_functorch_transforms_active
-_tracing = torch._C._is_tracing  # torch.jit.trace, which would keep an autograd.Function as a call into Python
+from .frozen import Stored, decode
+from .operands import SCHEMA, TENSORS, Operands, call_of
+from .torch_internals import autocast_is_on, function_apply, tracing, transforming
 
 
 def on_dtensors() -> ModuleType:
@@ -38,7 +36,7 @@ def on_dtensors() -> ModuleType:
 
 def linear(
     x: Tensor,
-    w: Tensor | None,
+    w: Tensor | Stored | None,
     f: Factors,
     bias: Tensor | None = None,
     c: Tensor | None = None,
@@ -47,9 +45,10 @@ def linear(
 ) -> Tensor:
     """y (..., N) of the expression in ``factors``, differentiable once in every tensor.
 
-    x (..., K) in any floating dtype and any strides; w (N, K) in x's dtype, any strides, or None when c (..., N) takes
-    the place of x̂Wᵀ; bias (N,) is used unless ``f.bias`` is given. Dropout is on when ``f.p`` > 0 and ``training``; its
-    seed is ``seed``, int32 (2,), or a new one. On DTensors each process computes its part (``distributed.parallel``).
+    x (..., K) in any floating dtype and any strides; w (N, K) in x's dtype, any strides, or a ``Stored`` one, or None
+    when c (..., N) takes the place of x̂Wᵀ; bias (N,) is used unless ``f.bias`` is given. Dropout is on when ``f.p`` > 0
+    and ``training``; its seed is ``seed``, int32 (2,), or a new one. On DTensors each process computes its part
+    (``distributed.parallel``).
     Under autocast x, w and c are cast to the autocast dtype. Factors may have another floating dtype than x; their
     gradients come out in their own. Raises ValueError or TypeError when shapes, dtypes or devices do not fit.
     """
@@ -61,43 +60,30 @@ def linear(
         if f.hadamard:
             with torch.autocast(x.device.type, enabled=False):  # B A is formed in its own dtype
                 return linear(x, w, f, bias, c, training, seed)
+    parts, spec = (), ""
+    if type(w) is Stored:
+        w, parts, spec = None, w.parts, w.spec
     if f.d_in is not None and x.shape[-1:] != f.d_in.shape:
         _check(x, w)  # would broadcast
     if f.A is None and w is not None and _native(x, f, bias):
         return _scaled_linear(x, w, f, bias)
     p = f.p if training else 0.0
     seed = None if not p else new_seed(x.device) if seed is None else seed
-    o = Operands(
-        x,
-        w,
-        c,
-        bias,
-        f.d_in,
-        f.d_out,
-        f.A,
-        f.a,
-        f.G,
-        f.B,
-        seed,
-        f.s,
-        p,
-        f.h,
-        f.scale_bias,
-        f.drop_base,
-        f.hadamard,
-    )
+    o = call_of(x, w, f, bias, c, seed, p, parts, spec)
     try:
-        if _transforming():
+        if transforming():
             return _expression(o, f)
         if is_compiling():
             keep_z = f.d_out is not None and f.d_out.requires_grad and torch.is_grad_enabled()
             return torch.ops.fused_peft.linear(*o, keep_z)[0]
-        if _tracing():
+        if tracing():
             if o.p:
                 raise RuntimeError(
                     "torch.jit.trace of a layer with dropout on would fix one mask; call model.eval() first"
                 )
             return _expression(o, f)
+        if spec:
+            o = o.decoded()
         backend = backend_for(o)
         if torch.is_grad_enabled():
             return _apply(backend, *o)
@@ -111,7 +97,7 @@ def _native(x: Tensor, f: Factors, bias: Tensor | None) -> bool:
     """Whether PyTorch's own autograd does for a call without a low-rank term: eager, every tensor of one dtype. It then
     keeps what the fused call would, and its host time is less."""
     tensors = (t for t in (f.d_in, f.d_out, bias) if t is not None)
-    return is_eager(x) and all(t.dtype == x.dtype for t in tensors) and not (is_compiling() or _transforming())
+    return is_eager(x) and all(t.dtype == x.dtype for t in tensors) and not (is_compiling() or transforming())
 
 
 def _scaled_linear(x: Tensor, w: Tensor, f: Factors, bias: Tensor | None) -> Tensor:
@@ -127,7 +113,7 @@ def _expression(o: Operands, f: Factors) -> Tensor:
     """The call written out, for vmap, grad, jvp and the like, which see through PyTorch's own operations only."""
     keep = keep_mask(o.seed, o.x.shape, o.p) if o.p else None
     bias = None if o.bias is None else o.bias.to(o.x.dtype)
-    return replace(f.to(o.x.dtype), bias=None).expression(o.x, o.w, bias, o.c, keep)
+    return replace(f.to(o.x.dtype), bias=None).expression(o.x, o.decoded().w, bias, o.c, keep)
 
 
 def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -139,9 +125,9 @@ def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tens
     A, B = A.detach(), B.detach()
     if _distributed(W):
         return on_dtensors().row_norm(W, squared, A, B, s)
-    if is_compiling() and not _transforming():
+    if is_compiling() and not transforming():
         return torch.ops.fused_peft.row_norm(W, squared, A, B, s)
-    if _transforming():
+    if transforming():
         return eager.row_norm(W, squared, A, B, s)
     with torch.no_grad():
         return _row_norm_op_body(W, squared, A, B, s)
@@ -152,8 +138,10 @@ def _row_norm_op_body(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float
         return backend_for(Operands(x=W, A=A, B=B, s=s)).row_norm(W, squared, A, B, s)
 
 
-def plain_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+def plain_linear(x: Tensor, w: Tensor | Stored, bias: Tensor | None) -> Tensor:
     """torch.nn.functional.linear with this library's errors; bias (N,) may be of another dtype, as when it trains."""
+    if type(w) is Stored:
+        return linear(x, w, Factors(), bias)
     if bias is not None and bias.dtype != x.dtype and not autocasting(x):
         bias = bias.to(x.dtype)
     try:
@@ -173,7 +161,7 @@ def formed_linear(x: Tensor, form: Callable[..., Tensor], tensors: Sequence[Tens
         (x,) = _autocast(x)
         with torch.autocast(x.device.type, enabled=False):  # W' is formed in its own dtype and rounded once
             return formed_linear(x, form, tensors, bias)
-    if is_compiling() or _transforming() or _tracing() or not torch.is_grad_enabled() or _distributed(x):
+    if is_compiling() or transforming() or tracing() or not torch.is_grad_enabled() or _distributed(x):
         w = form(*tensors).to(x.dtype)
         return plain_linear(x, w, bias if bias is None else bias.to(x.dtype))
     try:
@@ -225,21 +213,21 @@ def _distributed(t: Tensor) -> bool:
 
 def autocasting(x: Tensor) -> bool:
     """Whether autocast is on for x's device; PyTorch has none for meta, and raises when asked."""
-    return torch._C._is_any_autocast_enabled() and not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return autocast_is_on() and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def no_autocast(device: str):
     """For what is computed in the dtypes that it comes in: a backward, whose forward settled them, or a norm."""
-    on = device != "meta" and torch._C._is_any_autocast_enabled()
+    on = device != "meta" and autocast_is_on()
     return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def _autocast(*tensors: Tensor | Stored | None) -> list[Tensor | Stored | None]:
     """What autocast, where it is on, does to a matmul's inputs."""
     if tensors[0].dtype == torch.float64:
         return tensors
     dt = torch.get_autocast_dtype(tensors[0].device.type)
-    return [None if t is None else t.to(dt) for t in tensors]
+    return [t.to(dt) if isinstance(t, Tensor) else t for t in tensors]
 
 
 def _check(x: Tensor, w: Tensor | None) -> None:
@@ -267,18 +255,21 @@ def _reads(need: tuple[bool, ...], h: str, hadamard: bool) -> tuple[bool, bool]:
     return x, T
 
 
+_D_OUT = Operands._fields.index("d_out")
+_C = Operands._fields.index("c")
+_BIAS = Operands._fields.index("bias")
+_NOT_TENSORS = (None,) * (len(Operands._fields) - TENSORS)
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard):
+    def forward(ctx, backend, *operands):
         need = ctx.needs_input_grad[1 : TENSORS + 1]
-        o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard)
-        y, T, z = backend.forward(o, need[5])
-        read_x, read_T = _reads(need, h, hadamard)
-        ctx.save_for_backward(
-            x if read_x else None, w, None, bias.new_empty(0) if need[3] else None,
-            d_in, d_out, A, a, G, B, seed, T if read_T else None, z,
-        )  # fmt: skip
-        ctx.rest = (backend, need, (s, p, h, scale_bias, drop_base, hadamard))
+        o = Operands(*operands)
+        y, T, z = backend.forward(o, need[_D_OUT])
+        read_x, read_T = _reads(need, o.h, o.hadamard)
+        ctx.save_for_backward(*o.kept(read_x, need[_BIAS]), T if read_T else None, z, *o.parts)
+        ctx.rest = (backend, need, operands[TENSORS + 1 :])
         ctx.set_materialize_grads(False)
         return y
 
@@ -286,121 +277,108 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         if dy is None:
-            return (None,) * (TENSORS + SCALARS + 1)
+            return (None, *(None,) * TENSORS, *_NOT_TENSORS)
         backend, need, scalars = ctx.rest
-        *tensors, T, z = ctx.saved_tensors
-        o = Operands(*tensors, *scalars)
+        saved = ctx.saved_tensors
+        T, z, *parts = saved[TENSORS:]
+        o = Operands(*saved[:TENSORS], parts, *scalars)
         with no_autocast(dy.device.type):
-            return (None, *backend.backward(dy, o, T, z, need), *(None,) * SCALARS)
+            return (None, *_gradients(backend, dy, o, T, z, need), *_NOT_TENSORS)
+
+
+def _gradients(backend, dy: Tensor, o: Operands, T, z, need) -> list[Tensor | None]:
+    """The backend's backward, on the weight as a matrix."""
+    if o.spec:
+        o = o._replace(w=decode(o.spec, o.parts, dy.dtype))
+    return backend.backward(dy, o, T, z, need)
 
 
 # Function.apply less its functorch handling, which ``linear`` has already ruled out: 2 µs a call
-_apply = super(torch.autograd.Function, _Linear).apply
+_apply = function_apply(_Linear)
 
 
-@torch.library.custom_op("fused_peft::linear", mutates_args=())
-def _linear_op(
-    x: Tensor,
-    w: Tensor | None,
-    c: Tensor | None,
-    bias: Tensor | None,
-    d_in: Tensor | None,
-    d_out: Tensor | None,
-    A: Tensor | None,
-    a: Tensor | None,
-    G: Tensor | None,
-    B: Tensor | None,
-    seed: Tensor | None,
-    s: float,
-    p: float,
-    h: str,
-    scale_bias: bool,
-    drop_base: bool,
-    hadamard: bool,
-    keep_z: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard)
-    y, T, z = backend_for(o).forward(o, keep_z)
-    if z is not None and z.data_ptr() in (y.data_ptr(), 0 if c is None else c.data_ptr()):
+@torch.library.custom_op(
+    "fused_peft::linear", mutates_args=(), schema=f"({SCHEMA}, bool keep_z) -> (Tensor, Tensor, Tensor)"
+)
+def _linear_op(*args):
+    *operands, keep_z = args
+    o = Operands(*operands)
+    whole = o.decoded()
+    y, T, z = backend_for(whole).forward(whole, keep_z)
+    if z is not None and z.data_ptr() in (y.data_ptr(), 0 if o.c is None else o.c.data_ptr()):
         z = z.clone()
-    return y, x.new_empty(0) if T is None else T, x.new_empty(0) if z is None else z
+    nothing = o.x.new_empty(0)
+    return y, nothing if T is None else T, nothing.clone() if z is None else z
 
 
 @_linear_op.register_fake
-def _(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard, keep_z):
-    M = x.numel() // x.shape[-1]
-    N = c.shape[-1] if c is not None else (B if w is None else w).shape[0]
-    T = x.new_empty(0) if A is None or hadamard else x.new_empty(M, A.shape[0])
-    return x.new_empty(*x.shape[:-1], N), T, x.new_empty(M, N) if keep_z else x.new_empty(0)
+def _(*args):
+    *operands, keep_z = args
+    o = Operands(*operands).decoded()
+    M = o.x.numel() // o.x.shape[-1]
+    N = o.c.shape[-1] if o.c is not None else (o.B if o.w is None else o.w).shape[0]
+    T = o.x.new_empty(0) if o.A is None or o.hadamard else o.x.new_empty(M, o.A.shape[0])
+    return o.x.new_empty(*o.x.shape[:-1], N), T, o.x.new_empty(M, N) if keep_z else o.x.new_empty(0)
 
 
-@torch.library.custom_op("fused_peft::linear_backward", mutates_args=())
-def _linear_backward_op(
-    dy: Tensor,
-    x: Tensor | None,
-    w: Tensor | None,
-    c: Tensor | None,
-    bias: Tensor | None,
-    d_in: Tensor | None,
-    d_out: Tensor | None,
-    A: Tensor | None,
-    a: Tensor | None,
-    G: Tensor | None,
-    B: Tensor | None,
-    seed: Tensor | None,
-    T: Tensor | None,
-    z: Tensor | None,
-    s: float,
-    p: float,
-    h: str,
-    scale_bias: bool,
-    drop_base: bool,
-    hadamard: bool,
-    need: Sequence[bool],
-) -> list[Tensor]:
-    o = Operands(x, w, c, bias, d_in, d_out, A, a, G, B, seed, s, p, h, scale_bias, drop_base, hadamard)
+@torch.library.custom_op(
+    "fused_peft::linear_backward",
+    mutates_args=(),
+    schema=f"(Tensor dy, {SCHEMA}, Tensor? T, Tensor? z, bool[] need) -> Tensor[]",
+)
+def _linear_backward_op(dy, *args):
+    *operands, T, z, need = args
+    o = Operands(*operands)
+    if o.spec:
+        o = o._replace(w=decode(o.spec, o.parts, dy.dtype))
     # x and c need not be kept; dy stands in for what a Problem reads of them
-    backend = backend_for(o._replace(x=dy if x is None else x, c=dy if w is None or need[2] else None))
+    behind = o.w is None or need[_C]
+    backend = backend_for(o._replace(x=dy if o.x is None else o.x, c=dy if behind else None))
     grads = backend.backward(dy, o, T, z, tuple(need))
     # a functional op's results share no memory, and a backend may return parts of one buffer
     return [g.contiguous() if g.untyped_storage().nbytes() == g.nbytes else g.clone() for g in grads if g is not None]
 
 
 @_linear_backward_op.register_fake
-def _(dy, x, w, c, bias, d_in, d_out, A, a, G, B, seed, T, z, s, p, h, scale_bias, drop_base, hadamard, need):
-    dx_like = dy.new_empty(*dy.shape[:-1], (w if A is None else A).shape[1])
-    dbias_like = None if bias is None else bias.new_empty(dy.shape[-1])
-    like = (dx_like, w, dy, dbias_like, d_in, d_out, A, a, G, B, seed)
-    return [t.new_empty(t.shape) for t, wanted in zip(like, need, strict=True) if wanted]
+def _(dy, *args):
+    *operands, _, _, need = args
+    o = Operands(*operands)
+    if o.spec:
+        o = o._replace(w=decode(o.spec, o.parts, dy.dtype))
+    dx = dy.new_empty(*dy.shape[:-1], (o.w if o.A is None else o.A).shape[1])
+    dbias = None if o.bias is None else o.bias.new_empty(dy.shape[-1])
+    like = o._replace(x=dx, c=dy, bias=dbias)  # every other gradient has the form of its operand
+    return [t.new_empty(t.shape) for t, wanted in zip(like, need, strict=False) if wanted]
 
 
 def _setup_context(ctx, inputs, output):
-    x, w, _, bias, *tensors, s, p, h, scale_bias, drop_base, hadamard, keep_z = inputs
-    _, T, z = output
+    *operands, keep_z = inputs
+    o, (_, T, z) = Operands(*operands), output
     need = tuple(ctx.needs_input_grad[:TENSORS])
-    read_x, read_T = _reads(need, h, hadamard)
-    ctx.save_for_backward(
-        x if read_x else None, w, None, bias.new_empty(0) if need[3] else None,
-        *tensors, T if read_T else None, z if keep_z else None,
-    )  # fmt: skip
-    ctx.rest = (need, (s, p, h, scale_bias, drop_base, hadamard))
+    read_x, read_T = _reads(need, o.h, o.hadamard)
+    kept = o.kept(read_x, need[_BIAS])
+    ctx.save_for_backward(*kept, T if read_T else None, z if keep_z else None, *o.parts)
+    ctx.rest = (need, operands[TENSORS + 1 :])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, dT, dz):
-    nones = (None,) * (TENSORS + SCALARS + 1)
-    if dy is None:
-        return nones
     need, scalars = ctx.rest
-    *tensors, T, z = ctx.saved_tensors
+    saved = ctx.saved_tensors
+    T, z, *parts = saved[TENSORS:]
+    # of the operands that have no gradient a list has one for each of its tensors
+    nones = ([None] * len(parts), *_NOT_TENSORS[1:], None)
+    if dy is None:
+        return (*(None,) * TENSORS, *nones)
+    o = Operands(*saved[:TENSORS], parts, *scalars)
     # dc is dy itself when nothing scales it; a functional op must not return its input
-    dc_is_dy = need[2] and tensors[5] is None
-    asked = [n and not (i == 2 and dc_is_dy) for i, n in enumerate(need)]
-    found = iter(torch.ops.fused_peft.linear_backward(dy, *tensors, T, z, *scalars, asked))
-    grads = [next(found) if n else None for n in asked]
+    dc_is_dy = need[_C] and o.d_out is None
+    asked = [wanted and not (i == _C and dc_is_dy) for i, wanted in enumerate(need)]
+    found = iter(torch.ops.fused_peft.linear_backward(dy, *o, T, z, asked))
+    grads = [next(found) if wanted else None for wanted in asked]
     if dc_is_dy:
-        grads[2] = dy
-    return (*grads, *nones[TENSORS:])
+        grads[_C] = dy
+    return (*grads, *nones)
 
 
 @torch.library.custom_op("fused_peft::row_norm", mutates_args=())

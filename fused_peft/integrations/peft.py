@@ -19,13 +19,13 @@ from peft.tuners.lora import dora
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core import dispatch, operands, ops, versions
 from ..core.factors import Factors
+from ..core.frozen import conv1d_type, is_linear
+from ..core.torch_internals import is_traceable_wrapper_subclass
 from ..model.adapted import is_adapted
 from ..model.explain import explain_layer
-from ..model.layer import conv1d_type, is_linear
 from .tuners import FusedTunerLayer
 
 _NAMED = 3  # reasons that a warning spells out
@@ -324,11 +324,8 @@ def explanations(model: nn.Module, tokens: int, dtype: torch.dtype | None) -> li
 
 def _explain(layer: nn.Module, tokens: int, dtype: torch.dtype | None) -> tuple[str, str, str, str]:
     if isinstance(layer, FusedTunerLayer):
-        active = None if layer.merged else layer.active()
-        if active is not None:
-            return explain_layer(active, tokens, dtype)
-        state = "merged" if layer.merged else "disabled" if layer.disable_adapters else "no adapter is active"
-        return next(iter(layer.configs.values())).method_name, "plain", "torch", f"{state}: one plain linear layer"
+        row = explain_layer(layer, layer.active(), tokens, dtype)
+        return (next(iter(layer.configs.values())).method_name, *row[1:]) if row[1] == "plain" else row
     method = peft_class(layer).__module__.split(".")[2]
     state = None
     if isinstance(layer, _Fused):

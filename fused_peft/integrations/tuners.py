@@ -2,7 +2,7 @@
 
 Importing this file registers every method that PEFT lacks with ``peft.utils.register_peft_method``; making a config
 imports it where PEFT is in use. Adapters, checkpoints, switching, merging and Trainer are then PEFT's; each layer
-computes through a ``PeftLinear``.
+computes through ``compose``.
 """
 
 from __future__ import annotations
@@ -21,78 +21,98 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from ..core.factors import NotMergeableError
+from ..core.frozen import is_foreign, kind_of
 from ..methods import METHODS, PeftConfig, method_of
 from ..model import adapted, checks
 from ..model import checkpoint as io
-from ..model.layer import PeftLinear, is_foreign
+from ..model.adapter import Adapter, compose, merged, why_not_together
+from ..model.layer import readable, why_not_adaptable
 from ..model.targets import resolve
 
 
 class FusedTunerLayer(nn.Module, BaseTunerLayer):
-    """A linear layer with named adapters of one method, one of them active at a time.
+    """A linear layer with named adapters of one method.
 
-    Each adapter tensor lies in a container under its name on disk, where PEFT looks for it; a PeftLinear per adapter
-    computes, is handed the current tensors before each use and registers none of its own.
+    Each adapter tensor lies in a container under its name on disk, where PEFT looks for it; an ``Adapter`` is handed
+    the current tensors before each use and registers none of its own, and ``compose`` makes the call.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: PeftConfig):
         super().__init__()
+        if reason := why_not_adaptable(base_layer):
+            raise TypeError(f"linear={type(base_layer).__name__}(...) cannot be adapted: {reason}")
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self.adapter_layer_names, self.other_param_names = (), ("configs",)
         self.configs: dict[str, PeftConfig] = {}
-        self._layers: dict[str, PeftLinear] = {}
+        self._adapters: dict[str, Adapter] = {}
         self._unmerged: tuple[Tensor, Tensor | None] | None = None  # the base while merged
+        base = self.get_base_layer()
+        self.kind, self.base_class = kind_of(base), type(base)
+        self.out_features, self.in_features = self.kind.shape(base)
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
-        layer = PeftLinear.from_linear(self.get_base_layer(), config)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        for name in layer.adapter_names:
-            self._take(layer, name, adapter_name, "adapter_layer_names", nn.ParameterDict)
-        for name in layer.buffer_names:
-            make = partial(BufferDict, persistent=name in layer.method.disk_buffers)
-            self._take(layer, name, adapter_name, "other_param_names", make)
-        self.configs[adapter_name], self._layers[adapter_name] = config, layer
+        if self.kind.opaque and method_of(config).needs_weight:
+            self.kind = readable(self.get_base_layer(), method_of(config))
+        adapter = Adapter(self, config)
+        for name in adapter.tensor_names:
+            self._take(adapter, name, adapter_name, "adapter_layer_names", nn.ParameterDict)
+        for name in adapter.buffer_names:
+            make = partial(BufferDict, persistent=name in adapter.method.disk_buffers)
+            self._take(adapter, name, adapter_name, "other_param_names", make)
+        self.configs[adapter_name], self._adapters[adapter_name] = config, adapter
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _take(self, layer: PeftLinear, name: str, adapter_name: str, listed: str, make: Callable) -> None:
-        """Put a tensor of the layer into the container of its name, made and listed where it is the first."""
-        key = layer.method.disk_key(name)
+    def _take(self, adapter: Adapter, name: str, adapter_name: str, listed: str, make: Callable) -> None:
+        """Put a tensor of the adapter into the container of its name, made and listed where it is the first."""
+        key = adapter.method.disk_key(name)
         if not hasattr(self, key):
             setattr(self, key, make())
             setattr(self, listed, (*getattr(self, listed), key))
-        getattr(self, key)[adapter_name] = getattr(layer, name)
+        getattr(self, key)[adapter_name] = getattr(adapter, name)
 
-    def layer(self, name: str) -> PeftLinear:
-        """The computation of one adapter, on the tensors that this module holds now."""
-        layer, base = self._layers[name], self.get_base_layer()
-        layer._parameters["weight"], layer._parameters["bias"] = base.weight, base.bias
-        for registry, names in ((layer._parameters, layer.adapter_names), (layer._buffers, layer.buffer_names)):
+    @property
+    def matrix(self) -> Tensor:
+        """The frozen weight as (out, in)."""
+        return self.kind.dense(self.get_base_layer())
+
+    @property
+    def enabled(self) -> bool:
+        return not self.disable_adapters
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
+    def adapter(self, name: str) -> Adapter:
+        """One adapter on the tensors that this module holds now."""
+        adapter = self._adapters[name]
+        for registry, names in (
+            (adapter._parameters, adapter.tensor_names),
+            (adapter._buffers, adapter.buffer_names),
+        ):
             for part in names:
-                registry[part] = getattr(self, layer.method.disk_key(part))[name]
-        if layer.awaits_weight and not base.weight.is_meta:  # made on the meta device, and loaded since
-            layer.awaits_weight = any(t.is_meta for t in (*layer.parameters(), *layer.buffers()))
-        layer.training = self.training
-        return layer
+                registry[part] = getattr(self, adapter.method.disk_key(part))[name]
+        if adapter.awaits_weight and not self.weight.is_meta:  # made on the meta device, and loaded since
+            adapter.awaits_weight = any(t.is_meta for t in (*adapter.parameters(), *adapter.buffers()))
+        adapter.training = self.training
+        return adapter
 
-    def active(self) -> PeftLinear | None:
-        """The computation of the active adapter; None where this layer has none. ValueError for several at once."""
-        names = [name for name in self.active_adapters if name in self.configs]
-        if len(names) > 1:
-            raise ValueError(
-                f"active_adapters={names}: {self._layers[names[0]].method.name} computes one adapter at a time; "
-                "set_adapter to one of them"
-            )
-        return self.layer(names[0]) if names and not self.disable_adapters else None
+    def active(self) -> list[Adapter]:
+        """The active adapters that this layer has. ValueError where they cannot act together."""
+        names = [] if self.disable_adapters else [name for name in self.active_adapters if name in self.configs]
+        found = [self.adapter(name) for name in names]
+        if len(found) > 1 and (reason := why_not_together(found)):
+            raise ValueError(f"active_adapters={names}: {reason}; set_adapter to one of them")
+        return found
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        layer = None if self.merged else self.active()
-        return self.base_layer(x, *args, **kwargs) if layer is None else layer(x, *args, **kwargs)
+        found = [] if self.merged else self.active()
+        return compose(self, found, x) if found else self.base_layer(x, *args, **kwargs)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -101,18 +121,25 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
         Raises NotMergeableError, and ValueError with safe_merge for a weight that is not finite, with nothing changed.
         """
         base = self.get_base_layer()
-        before = base.weight.data, None if base.bias is None else base.bias.data
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.configs]
+        if not names:
+            return
+        plain = self.kind.as_plain(base)
+        if isinstance(plain, str):
+            raise NotMergeableError(f"{plain}; keep the adapter unmerged")
+        before = base.weight.data, None if base.bias is None else base.bias.data
+        W, bias = plain.dense(base), base.bias
+        for name in names:
+            W, bias = merged(self.adapter(name), W.to(torch.promote_types(W.dtype, torch.float32)), bias)
+            if safe_merge and not all(torch.isfinite(t).all() for t in (W, bias) if t is not None):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        weight = plain.write(W, base)
         try:
-            for name in names:
-                weight, bias = self.layer(name).merged_tensors()
-                if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-                self._set_base(weight, bias)
+            self._set_base(weight, bias)
         except BaseException:
             self._set_base(*before)
             raise
-        if names and not self.merged:
+        if not self.merged:
             self._unmerged = before
         self.merged_adapters += names
 
@@ -135,11 +162,11 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._layers.pop(adapter_name, None)
+        self._adapters.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     def _get_name(self) -> str:
-        first = next(iter(self._layers.values()), None)
+        first = next(iter(self._adapters.values()), None)
         return "FusedTunerLayer" if first is None else f"{first.method.name}.FusedTunerLayer"
 
 

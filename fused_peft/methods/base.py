@@ -252,6 +252,8 @@ class Method:
     on_step([(name, layer)], step): called by ``fused_peft.on_step`` after each optimizer step.
     cost(layer, rows) -> (FLOPs with factors, FLOPs with weight), where both are declared.
     from_weight: init reads W's values, so a layer made on the meta device must be reset once its weight is there.
+    reads_weight: its factors depend on the weight in each call.
+    decomposes_later: on_step reads the weight.
     replaces_weight: the factors stand in place of xWᵀ instead of beside it.
     disk_buffers: buffers that belong into a checkpoint, since they cannot be made again exactly.
     remade(config): whether a checkpoint without them (Hugging Face PEFT's) can be read all the same, since init makes
@@ -276,6 +278,8 @@ class Method:
     on_step: Callable[[list[tuple[str, Any]], int], None] | None = None
     cost: Callable[[Any, int], tuple[float, float]] | None = None
     from_weight: bool = False
+    reads_weight: bool = False
+    decomposes_later: bool = False
     replaces_weight: bool = False
     disk_buffers: tuple[str, ...] = ()
     remade: Callable[[PeftConfig], bool] = lambda config: False
@@ -296,6 +300,21 @@ class Method:
         """What ``init`` gives, as an Init."""
         start = self.init(W, bias, config, new)
         return start if isinstance(start, Init) else Init(start)
+
+    @property
+    def beside(self) -> bool:
+        """Whether its update can be computed beside a product that is there already."""
+        return self.weight is None and not self.replaces_weight
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether it computes with the frozen weight itself, so that no other adapter can act before it."""
+        return not self.beside or self.reads_weight
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether it reads the weight's values at any time, beside the frozen product."""
+        return self.stands_alone or self.from_weight or self.decomposes_later
 
     @property
     def form(self) -> str:

@@ -59,5 +59,6 @@ DORA = Method(
     init=init,
     factors=factors,
     from_weight=True,
+    reads_weight=True,
     disk={**DISK, "magnitude": "lora_magnitude_vector"},
 )

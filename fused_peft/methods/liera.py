@@ -41,4 +41,5 @@ LIERA = Method(
     example=lambda r: LieraConfig(r=r, lora_alpha=2 * r),
     init=lambda W, bias, config, new: kaiming_a_zero_b(W, config.r, new),
     factors=factors,
+    reads_weight=True,
 )

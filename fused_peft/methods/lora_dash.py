@@ -94,5 +94,6 @@ LORA_DASH = Method(
     factors=factors,
     acts=acts,
     on_step=on_step,
+    decomposes_later=True,
     disk_buffers=("dash_U", "dash_Vh"),
 )

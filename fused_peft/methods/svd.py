@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from ..core.factors import Factors
+from ..core.torch_internals import autocast_is_on
 from .base import Init, Method, PeftConfig
 from .defaults import LORA_TARGETS
 
@@ -124,7 +125,7 @@ def cost(layer, M):
     """(factored, formed) FLOPs of a forward and backward on M rows; in half precision factored is out of the question,
     since three roundings in a row exceed the accuracy that all methods hold."""
     N, K, W = layer.out_features, layer.in_features, layer.weight
-    k, half = min(N, K), W.dtype.itemsize == 2 or torch._C._is_any_autocast_enabled()
+    k, half = min(N, K), W.dtype.itemsize == 2 or autocast_is_on()
     return float("inf") if half else 4 * M * k * (N + K), 6 * M * N * K + 4 * k * N * K
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
+from .adapter import Bound
 from .layer import PeftLinear
 
 STATE = "_fused_peft"  # the attribute under which get_peft_model leaves its AdapterState
 
 
-ACTIVE: dict[type, Callable[[nn.Module], PeftLinear | None]] = {}  # layers of integrations -> the adapter in force
+# layers -> their active adapters; integrations add theirs
+ACTIVE: dict[type, Callable[[nn.Module], Iterable[Bound]]] = {PeftLinear: PeftLinear.active_adapters}
 
 # what activation checkpointing, FSDP and torch.compile put between a name's parts
 _WRAPPERS = {"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"}
@@ -38,14 +40,12 @@ def layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
     return ((name, m) for name, m in unwrap(model).named_modules() if isinstance(m, PeftLinear))
 
 
-def active_layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
-    """As ``layers``, and in a Hugging Face PEFT model the active adapters of the methods registered there."""
+def active_layers(model: nn.Module) -> Iterator[tuple[str, Bound]]:
+    """(name, adapter) of every active adapter of every layer, those of integrations (``ACTIVE``) among them."""
     for name, m in unwrap(model).named_modules():
-        if isinstance(m, PeftLinear):
-            yield name, m
-        elif (active := next((a for kind, a in ACTIVE.items() if isinstance(m, kind)), None)) is not None:
-            if (layer := active(m)) is not None:
-                yield name, layer
+        active = next((a for kind, a in ACTIVE.items() if isinstance(m, kind)), None)
+        if active is not None:
+            yield from ((name, adapter) for adapter in active(m))
 
 
 def roots(model: nn.Module) -> list[nn.Module]:

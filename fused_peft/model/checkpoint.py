@@ -58,7 +58,7 @@ def _slots(layers: dict[str, PeftLinear], state: convert.AdapterState, find: Cal
     prefix = "base_model." if soft else _PREFIX
     slots = {}
     for name, layer in layers.items():
-        for param in layer.adapter_names:
+        for param in layer.tensor_names:
             tensor = getattr(layer, param)
             shape = shape_of(tensor)
             if param in layer.method.disk and len(shape) == 1:
@@ -335,7 +335,7 @@ def _take_embeddings(
 @torch.no_grad()
 def _is_residual(value: Tensor, layer: PeftLinear) -> bool:
     """Whether PEFT has stored the residual on which the method trains: there it takes the place of the weight."""
-    residual = layer._matrix(layer.method.residual(layer).merged(whole(layer.matrix).float())).cpu()
+    residual = layer.kind.placed(layer.method.residual(layer).merged(whole(layer.matrix).float())).cpu()
     return torch.allclose(value.float(), residual, rtol=0, atol=1e-2 * residual.abs().max().item())
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.factors import NotMergeableError
+from ..core.frozen import kind_of
 from ..core.sharded import (
     fsdp_modules,
     gathered,
@@ -22,7 +23,6 @@ from ..core.sharded import (
     numel,
     reshard,
     set_data,
-    shape_of,
     whole,
 )
 from ..methods import Method, PeftConfig, method_of
@@ -163,9 +163,8 @@ def _shown(targets: dict[str, nn.Module], method: Method) -> Iterable[tuple[str,
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer or Conv1D."""
-    shape = shape_of(module.weight)
-    return shape if isinstance(module, nn.Linear) else shape[::-1]
+    """(out, in) of a module that can be adapted."""
+    return kind_of(module).shape(module)
 
 
 def _bias_trains(config: PeftConfig, owner: str, adapted: bool) -> bool:
@@ -264,7 +263,7 @@ def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     model.requires_grad_(False)
     _replace(model, {id(model.get_submodule(name)): layer for name, layer in planned.layers.items()})
     for layer in planned.layers.values():
-        for parameter in layer.adapter_names:
+        for parameter in layer.tensor_names:
             getattr(layer, parameter).requires_grad_(not planned.state.config.inference_mode)
     trained = {id(p) for m in planned.state.saved.values() for p in m.parameters()}
     trained |= {id(p) for layer in planned.layers.values() for p in layer.adapter_tensors()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from ..core import dispatch, operands
 from ..core.sharded import is_sharded
 from .adapted import is_pefts
+from .adapter import Bound
 from .convert import adapted_layers
 from .layer import Gathered, PeftLinear
 
@@ -48,39 +49,59 @@ def explain(model: nn.Module, tokens: int = 2048, dtype: torch.dtype | None = No
         for of_peft in OF_PEFT:
             if rows := of_peft(model, tokens, dtype):
                 return Explanation(LayerExplanation(*row) for row in rows)
-    return Explanation(
-        LayerExplanation(name, *explain_layer(layer, tokens, dtype)) for name, layer in adapted_layers(model)
+    rows = (
+        (name, explain_layer(layer, layer.active_adapters(), tokens, dtype)) for name, layer in adapted_layers(model)
     )
+    return Explanation(LayerExplanation(name, *row) for name, row in rows)
 
 
-def explain_layer(layer: PeftLinear, tokens: int, dtype: torch.dtype | None) -> tuple[str, str, str, str]:
-    """(method, form, backend, why) of one layer."""
-    method = layer.method
-    if layer.merged or not layer.enabled:
-        state = "merged" if layer.merged and layer.enabled else "disabled"
-        return method.name, "plain", "torch", f"{state}: one plain linear layer"
-    if layer.forms_weight(tokens):
+def explain_layer(
+    layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dtype: torch.dtype | None
+) -> tuple[str, str, str, str]:
+    """(method, form, backend, why) of one layer with these adapters active."""
+    names = " + ".join(a.method.name for a in adapters)
+    if layer.merged or not layer.enabled or not adapters:
+        state = "disabled" if not layer.enabled else "merged" if layer.merged else "no adapter is active"
+        return names or "none", "plain", "torch", f"{state}: one plain linear layer"
+    first = adapters[0]
+    if layer.kind.opaque or len(adapters) > 1:
+        who = f"{layer.base_class.__name__} computes its product itself" if layer.kind.opaque else "one after the other"
+        found = [_problem(a, tokens, dtype or layer.kind.like(layer).dtype, beside=True) for a in adapters]
+        choice = dispatch.choose(next((p for p in found if p is not None), None) or _problem(first, tokens, dtype))
+        return names, "beside", choice.backend.name, f"{who}; {choice.why()}"
+    method = first.method
+    if first.forms_weight(tokens):
         why = "the weight is formed in each call, then one plain GEMM"
         if method.cost:
-            factored, formed = (f / 1e9 for f in method.cost(layer, tokens))
+            factored, formed = (f / 1e9 for f in method.cost(first, tokens))
             why += f": {formed:.3g} GFLOP instead of {factored:.3g} factored"
-        return method.name, "weight", "torch", why
+        return names, "weight", "torch", why
     sharded = is_sharded(layer.weight)
-    problem = _problem(Gathered(layer, values=False) if sharded else layer, tokens, dtype or layer.weight.dtype)
+    problem = _problem(Gathered(first, values=False) if sharded else first, tokens, dtype)
     choice = dispatch.choose(problem)
     form = "output" if method.output else "product" if problem.hadamard else "factors"
     why = "W * (1 + s*BA) is formed once each way; " if problem.hadamard else ""
     why += f"sharded over {layer.weight.device_mesh.size()} processes; " if sharded else ""
-    return method.name, form, choice.backend.name, why + choice.why()
+    return names, form, choice.backend.name, why + choice.why()
 
 
-def _problem(layer: PeftLinear, tokens: int, dtype: torch.dtype) -> operands.Problem:
-    """The call that a layer makes on ``tokens`` rows, without making it."""
+def _problem(adapter: Bound, tokens: int, dtype: torch.dtype | None, beside: bool = False) -> operands.Problem | None:
+    """The call that an adapter makes on ``tokens`` rows, without making it; ``beside`` a product that is there, None
+    where that is no call of the expression."""
+    method = adapter.method
+    if beside and not method.beside:
+        return None
     with torch.no_grad():
-        f = (layer.method.output or layer.method.factors)(layer)
-    behind = layer.method.output is not None
-    width = layer.out_features if behind else layer.in_features
-    w = None if behind or layer.method.replaces_weight else layer.matrix
-    bias = f.bias if f.bias is not None or behind else layer.bias
-    x = torch.empty(1, device="meta", dtype=dtype).expand(tokens, width)
-    return operands.foreseen(f, x, w, bias, x if behind else None, layer.training, layer.weight.device)
+        f = (method.output or method.factors)(adapter)
+    behind = method.output is not None
+    if beside and not behind and f.A is None and f.d_out is None:
+        return None
+    width = adapter.out_features if behind else adapter.in_features
+    weight = adapter.kind.like(adapter)
+    x = torch.empty(1, device="meta", dtype=dtype or weight.dtype).expand(tokens, width)
+    if beside or behind:
+        w, c = None, x if behind else x[:, :1].expand(tokens, adapter.out_features)
+    else:
+        w, c = None if method.replaces_weight else adapter.matrix, None
+    bias = f.bias if f.bias is not None or c is not None else adapter.bias
+    return operands.foreseen(f, x, w, bias, c, adapter.training, weight.device)

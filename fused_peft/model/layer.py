@@ -1,91 +1,51 @@
-"""PeftLinear: a frozen nn.Linear and one adapter, computed as the single expression of ``factors``."""
+"""PeftLinear: a frozen linear layer and its adapters by name, of which some are active."""
 
 from __future__ import annotations
 
-import sys
+import functools
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core import ops
-from ..core.factors import Factors, NotMergeableError
+from ..core.factors import NotMergeableError
+from ..core.frozen import DENSE, OPAQUE, Frozen, conv1d_type, kind_of
 from ..core.sharded import fill, gathered, is_sharded, is_spread, placed_as, shape_of, whole, whole_grad
-from ..methods import Init, Method, PeftConfig, method_of
-from .wide import HALF
+from ..methods import Method, PeftConfig, method_of
+from .adapter import Adapter, Bound, With, compose, merged, why_not_together
 
-
-def conv1d_type() -> type | None:
-    """Transformers' Conv1D (a linear layer with its weight stored (in, out)), if Transformers is in use."""
-    module = sys.modules.get("transformers.pytorch_utils")
-    return getattr(module, "Conv1D", None)
-
-
-def is_linear(module: nn.Module) -> bool:
-    conv1d = conv1d_type()
-    return isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))
-
-
-def is_foreign(t: Tensor | None) -> bool:
-    """Whether a tensor is of a class that stores its values in a way of its own (torchao's quantised ones)."""
-    return t is not None and not is_sharded(t) and is_traceable_wrapper_subclass(t)
+DEFAULT = "default"  # the name of the adapter that a layer is made with
 
 
 def why_not_adaptable(module: nn.Module) -> str | None:
     """Why ``PeftLinear`` cannot take the place of a module, or None when it can."""
-    kind = type(module).__name__
     if isinstance(module, PeftLinear):
         return "it already carries an adapter; merge_and_unload it first"
-    if not is_linear(module):
-        return f"{kind} is not a linear layer (torch.nn.Linear or Transformers' Conv1D); exclude it"
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weight and never calls it, so an adapter would do nothing; exclude it"
-    if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-        return (
-            f"{kind} has a forward of its own, which the fused layer would bypass; exclude it, or adapt the model with "
-            "Hugging Face PEFT, which calls it"
+    kind = kind_of(module)
+    return kind if isinstance(kind, str) else None
+
+
+def readable(linear: nn.Module, method: Method) -> Frozen:
+    """The kind by which a method reads the weight of a module with a forward of its own; TypeError where none does."""
+    kind = OPAQUE.as_plain(linear)
+    if isinstance(kind, str):
+        raise TypeError(
+            f"linear={type(linear).__name__}(...) cannot be adapted: {method.name} reads the weight, and {kind}; "
+            "exclude it, or take a method that only adds or scales, such as LoRA"
         )
-    if "forward" in module.__dict__:
-        return (
-            "its forward is replaced on the instance (device_map hooks do that); adapt the model before dispatching it"
-        )
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return "its shape is not known yet; run one batch through the model first"
-    if module._parameters.get("weight") is None and not hasattr(module, "parametrizations"):
-        return "a hook computes its weight (pruning, weight_norm); make that permanent first, e.g. by prune.remove"
-    if is_sharded(module.weight):
-        return "its weight is sharded over several processes; adapt the model before parallelising or sharding it"
-    if is_foreign(module.weight):
-        return (
-            f"its weight is a {type(module.weight).__name__}, whose values this library cannot read; adapt it before "
-            "it is quantised, or with Hugging Face PEFT"
-        )
-    if not module.weight.dtype.is_floating_point:
-        return f"its weight has dtype {module.weight.dtype}, but a floating dtype is needed; dequantise it first"
-    if hasattr(module, "parametrizations"):
-        return "its weight is parametrized; remove the parametrization first"
-    return None
+    return kind
 
 
-class _With:
-    """A layer with some of its tensors replaced, for forming a weight from tensors that autograd follows."""
+class Gathered(With):
+    """A layer, or an adapter of one, as one process sees all of it: its sharded tensors whole, gradients too.
+    Collective where any is, unless ``values`` is False: then they are on the meta device."""
 
-    def __init__(self, layer: PeftLinear, tensors: dict[str, Tensor]):
-        self.__dict__.update(tensors, _layer=layer)
-
-    def __getattr__(self, name: str):
-        return getattr(self._layer, name)
-
-
-class Gathered(_With):
-    """A layer as one process sees all of it: its sharded tensors whole, gradients too. Collective where any is, unless
-    ``values`` is False: then they are on the meta device."""
-
-    def __init__(self, layer: PeftLinear, values: bool = True):
-        self.__dict__["_values"] = values
-        tensors = {n: getattr(layer, n) for n in (*layer.adapter_names, *layer.buffer_names, "bias")}
-        super().__init__(layer, {n: self._whole(t) for n, t in tensors.items() if t is not None})
+    def __init__(self, adapter: Bound, values: bool = True):
+        self._values = values
+        tensors = {n: getattr(adapter, n) for n in (*adapter.tensor_names, *adapter.buffer_names, "bias")}
+        super().__init__(adapter, {n: self._whole(t) for n, t in tensors.items() if t is not None})
 
     def _whole(self, t: Tensor) -> Tensor:
         if not self._values:
@@ -96,20 +56,23 @@ class Gathered(_With):
         copy.grad = whole_grad(t)
         return copy
 
+    def stored_weight(self) -> Tensor:
+        return self._whole(self._adapter.weight).detach()
+
     @property
     def matrix(self) -> Tensor:
-        return self._layer._matrix(self._whole(self._layer.weight).detach())
+        return self._adapter.kind.placed(self.stored_weight())
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Write the values of the copies into the layer's own tensors."""
-        for name in (*self._layer.adapter_names, *self._layer.buffer_names):
-            own, value = getattr(self._layer, name), getattr(self, name)
+        for name in (*self._adapter.tensor_names, *self._adapter.buffer_names):
+            own, value = getattr(self._adapter, name), getattr(self, name)
             if own is not value:
                 fill(own, value)
 
 
-class PeftLinear(nn.Linear):
+class PeftLinear(Bound, nn.Linear):
     """Drop-in linear layer: x (..., in_features) -> y (..., out_features), base weight frozen, adapter trainable.
 
     The keys ``weight`` and ``bias`` are those of nn.Linear; each trainable tensor of the method is a parameter beside
@@ -124,9 +87,10 @@ class PeftLinear(nn.Linear):
     Raises TypeError when config is no config of this library, ValueError when the layer cannot carry it.
     """
 
-    method = None  # until the adapter is attached
-    merged = False
-    adapter_names = ()
+    kind: Frozen = DENSE
+    base_class: type = nn.Linear
+    merged, enabled = False, True
+    active: tuple[str, ...] | None = None  # the names of the active adapters; None: the layer's own
 
     def __init__(
         self,
@@ -140,68 +104,109 @@ class PeftLinear(nn.Linear):
     ):
         method_of(config)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.fan_in_fan_out = False
-        self._base_class = nn.Linear
-        self._attach(config, adapter_dtype)
+        self._freeze(config, adapter_dtype)
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> PeftLinear:
-        """A PeftLinear around an existing nn.Linear or Transformers Conv1D.
+        """A PeftLinear around an existing nn.Linear, Transformers Conv1D, or module with in_features and out_features.
 
         Shares the weight and bias Parameters (no copy), which are frozen, and keeps hooks, training mode and
-        attributes. A Conv1D's weight stays (in, out), under the same key. Raises TypeError or ValueError, with nothing
-        changed, when the module or the config does not fit.
+        attributes. A Conv1D's weight stays (in, out), under the same key. A module whose forward is its own computes
+        C itself, the adapter beside it; the result is an instance of its class too. Raises TypeError or ValueError,
+        with nothing changed, when the module or the config does not fit.
         """
+        method, kind = method_of(config), kind_of(linear)
         reason = why_not_adaptable(linear)
         if reason:
             raise TypeError(f"linear={type(linear).__name__}(...) cannot be adapted: {reason}")
-        layer = cls.__new__(cls)
+        if kind.opaque and method.needs_weight:
+            kind = readable(linear, method)
+        layer = cls.__new__(_also(type(linear), cls) if kind.opaque else cls)
         layer.__dict__.update(linear.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
             layer.__dict__[registry] = dict(linear.__dict__[registry])
-        layer.fan_in_fan_out = not isinstance(linear, nn.Linear)
-        layer._base_class = type(linear)
-        shape = shape_of(linear.weight)
-        layer.out_features, layer.in_features = reversed(shape) if layer.fan_in_fan_out else shape
-        layer._attach(config, adapter_dtype)
+        if layer.__dict__.pop("forward", None) is not None:  # hooks that place and offload tensors: they stay with it
+            for name in ("_old_forward", "_hf_hook"):
+                layer.__dict__.pop(name, None)
+            if kind.opaque:
+                layer.__dict__["_hooked"] = linear
+        layer.kind, layer.base_class = kind, type(linear)
+        layer.out_features, layer.in_features = kind.shape(linear)
+        layer._freeze(config, adapter_dtype)
         return layer
 
-    def _attach(self, config: PeftConfig, adapter_dtype: torch.dtype | None) -> None:
-        method, weight = method_of(config), self.weight
-        config = config.for_module("")
-        if adapter_dtype is None:
-            adapter_dtype = torch.float32 if weight.dtype in HALF else weight.dtype
-        start = self._start(method, config, adapter_dtype)
-        self.method, self.config = method, config.in_use()
-        self.merged, self.enabled = False, True
-        weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
-        for name, value in start.params.items():
-            self.register_parameter(name, nn.Parameter(value.to(adapter_dtype)))
-        for name, value in start.buffers.items():
-            self.register_buffer(name, value)
-        self.adapter_names, self.buffer_names = tuple(start.params), tuple(start.buffers)
-        self.awaits_weight = method.from_weight and weight.is_meta
+    def _freeze(self, config: PeftConfig, adapter_dtype: torch.dtype | None) -> None:
+        self._attach(config, adapter_dtype)
+        for name in ("weight", "bias"):
+            if isinstance(t := getattr(self, name, None), nn.Parameter):
+                t.requires_grad_(False)
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the weight is stored (in, out)."""
+        return self.kind.transposed
 
     @property
     def matrix(self) -> Tensor:
         """The frozen weight as (out_features, in_features), whatever its layout."""
-        return self._matrix(self.weight)
+        return self.kind.dense(self)
 
-    @torch.no_grad()
-    def _start(self, method: Method, config: PeftConfig, dtype: torch.dtype) -> Init:
-        """What the method starts this layer from; a new layer and a reset one share it."""
-        weight, bias = self._matrix(whole(self.weight).detach()), None if self.bias is None else whole(self.bias)
-        return method.start(weight, bias, config, lambda *shape: weight.new_empty(shape, dtype=dtype))
+    @property
+    def adapters(self) -> dict[str, Bound]:
+        """Every adapter of the layer by name, the layer's own first."""
+        return {DEFAULT: self, **self._modules.get("added", {})}
 
-    def _matrix(self, weight: Tensor) -> Tensor:
-        """The weight as (out, in); its own inverse."""
-        return weight.t() if self.fan_in_fan_out else weight
+    def active_adapters(self) -> tuple[Bound, ...]:
+        """The active adapters in their order."""
+        return (self,) if self.active is None else tuple(self.adapters[name] for name in self.active)
+
+    def add_adapter(self, name: str, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> None:
+        """Give the layer a further adapter, not active yet; its tensors are added.NAME.lora_A and so on.
+
+        Raises ValueError for a name that is taken or holds a dot, and as from_linear does, with nothing changed.
+        """
+        if name in self.adapters or not name or "." in name:
+            raise ValueError(f"adapter_name={name!r} is taken, empty or holds a dot; choose another name")
+        if self.kind.opaque and method_of(config).needs_weight:
+            raise TypeError(
+                f"{method_of(config).name} reads the weight, which {self.base_class.__name__} keeps to itself; take a "
+                "method such as LoRA"
+            )
+        made = Adapter(self, config, adapter_dtype)
+        made.train(self.training)
+        if "added" not in self._modules:
+            self.add_module("added", nn.ModuleDict())
+        self.added[name] = made
+
+    def set_adapter(self, names: Sequence[str]) -> None:
+        """Make the named adapters active, in this order; an empty list leaves the base alone.
+
+        Raises RuntimeError while merged, ValueError for an unknown name or adapters that cannot act together.
+        """
+        if self.merged:
+            raise RuntimeError("the layer is merged; call unmerge before set_adapter")
+        if unknown := [name for name in names if name not in self.adapters]:
+            raise ValueError(f"adapter_name={unknown[0]!r} is none of this layer's: {', '.join(self.adapters)}")
+        if reason := why_not_together([self.adapters[name] for name in names]):
+            raise ValueError(f"adapter_names={list(names)}: {reason}")
+        self.active = None if tuple(names) == (DEFAULT,) else tuple(names)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an added adapter. ValueError for the layer's own or an unknown name, RuntimeError while merged."""
+        if name == DEFAULT or name not in self.adapters:
+            why = "is the one the layer was made with; leave it inactive" if name == DEFAULT else "is not there"
+            raise ValueError(f"adapter_name={name!r} {why}")
+        if self.merged:
+            raise RuntimeError("the layer is merged; call unmerge before delete_adapter")
+        del self.added[name]
+        if not self.added:
+            del self._modules["added"]
+        if self.active is not None:
+            self.set_adapter([n for n in self.active if n != name] or [DEFAULT])
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's; ValueError for an adapter tensor of another shape, which no optimizer built before knows."""
-        if name in self.adapter_names and (param is None or param.shape != getattr(self, name, param).shape):
+        if name in self.tensor_names and (param is None or param.shape != getattr(self, name, param).shape):
             raise ValueError(
                 f"{name}: shape {None if param is None else tuple(param.shape)} does not fit this layer's "
                 f"{self.method.name} ({tuple(getattr(self, name).shape)}); to change the rank, merge_and_unload, adapt "
@@ -215,113 +220,64 @@ class PeftLinear(nn.Linear):
         if self.method is not None:
             self.reset_adapter_parameters()
 
-    @torch.no_grad()
-    def reset_adapter_parameters(self) -> None:
-        """Initialise the adapter anew from the base weight, in place: the parameter objects stay the same.
-
-        Raises RuntimeError while merged.
-        """
-        if self.merged:
-            raise RuntimeError("the layer is merged; call unmerge before reset_adapter_parameters")
-        start = self._start(self.method, self.config, getattr(self, self.adapter_names[0]).dtype)
-        for name, value in (start.params | start.buffers).items():
-            fill(getattr(self, name), value, source=0)
-        self.awaits_weight = self.method.from_weight and self.weight.is_meta
-
-    def factors(self) -> Factors:
-        """What trains as ``Factors``, differentiable in the adapter's parameters."""
-        return self.method.factors(self)
-
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out_features) in x's dtype (or autocast's); x (..., in_features) in the weight's dtype.
 
         Raises ValueError (width, device) or TypeError (dtype) when x does not fit.
         """
-        weight, bias = self.weight, self.bias
-        if self.fan_in_fan_out:
-            weight = weight.t()
-        if self.enabled and not self.merged:
-            method = self.method
-            if self.awaits_weight and not x.is_meta:
-                raise RuntimeError(
-                    f"{method.name} starts from the weight, and this layer was made on the meta device; call "
-                    "reset_adapter_parameters() once its weight is loaded"
-                )
-            if method.output is not None:
-                z = ops.plain_linear(x, weight, bias)
-                return ops.linear(z, None, method.output(self), None, z, self.training)
-            if self.forms_weight(x.numel() // max(1, x.shape[-1]) if method.cost else 0):
-                return ops.formed_linear(x, self.formed_weight, self.adapter_tensors(), bias)
-            if method.replaces_weight:
-                weight = None
-            c = None
-            if method.residual is not None:  # a call of its own, which keeps nothing, and which dropout spares
-                weight, c = None, ops.linear(x, weight, method.residual(self))
-            return ops.linear(x, weight, method.factors(self), bias, c, self.training)
+        if self.enabled and not self.merged and self.active != ():
+            return compose(self, (self,) if self.active is None else self.active_adapters(), x)
         if self.merged and self.enabled:
             self._warn_if_training()
         if self.merged and not self.enabled:
-            weight, bias = self._matrix(self._base_weight), self._base_bias
+            weight, bias = self.kind.placed(self._base_weight), self._base_bias
             if is_sharded(weight) and not is_sharded(x):
                 weight, bias = whole(weight), None if bias is None else whole(bias)
-        return ops.plain_linear(x, weight, bias)
+            return ops.plain_linear(x, weight, bias)
+        if self.kind.opaque:
+            return self.base_forward(x)
+        return ops.plain_linear(x, self.kind.matrix(self), self.bias)
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        """What the layer was before it was adapted, on its tensors as they are now."""
+        hooked = self.__dict__.get("_hooked")
+        if hooked is None:
+            return self.base_class.forward(self, x)
+        for name, own in self._parameters.items():  # loading and .to() may have replaced what the two share
+            if name in hooked._parameters and own is not None and not own.is_meta:
+                hooked._parameters[name] = own
+        return hooked.forward(x)
 
     def _warn_if_training(self) -> None:
         """A merged layer computes from its weight alone, so its adapter gets no gradient."""
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if any(p.requires_grad for p in self.adapter_tensors()):
+            if any(p.requires_grad for a in self.active_adapters() for p in a.adapter_tensors()):
                 warnings.warn(
                     f"a merged {self.method.name} layer runs in training mode, where its adapter gets no gradient; "
                     "unmerge(model) before training, or model.eval()",
                     stacklevel=2,
                 )
 
-    def forms_weight(self, rows: int) -> bool:
-        """Whether a call on that many rows forms its weight, by FLOPs where the method has both forms.
-
-        One graph for every number of rows (torch.compile, torch.export) cannot choose by it, and is factored: that
-        costs a third more at most, where a formed weight costs a single row as much as thousands.
-        """
-        if self.method.weight is None or self.method.factors is None:
-            return self.method.weight is not None
-        factored, formed = self.method.cost(self, rows)
-        if torch.compiler.is_compiling():
-            from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
-
-            return statically_known_true(formed < factored)
-        return formed < factored
-
-    def adapter_tensors(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name) for name in self.adapter_names)
-
-    def formed_weight(self, *tensors: Tensor) -> Tensor:
-        """The method's weight (out, in) from these adapter tensors, in the order of ``adapter_names``."""
-        return self.method.weight(_With(self, dict(zip(self.adapter_names, tensors, strict=True))))
-
     @torch.no_grad()
     def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) of the equivalent plain layer, in the weight's dtype and layout, whole where that is sharded;
-        computed in at least fp32.
+        """(weight, bias) of the plain layer that equals this one with its active adapters, in the weight's dtype and
+        layout, whole where that is sharded; computed in at least fp32.
 
-        Raises NotMergeableError when the method has no equivalent weight.
+        Raises NotMergeableError when there is none.
         """
-        method, dtype, layer = self.method, self.weight.dtype, Gathered(self)
-        bias, wide = layer.bias, torch.promote_types(dtype, torch.float32)
-        if method.output is not None:
-            raise NotMergeableError(
-                f"{method.name} has a non-linearity behind the layer, so no weight equals it; keep the layer unmerged"
-            )
-        if method.weight is not None:
-            merged = method.weight(_With(layer, {n: getattr(layer, n).to(wide) for n in self.adapter_names}))
-        else:
-            f, base = method.factors(layer).to(wide), layer.matrix.to(wide)
-            if method.residual is not None:
-                base = method.residual(layer).to(wide).merged(base)
-            merged, bias = f.merged(base), f.merged_bias(bias)
+        plain = self.kind.as_plain(self)
+        if isinstance(plain, str):
+            raise NotMergeableError(f"{plain}; keep the layer unmerged")
+        dtype, found = self.weight.dtype, [Gathered(adapter) for adapter in self.active_adapters()]
+        wide = torch.promote_types(dtype, torch.float32)
+        gathered_base = Gathered(self)
+        W, bias = plain.placed(gathered_base.stored_weight()).to(wide), gathered_base.bias
+        for adapter in found:
+            W, bias = merged(adapter, W, bias)
         if bias is not None and self.bias is None and is_sharded(self.weight):
             raise NotMergeableError("the merged layer has a bias and the sharded one none; merge before sharding")
-        merged = self._matrix(merged.to(dtype)).contiguous()
-        return merged, None if bias is None else bias.to(dtype, copy=True)
+        merged_weight = plain.placed(W.to(dtype)).contiguous()
+        return merged_weight, None if bias is None else bias.to(dtype, copy=True)
 
     def merge(self, safe_merge: bool = False) -> None:
         """Fold the adapter into ``weight`` and ``bias`` and keep the base beside them, so that unmerge is exact.
@@ -331,14 +287,8 @@ class PeftLinear(nn.Linear):
         """
         if self.merged:
             raise RuntimeError("the layer is already merged; unmerge it before merging again")
-        if hasattr(self, "parametrizations") or self.weight.is_meta:
-            why = "is on the meta device (offloaded?)" if self.weight.is_meta else "is parametrized"
-            raise NotMergeableError(f"its weight {why}, so what merging writes would not stay; keep the layer unmerged")
-        if is_foreign(self.weight):
-            raise NotMergeableError(
-                f"its weight is a {type(self.weight).__name__}, which would round the merged values to its own format; "
-                "keep the layer unmerged"
-            )
+        if reason := self.kind.why_unwritable(self):
+            raise NotMergeableError(f"{reason}; keep the layer unmerged")
         weight, bias = self.merged_tensors()
         if safe_merge:
             for name, t in (("weight", weight), ("bias", bias)):
@@ -375,11 +325,11 @@ class PeftLinear(nn.Linear):
 
     def changes_bias(self) -> bool:
         """Whether merging would write into the bias that the layer has."""
-        if self.bias is None or self.method.factors is None:
+        if self.bias is None:
             return False
         with torch.no_grad():
-            f = self.method.factors(self)
-        return f.bias is not None or f.scale_bias
+            found = [a.method.factors(a) for a in self.active_adapters() if a.method.factors is not None]
+        return any(f.bias is not None or f.scale_bias for f in found)
 
     def has_new_bias(self) -> bool:
         """Whether merging has given the layer a bias that it lacked."""
@@ -393,17 +343,19 @@ class PeftLinear(nn.Linear):
             self.unmerge()
         if self.merged:
             self._forget_base()
-        plain = self._base_class.__new__(self._base_class)
+        plain = self.base_class.__new__(self.base_class)
         plain.__dict__.update(self.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
             plain.__dict__[registry] = dict(self.__dict__[registry])
-        own = ["method", "config", "merged", "enabled", "fan_in_fan_out", "_base_class", "adapter_names"]
-        own += ["buffer_names", "awaits_weight"]
-        if self.fan_in_fan_out:
-            own += ["in_features", "out_features"]
+        hooked = plain.__dict__.pop("_hooked", None)
+        if hooked is not None:
+            return hooked
+        own = {"method", "config", "merged", "enabled", "active", "kind", "base_class", "tensor_names", "buffer_names"}
+        own |= {"awaits_weight"} | ({"in_features", "out_features"} if _is_conv1d(self.base_class) else set())
         for name in own:
-            del plain.__dict__[name]
-        for name in self.adapter_names:
+            plain.__dict__.pop(name, None)
+        plain._modules.pop("added", None)
+        for name in self.tensor_names:
             del plain._parameters[name]
         for name in self.buffer_names:
             del plain._buffers[name]
@@ -423,7 +375,7 @@ class PeftLinear(nn.Linear):
             errors.append(f"{prefix[:-1]} is merged; call unmerge before load_state_dict")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        whole = all(prefix + name in state_dict for name in ("weight", *self.adapter_names, *self.buffer_names))
+        whole = all(prefix + name in state_dict for name in ("weight", *self.tensor_names, *self.buffer_names))
         self.awaits_weight = self.awaits_weight and (self.weight.is_meta or not whole)
 
     def extra_repr(self) -> str:
@@ -431,3 +383,26 @@ class PeftLinear(nn.Linear):
         details = self.config.describe()
         flags = [flag for flag, on in (("merged", self.merged), ("disabled", not self.enabled)) if on]
         return ", ".join(filter(None, [super().extra_repr(), about, details, *flags]))
+
+    def __reduce_ex__(self, protocol):
+        if type(self) is _also(self.base_class, PeftLinear):  # a class made for this base, which no module holds
+            return _revived, (self.base_class,), self.__dict__
+        return super().__reduce_ex__(protocol)
+
+
+def _is_conv1d(kind: type) -> bool:
+    conv1d = conv1d_type()
+    return conv1d is not None and issubclass(kind, conv1d)
+
+
+@functools.cache
+def _also(base: type, adapted: type) -> type:
+    """PeftLinear that is an instance of a base class with a forward of its own as well, so that its checkpoint code and
+    its checks by class stay."""
+    if issubclass(adapted, base) or _is_conv1d(base):
+        return adapted
+    return type(f"Peft{base.__name__}", (adapted, base), {"__module__": adapted.__module__})
+
+
+def _revived(base: type) -> PeftLinear:
+    return PeftLinear.__new__(_also(base, PeftLinear))

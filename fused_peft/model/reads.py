@@ -18,7 +18,7 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
-from .layer import is_linear
+from ..core.frozen import is_linear
 
 Path = tuple[str, ...]  # attributes from self on, "*" for an index: self.layers[0].fc is ("layers", "*", "fc")
 

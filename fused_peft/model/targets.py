@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from ..core.frozen import is_linear
 from ..methods import PeftConfig
-from .layer import PeftLinear, is_linear, why_not_adaptable
+from .layer import PeftLinear, why_not_adaptable
 from .reads import experts
 
 HEADS = {

@@ -193,7 +193,7 @@ def _kept_by_peft(layer: PeftLinear, M: int, device: torch.device) -> tuple[int,
     makes an identity (K, K) and B A in every forward; they are free again when it ends, and not counted.
     """
     config, (N, K), base = layer.config, layer.matrix.shape, layer.weight.dtype
-    wide = getattr(layer, layer.adapter_names[0]).dtype
+    wide = getattr(layer, layer.tensor_names[0]).dtype
     b, w, cast = base.itemsize, wide.itemsize, wide != base
     x, copy = (0, M * K * w) if cast else (M * K * b, 0)
     if config.peft_type == "IA3" and config.feedforward_modules:

@@ -99,7 +99,7 @@ def _draw(config, dtype, device, adapter_dtype, shape, seed) -> list[dict[str, T
     torch.manual_seed(seed)
     layer = PeftLinear(K, N, config=config, device=device, dtype=dtype, adapter_dtype=adapter_dtype)
     with torch.no_grad():
-        for name in layer.adapter_names:
+        for name in layer.tensor_names:
             p = getattr(layer, name)
             p.add_(torch.randn_like(p) * 0.1)
         for t in (*layer.parameters(), *layer.buffers()):
@@ -118,7 +118,7 @@ def _draw(config, dtype, device, adapter_dtype, shape, seed) -> list[dict[str, T
         if kind == "exact":
             twin = twin.double()
         leaf = x.detach().to(compute).requires_grad_()
-        tensors = {"dx": leaf, **{f"d{name}": getattr(twin, name) for name in twin.adapter_names}}
+        tensors = {"dx": leaf, **{f"d{name}": getattr(twin, name) for name in twin.tensor_names}}
         if kind == "fused":
             results[kind] = _gradients(lambda t=twin, i=leaf: t(i), tensors, dy)
         else:

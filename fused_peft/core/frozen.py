@@ -1,0 +1,242 @@
+"""The frozen map: what a layer's weight W (N, K) is, behind one small noun.
+
+A kind knows how a module holds W; whatever needs W asks the kind, and nothing else sees how it is stored. Kinds have no
+state: each of their methods is given the module.
+
+    Dense        nn.Linear's weight, (N, K)
+    Transposed   Transformers' Conv1D, (K, N)
+    Opaque       any module that maps x to C by a forward of its own; W is read only where a trial shows that it is one
+
+A weight that is stored in parts (codes and scales) is a further kind whose ``matrix`` is a ``Stored``: the fused call
+decodes it at the top of forward and of backward, and keeps the parts alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .factors import NotMergeableError
+from .sharded import is_sharded, shape_of
+from .torch_internals import is_traceable_wrapper_subclass
+
+
+class Stored(NamedTuple):
+    """A weight (N, K) as another library stores it: its own tensors, none copied, and how they are read."""
+
+    parts: tuple[Tensor, ...]
+    spec: str
+    shape: tuple[int, int]
+
+
+# format -> (parts, the rest of the spec, dtype) -> W (N, K) in that dtype
+_DECODERS: dict[str, Callable[[Sequence[Tensor], str, torch.dtype], Tensor]] = {}
+
+
+def register_decoder(name: str, decoder: Callable[[Sequence[Tensor], str, torch.dtype], Tensor]) -> None:
+    """Say how weights of a format are decoded: ``decoder(parts, rest, dtype)`` -> W (N, K), for the specs "name" and
+    "name:rest". It must run on fake tensors too. Raises ValueError for a name that is taken."""
+    if name in _DECODERS:
+        raise ValueError(f"name={name!r} has a decoder already; choose another name")
+    _DECODERS[name] = decoder
+
+
+def decode(spec: str, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """W (N, K) in a dtype from the parts that a spec describes. KeyError for a format that nobody registered."""
+    name, _, rest = spec.partition(":")
+    return _DECODERS[name](parts, rest, dtype)
+
+
+class Frozen:
+    """One kind of base. Subclass it for another; a module without state is enough, and ``KINDS`` is where it goes."""
+
+    transposed = False  # W is stored (K, N)
+    opaque = False  # C is the module's own forward
+
+    def __reduce__(self):
+        return type(self), ()  # a kind has no state
+
+    def __eq__(self, other) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def reads(self, module: nn.Module) -> bool | str:
+        """Whether the module is of this kind; a string says why it is and cannot be adapted all the same."""
+        raise NotImplementedError
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """(N, K)."""
+        shape = shape_of(module.weight)
+        return shape[::-1] if self.transposed else shape
+
+    def placed(self, t: Tensor) -> Tensor:
+        """A stored weight as (N, K), or the other way round: its own inverse."""
+        return t.t() if self.transposed else t
+
+    def like(self, module: nn.Module) -> Tensor:
+        """A tensor of the module that tells its device and dtype."""
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor):
+            return weight
+        return next(t for t in (*module.parameters(), *module.buffers()))
+
+    def matrix(self, module: nn.Module) -> Tensor | Stored:
+        """What the fused call multiplies by."""
+        return module.weight.t() if self.transposed else module.weight
+
+    def dense(self, module: nn.Module) -> Tensor:
+        """W (N, K) as a matrix, for who needs its values."""
+        W = self.matrix(module)
+        return decode(W.spec, W.parts, module.weight.dtype) if isinstance(W, Stored) else W
+
+    def as_plain(self, module: nn.Module) -> Frozen | str:
+        """The kind by which W's values are read, mostly this one; or why they cannot be."""
+        return self
+
+    def why_unwritable(self, module: nn.Module) -> str | None:
+        """Why a merged W cannot be written in its place, or None."""
+        if hasattr(module, "parametrizations") or module.weight.is_meta:
+            why = "is on the meta device (offloaded?)" if module.weight.is_meta else "is parametrized"
+            return f"its weight {why}, so what merging writes would not stay"
+        if is_foreign(module.weight):
+            kind = type(module.weight).__name__
+            return f"its weight is a {kind}, which would round the merged values to its own format"
+        return None
+
+    def write(self, W: Tensor, module: nn.Module) -> Tensor:
+        """W (N, K) as the module stores it. Raises NotMergeableError where it cannot be written."""
+        if reason := self.why_unwritable(module):
+            raise NotMergeableError(f"{reason}; keep the layer unmerged")
+        return self.placed(W.to(module.weight.dtype)).contiguous()
+
+
+class Dense(Frozen):
+    """nn.Linear with a floating weight of its own."""
+
+    def reads(self, module: nn.Module) -> bool | str:
+        return isinstance(module, nn.Linear) and _plain(module, nn.Linear)
+
+
+class Transposed(Frozen):
+    """Transformers' Conv1D."""
+
+    transposed = True
+
+    def reads(self, module: nn.Module) -> bool | str:
+        conv1d = conv1d_type()
+        return conv1d is not None and isinstance(module, conv1d) and _plain(module, conv1d)
+
+
+class Opaque(Frozen):
+    """A module whose forward is its own: C = module(x), and the update through the expression's c."""
+
+    opaque = True
+
+    def reads(self, module: nn.Module) -> bool | str:
+        known = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+        return known or is_linear(module)
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        if hasattr(module, "in_features"):
+            return module.out_features, module.in_features
+        return (TRANSPOSED if not isinstance(module, nn.Linear) else DENSE).shape(module)
+
+    def as_plain(self, module: nn.Module) -> Frozen | str:
+        """The plain kind that the module is as well, or why it is none: a trial on four random rows shows whether it
+        computes x Wᵀ + b with its ``weight``."""
+        weight, kind = getattr(module, "weight", None), type(module).__name__
+        if not isinstance(weight, Tensor) or is_foreign(weight) or not weight.dtype.is_floating_point:
+            what = getattr(weight, "dtype", "no tensor") if not is_foreign(weight) else f"a {type(weight).__name__}"
+            return f"{kind} holds its weight in a form that cannot be read ({what})"
+        if weight.is_meta:
+            return f"the weight of {kind} is on the meta device (offloaded?)"
+        for kind in (DENSE, TRANSPOSED):
+            W = kind.placed(weight)
+            if W.shape == self.shape(module) and _computes(module, W):
+                return kind
+        return f"{kind} has a forward of its own, which does not compute x W^T + b with its weight"
+
+    def why_unwritable(self, module: nn.Module) -> str | None:
+        plain = self.as_plain(module)
+        return plain if isinstance(plain, str) else super().why_unwritable(module)
+
+    def placed(self, t: Tensor) -> Tensor:
+        return t
+
+
+def _computes(module: nn.Module, W: Tensor) -> bool:
+    """Whether a module's forward is x Wᵀ + b, on four rows drawn from a generator of their own."""
+    made = torch.Generator(W.device).manual_seed(0)
+    x = torch.randn(4, W.shape[1], generator=made, device=W.device, dtype=torch.float32).to(W.dtype)
+    bias = getattr(module, "bias", None)
+    bias = bias if isinstance(bias, Tensor) else None
+    try:
+        with torch.no_grad(), torch.autocast(W.device.type, enabled=False):
+            got, want = own_forward(module, x), F.linear(x, W, bias)
+    except Exception:  # whatever it does, it is not this
+        return False
+    if not isinstance(got, Tensor) or got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    return torch.allclose(got.float(), want.float(), rtol=0, atol=32 * torch.finfo(W.dtype).eps * want.float().norm())
+
+
+def own_forward(module: nn.Module, x: Tensor) -> Tensor:
+    """What a module of kind Opaque computes, before or after it carries an adapter."""
+    call = getattr(module, "base_forward", None)
+    return module.forward(x) if call is None else call(x)
+
+
+def conv1d_type() -> type | None:
+    """Transformers' Conv1D (a linear layer with its weight stored (in, out)), if Transformers is in use."""
+    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    conv1d = conv1d_type()
+    return isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))
+
+
+def is_foreign(t: Tensor | None) -> bool:
+    """Whether a tensor is of a class that stores its values in a way of its own (torchao's quantised ones)."""
+    return t is not None and not is_sharded(t) and is_traceable_wrapper_subclass(t)
+
+
+def _plain(module: nn.Module, kind: type) -> bool:
+    """Whether nothing but the class's own forward, on a floating weight, computes the module's output."""
+    if type(module).forward is not kind.forward or "forward" in module.__dict__:
+        return False
+    return module.weight.dtype.is_floating_point and not is_foreign(module.weight)
+
+
+DENSE, TRANSPOSED, OPAQUE = Dense(), Transposed(), Opaque()
+KINDS: list[Frozen] = [DENSE, TRANSPOSED, OPAQUE]  # the first that reads a module; integrations put theirs in front
+
+
+def kind_of(module: nn.Module) -> Frozen | str:
+    """The kind of a module's base, or why it is of none."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight and never calls it, so an adapter would do nothing; exclude it"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "its shape is not known yet; run one batch through the model first"
+    if hasattr(module, "parametrizations"):
+        return "its weight is parametrized; remove the parametrization first"
+    if is_linear(module) and module._parameters.get("weight") is None:
+        return "a hook computes its weight (pruning, weight_norm); make that permanent first, e.g. by prune.remove"
+    if is_sharded(getattr(module, "weight", None)):
+        return "its weight is sharded over several processes; adapt the model before parallelising or sharding it"
+    weight = getattr(module, "weight", None)
+    if type(module).forward is nn.Linear.forward and "forward" not in module.__dict__ and not is_foreign(weight):
+        if not weight.dtype.is_floating_point:
+            return f"its weight has dtype {weight.dtype}, but a floating dtype is needed; dequantise it first"
+    for kind in KINDS:
+        if found := kind.reads(module):
+            return found if isinstance(found, str) else kind
+    name = type(module).__name__
+    return f"{name} is not a linear layer (torch.nn.Linear, Transformers' Conv1D, or one with in_features); exclude it"

@@ -1,0 +1,33 @@
+"""What this library takes from PyTorch beyond its public names, each with what stands in where the name is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Whether torch.func's transforms (vmap, grad, jvp) are active, under which a bare autograd.Function must not be called
+transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+# Whether torch.jit.trace runs, which would keep an autograd.Function as a call into Python
+tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
+
+# Whether autocast is on for any device; True where it cannot be asked, and the device's own answer counts
+autocast_is_on: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+# A view whose autograd keeps nothing of the base, where reshape would make a view that shares its version
+unsafe_view: Callable[..., Tensor] = getattr(torch.ops.aten, "_unsafe_view", torch.ops.aten.view)
+
+try:
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+except ImportError:
+
+    def is_traceable_wrapper_subclass(t: object) -> bool:
+        """Whether a tensor is of a class that wraps others."""
+        return isinstance(t, Tensor) and hasattr(t, "__tensor_flatten__")
+
+
+def function_apply(function: type[torch.autograd.Function]) -> Callable:
+    """Function.apply less its handling of torch.func's transforms, which the caller has ruled out: 2 us less a call."""
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)

@@ -1,0 +1,253 @@
+"""One adapter of a frozen layer, and ``compose``: y of a layer with its active adapters, whoever holds their tensors.
+
+Adapters act one after the other, each on what those before it made, as merging them in that order would:
+the first beside the base in one fused call, every later one on the outcome z (which holds the layer's bias b)
+
+    y = d_out ⊙ (z − b + s·h(drop(x ⊙ d_in) Aᵀ + a) Gᵀ Bᵀ) + b        z made from x ⊙ d_in
+
+A base that computes C by itself (kind Opaque) is such a z from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..core import ops
+from ..core.factors import Factors, NotMergeableError
+from ..core.frozen import Frozen
+from ..core.sharded import fill, whole
+from ..methods import Init, Method, PeftConfig, method_of
+from .wide import HALF
+
+if TYPE_CHECKING:
+    from .layer import PeftLinear
+
+
+class Bound:
+    """What a method reads of the layer it adapts: its tensors by name, ``config``, and the frozen layer's ``matrix``,
+    ``weight``, ``bias``, ``in_features``, ``out_features`` and ``training``. Mixed into modules that hold tensors."""
+
+    method: Method | None = None  # until the adapter is attached
+    config: PeftConfig
+    tensor_names: tuple[str, ...] = ()  # what trains
+    buffer_names: tuple[str, ...] = ()
+    awaits_weight = False  # made on the meta device from a weight that was not there yet
+
+    def _attach(self, config: PeftConfig, adapter_dtype: torch.dtype | None) -> None:
+        """Make and register every tensor of the method; nothing is changed where that fails."""
+        method, weight = method_of(config), self.kind.like(self)
+        config = config.for_module("")
+        if adapter_dtype is None:
+            wide = weight.dtype in HALF or not weight.dtype.is_floating_point
+            adapter_dtype = torch.float32 if wide else weight.dtype
+        start = self._start(method, config, adapter_dtype)
+        self.method, self.config = method, config.in_use()
+        for name, value in start.params.items():
+            self.register_parameter(name, nn.Parameter(value.to(adapter_dtype)))
+        for name, value in start.buffers.items():
+            self.register_buffer(name, value)
+        self.tensor_names, self.buffer_names = tuple(start.params), tuple(start.buffers)
+        self.awaits_weight = method.from_weight and weight.is_meta
+
+    @torch.no_grad()
+    def _start(self, method: Method, config: PeftConfig, dtype: torch.dtype) -> Init:
+        """What the method starts this layer from; a new adapter and a reset one share it."""
+        weight = self.kind.like(self)
+        bias = whole(self.bias) if isinstance(self.bias, Tensor) else None
+        if self.kind.opaque and not method.needs_weight:  # its shape is all that is read
+            W = torch.empty(self.kind.shape(self), device="meta", dtype=dtype)
+        else:
+            W = self.kind.placed(whole(weight).detach())
+        return method.start(W, bias, config, lambda *shape: torch.empty(shape, dtype=dtype, device=weight.device))
+
+    @torch.no_grad()
+    def reset_adapter_parameters(self) -> None:
+        """Initialise the adapter anew from the base weight, in place: the parameter objects stay the same.
+
+        Raises RuntimeError while merged.
+        """
+        if self.merged:
+            raise RuntimeError("the layer is merged; call unmerge before reset_adapter_parameters")
+        start = self._start(self.method, self.config, getattr(self, self.tensor_names[0]).dtype)
+        for name, value in (start.params | start.buffers).items():
+            fill(getattr(self, name), value, source=0)
+        self.awaits_weight = self.method.from_weight and self.kind.like(self).is_meta
+
+    def factors(self) -> Factors:
+        """What trains as ``Factors``, differentiable in the adapter's parameters."""
+        return self.method.factors(self)
+
+    def adapter_tensors(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.tensor_names)
+
+    def formed_weight(self, *tensors: Tensor) -> Tensor:
+        """The method's weight (out, in) from these adapter tensors, in the order of ``tensor_names``."""
+        return self.method.weight(With(self, dict(zip(self.tensor_names, tensors, strict=True))))
+
+    def forms_weight(self, rows: int) -> bool:
+        """Whether a call on that many rows forms its weight, by FLOPs where the method has both forms.
+
+        One graph for every number of rows (torch.compile, torch.export) cannot choose by it, and is factored: that
+        costs a third more at most, where a formed weight costs a single row as much as thousands.
+        """
+        if self.method.weight is None or self.method.factors is None:
+            return self.method.weight is not None
+        factored, formed = self.method.cost(self, rows)
+        if torch.compiler.is_compiling():
+            from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+            return statically_known_true(formed < factored)
+        return formed < factored
+
+
+# what an adapter has of its layer
+_OF_THE_LAYER = frozenset(
+    ("kind", "weight", "bias", "matrix", "in_features", "out_features", "base_class", "merged", "enabled")
+)
+
+
+class Adapter(Bound, nn.Module):
+    """An adapter with tensors of its own beside a layer, whose weight and shape its method reads here too."""
+
+    def __init__(self, layer: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.__dict__["layer"] = layer  # no child of this module
+        self._attach(config, adapter_dtype)
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["layer"], name) if name in _OF_THE_LAYER else super().__getattr__(name)
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, [f"method={self.method.name}", self.config.describe()]))
+
+
+class With:
+    """An adapter with some of its tensors replaced, for forming a weight from tensors that autograd follows."""
+
+    def __init__(self, adapter: Bound, tensors: dict[str, Tensor]):
+        self._adapter, self._tensors = adapter, tensors
+
+    def __getattr__(self, name: str):
+        return self._tensors[name] if name in self._tensors else getattr(self._adapter, name)
+
+
+def compose(layer: PeftLinear, adapters: Sequence[Bound], x: Tensor) -> Tensor:
+    """y (..., N) of a layer with these adapters, one or more, in their order; x (..., K).
+
+    ``layer`` gives the base: kind, weight, bias, training and, where it computes C by itself, base_forward.
+    """
+    kind: Frozen = layer.kind
+    if len(adapters) == 1 and not kind.opaque:
+        return _first(adapters[0], x, kind.matrix(layer), layer.bias, layer.training)
+    found = [(a.method.output or a.method.factors)(a) if a.method.beside else None for a in adapters]
+    inputs = [x]  # of each adapter, the last one first: a later one's d_in scales what every earlier one reads
+    for adapter, f in zip(reversed(adapters), reversed(found), strict=True):
+        scales = f is not None and f.d_in is not None and adapter.method.output is None
+        inputs.append(inputs[-1] * f.d_in.to(x.dtype) if scales else inputs[-1])
+    *_, before_all = inputs
+    steps = list(zip(adapters, found, reversed(inputs[:-1]), strict=True))
+    bias = layer.bias
+    if kind.opaque:
+        z = _own(layer, before_all)
+    else:
+        (adapter, f, x), *steps = steps
+        z = _first(adapter, x, kind.matrix(layer), bias, layer.training, f)
+        bias = bias if f is None else f.merged_bias(bias)
+    for adapter, f, x in steps:
+        z = _beside(adapter, f, x, z, bias, layer.training)
+        bias = f.merged_bias(bias)
+    return z
+
+
+def _first(adapter: Bound, x: Tensor, weight, bias: Tensor | None, training: bool, f: Factors | None = None) -> Tensor:
+    """The first adapter, in one call with the frozen product; f: its factors, where they are made already."""
+    method = adapter.method
+    if adapter.awaits_weight and not x.is_meta:
+        raise RuntimeError(
+            f"{method.name} starts from the weight, and this layer was made on the meta device; call "
+            "reset_adapter_parameters() once its weight is loaded"
+        )
+    if method.output is not None:
+        z = ops.plain_linear(x, weight, bias)
+        return ops.linear(z, None, method.output(adapter), None, z, training)
+    if adapter.forms_weight(x.numel() // max(1, x.shape[-1]) if method.cost else 0):
+        return ops.formed_linear(x, adapter.formed_weight, adapter.adapter_tensors(), bias)
+    if method.replaces_weight:
+        weight = None
+    c = None
+    if method.residual is not None:  # a call of its own, which keeps nothing, and which dropout spares
+        weight, c = None, ops.linear(x, weight, method.residual(adapter))
+    return ops.linear(x, weight, method.factors(adapter) if f is None else f, bias, c, training)
+
+
+def _beside(adapter: Bound, f: Factors, x: Tensor, z: Tensor, bias: Tensor | None, training: bool) -> Tensor:
+    """An adapter on what is there already; x before this adapter's d_in."""
+    if adapter.method.output is not None:
+        return ops.linear(z, None, f, None, z, training)
+    if adapter.method.residual is not None:
+        z = ops.linear(x, None, adapter.method.residual(adapter), None, z)
+    return beside(f, x, z, bias, training)
+
+
+def beside(f: Factors, x: Tensor, z: Tensor, bias: Tensor | None, training: bool = True) -> Tensor:
+    """y (..., N) of the expression with C + bias = z (..., N) already there, made from x ⊙ d_in; x (..., K)."""
+    own = bias if f.bias is None else f.bias
+    if f.d_out is None or f.scale_bias:
+        extra = None if f.bias is None else own if bias is None else own - bias
+    else:  # the bias stays outside d_out
+        extra = own if bias is None else own - f.d_out * bias
+    f = replace(f, bias=None, d_in=None if f.A is None else f.d_in)
+    if f.A is None and f.d_out is None:
+        return z if extra is None else z + extra.to(z.dtype)
+    return ops.linear(x, None, f, extra, z, training)
+
+
+def _own(layer: PeftLinear, x: Tensor) -> Tensor:
+    """C + b of a base with a forward of its own. RuntimeError where it gives no tensor (..., N), or no gradient."""
+    C, name = layer.base_forward(x), layer.base_class.__name__
+    if not isinstance(C, Tensor) or C.shape != (*x.shape[:-1], layer.out_features):
+        what = tuple(C.shape) if isinstance(C, Tensor) else f"a {type(C).__name__}"
+        raise RuntimeError(
+            f"{name}.forward gives {what} for x {tuple(x.shape)}, and an adapter needs a tensor (..., "
+            f"{layer.out_features}); exclude this layer"
+        )
+    if x.requires_grad and torch.is_grad_enabled() and not C.requires_grad:
+        raise RuntimeError(
+            f"{name}.forward gives no gradient to its input, so layers before it would not train; adapt only layers "
+            "behind it, or use a base format that passes gradients"
+        )
+    return C
+
+
+def why_not_together(adapters: Sequence[Bound]) -> str | None:
+    """Why these adapters cannot be active together in this order, or None."""
+    for i, adapter in enumerate(adapters[1:], 1):
+        method = adapter.method
+        if method.stands_alone:
+            return (
+                f"{method.name} reads the frozen weight itself, so it can only be the first of several adapters; it is "
+                f"number {i + 1}"
+            )
+    return None
+
+
+@torch.no_grad()
+def merged(adapter: Bound, base: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(weight (N, K), bias) of the plain layer that equals an adapter on base (N, K) and bias, in base's dtype or
+    wider. Raises NotMergeableError when there is none."""
+    method = adapter.method
+    if method.output is not None:
+        raise NotMergeableError(
+            f"{method.name} has a non-linearity behind the layer, so no weight equals it; keep the layer unmerged"
+        )
+    if method.weight is not None:
+        return method.weight(With(adapter, {n: getattr(adapter, n).to(base.dtype) for n in adapter.tensor_names})), bias
+    f = method.factors(adapter).to(base.dtype)
+    if method.residual is not None:
+        base = method.residual(adapter).to(base.dtype).merged(base)
+    return f.merged(base), f.merged_bias(bias)
