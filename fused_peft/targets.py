@@ -61,9 +61,15 @@ def trained_whole(config: PeftConfig, name: str) -> bool:
     return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
 
 
-def asked_for(config: PeftConfig, name: str) -> bool:
-    """Whether target_modules, within layers_to_transform, means the module of this name."""
-    targets, layers = config.target_modules, config.layers_to_transform
+def target_set(config: PeftConfig) -> frozenset[str] | None:
+    """The names in target_modules, for ``asked_for`` of many names; None where they are no list."""
+    return frozenset(config.target_modules) if isinstance(config.target_modules, list) else None
+
+
+def asked_for(config: PeftConfig, name: str, listed: frozenset[str] | None = None) -> bool:
+    """Whether target_modules, within layers_to_transform, means the module of this name. listed: their ``target_set``,
+    without which a list of thousands is walked through for each name."""
+    targets, layers = listed or config.target_modules, config.layers_to_transform
     if isinstance(targets, str):
         return bool(re.fullmatch(targets, name))
     if targets is not None:
@@ -76,9 +82,9 @@ def asked_for(config: PeftConfig, name: str) -> bool:
     return layer_index(name, config.layers_pattern) in ([layers] if isinstance(layers, int) else layers)
 
 
-def is_target(config: PeftConfig, name: str) -> bool:
+def is_target(config: PeftConfig, name: str, listed: frozenset[str] | None = None) -> bool:
     """Whether a resolved config means the module of this name; target_modules=None means every module."""
-    return not left_out(config, name) and asked_for(config, name)
+    return not left_out(config, name) and asked_for(config, name, listed)
 
 
 def _all_linear(model: nn.Module, task_type: str | None) -> list[str]:
@@ -131,8 +137,8 @@ def find_targets(model: nn.Module, config: PeftConfig, asked: PeftConfig | None 
     Raises ValueError when nothing matches, naming near misses, and TypeError when a match cannot be adapted.
     """
     asked = asked or config
-    modules = dict(model.named_modules())
-    found = {name: module for name, module in modules.items() if name and is_target(config, name)}
+    modules, listed = dict(model.named_modules()), target_set(config)
+    found = {name: module for name, module in modules.items() if name and is_target(config, name, listed)}
     if config.target_modules is None:
         found = {name: module for name, module in found.items() if is_linear(module) and module.bias is not None}
     if not found:

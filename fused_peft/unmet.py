@@ -24,6 +24,7 @@ from .targets import (
     left_out,
     nearest,
     shown,
+    target_set,
     trained_whole,
     wants_all_linear,
 )
@@ -60,11 +61,11 @@ def _about_entries(model: nn.Module, asked: PeftConfig, config: PeftConfig, adap
 
 def unmatched(model: nn.Module, asked: PeftConfig, config: PeftConfig, adapted: list[str]) -> list[str]:
     """What to say of each field of the user's config in which an entry matches nothing."""
-    names = [name for name, _ in model.named_modules() if name]
+    names, listed = [name for name, _ in model.named_modules() if name], target_set(config)
     # what the entries of a field can mean, where that is not the adapted layers
     scopes = {
         "target_modules": lambda: [
-            *(n for n in names if asked_for(config, n) and not trained_whole(asked, n)),
+            *(n for n in names if asked_for(config, n, listed) and not trained_whole(asked, n)),
             *_expert_layers(model, asked, config),
         ],
         "exclude_modules": lambda: set(names) - {end for name in adapted for end in _around(name)},
