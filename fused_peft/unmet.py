@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .checks import few
 from .methods import PeftConfig
 from .methods.base import matching_pattern
 from .reads import read_directly, routers
@@ -29,7 +30,7 @@ from .targets import (
     wants_all_linear,
 )
 
-_MOST = 4  # how many names a message enumerates
+_MOST = 4  # how many entries without a match get a hint
 
 # how an entry of a field means a module's name, by the rule that the field declares (methods.base.naming)
 _RULES: dict[str, Callable[[Any, str, PeftConfig], bool]] = {
@@ -85,7 +86,7 @@ def unmatched(model: nn.Module, asked: PeftConfig, config: PeftConfig, adapted: 
         if missing:
             parts = [f"{e!r}{_hint(f.name, rule, e, names, config)}" for e in missing[:_MOST]]
             what = "module" if f.name in scopes else "adapted layer"
-            found.append(f"{f.name} has no {what} for {_few(parts, total=len(missing))}")
+            found.append(f"{f.name} has no {what} for {few([*parts, *missing[_MOST:]], _MOST)}")
     return found
 
 
@@ -115,13 +116,6 @@ def _hint(field: str, rule: str, entry: Any, names: list[str], config: PeftConfi
     return f" (nearest: {', '.join(near)})" if near else ""
 
 
-def _few(parts: Iterable[str], between: str = ", ", total: int | None = None) -> str:
-    """The first parts of an enumeration, and how many more there are."""
-    parts = list(parts)
-    more = (total or len(parts)) - len(parts[:_MOST])
-    return between.join(parts[:_MOST]) + (f" and {more} more" if more else "")
-
-
 def _about_held(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> str:
     """Modules that target_modules mean and that are no linear layers: experts, and with "all-linear" routers."""
     held = list(experts_asked_for(model, asked, config))
@@ -131,17 +125,18 @@ def _about_held(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> str:
         return ""
     kinds = Counter(type(model.get_submodule(name)).__name__ for name in held)
     return (
-        f"target_modules={shown(asked.target_modules)} does not reach {_few(f'{n} {k}' for k, n in kinds.items())} "
+        f"target_modules={shown(asked.target_modules)} does not reach {few(f'{n} {k}' for k, n in kinds.items())} "
         f"(first: {held[0]}): they are no linear layers, so they stay frozen. Hugging Face PEFT's target_parameters "
         "adapts 3-D parameters, in which experts are held; this library does not yet"
     )
 
 
 def _about_reads(model: nn.Module, adapted: Iterable[str]) -> str:
-    reads = [f"{method} uses {_few(weights)}" for method, weights in read_directly(model, adapted).items()]
+    reads = [f"{method} uses {few(weights)}" for method, weights in read_directly(model, adapted).items()]
     if not reads:
         return ""
     return (
-        f"{_few(reads, '; ')} without calling the layer: that path passes an adapter by, and if there is no other it "
-        "trains nothing. Leave the layer out of target_modules, or look at the adapter's gradient after a backward"
+        f"{few(reads, between='; ')} without calling the layer: that path passes an adapter by, and if there is no "
+        "other it trains nothing. Leave the layer out of target_modules, or look at the adapter's gradient after a "
+        "backward"
     )
