@@ -153,6 +153,13 @@ def find_targets(model: nn.Module, config: PeftConfig, asked: PeftConfig | None 
     return found
 
 
+def second_names(model: nn.Module) -> dict[str, str]:
+    """{further name of a module that is registered more than once: the first, by which it is matched, as in PEFT}."""
+    first = {id(module): name for name, module in model.named_modules()}
+    every = ((name, first[id(module)]) for name, module in model.named_modules(remove_duplicate=False))
+    return {name: known for name, known in every if name != known}
+
+
 def nearest(entry: str, names: Iterable[str]) -> list[str]:
     """The names and last parts of names that an entry may have been meant for."""
     names = list(names)
@@ -165,6 +172,9 @@ def _no_match(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> str:
     targets = asked.target_modules
     names = [name for name, _ in model.named_modules() if name]
     message = f"target_modules={shown(targets)} matches no module"
+    for name, first in second_names(model).items():
+        if asked_for(config, name) and not asked_for(config, first):
+            return f"{message}; {name!r} is another name of {first!r}, and a module is matched by its first name"
     if isinstance(targets, str) and not wants_all_linear(asked):
         wanted = re.split(r"[|,\s]+", targets)
         if all(any(ends_with_any(name, (w,)) for name in names) for w in wanted):
@@ -208,18 +218,23 @@ def given(model: nn.Module, asked: PeftConfig, field: str) -> list:
 
 
 def modules_to_save(model: nn.Module, config: PeftConfig) -> list[str]:
-    """Names of the modules trained whole: those whose name ends with an entry of modules_to_save, as PEFT matches.
+    """Names of the modules trained whole: those whose name ends with an entry of modules_to_save, as PEFT matches. A
+    module registered twice has two names, and each that is meant gets a copy of its own.
 
     Raises ValueError for an entry that the user gave and that matches nothing.
     """
     wanted = config.modules_to_save or []
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name] if wanted else []
     for entry in wanted:
         if entry not in HEADS.get(config.task_type, ()) and not any(n.endswith(entry) for n in names):
             near = difflib.get_close_matches(entry, [n.rpartition(".")[2] for n in names], n=3)
             hint = f"; the nearest names are {', '.join(dict.fromkeys(near))}" if near else ""
             raise ValueError(f"modules_to_save={wanted!r}: {entry!r} matches no module{hint}")
-    found = [n for n in names if any(n.endswith(entry) for entry in wanted)]
+    places = {}  # where the parent is registered twice, both names mean one place
+    for name in (n for n in names if any(n.endswith(entry) for entry in wanted)):
+        parent, _, last = name.rpartition(".")
+        places.setdefault((id(model.get_submodule(parent)), last), name)
+    found = places.values()
     return [n for n in found if not any(n.startswith(f"{outer}.") for outer in found)]
 
 

@@ -24,6 +24,7 @@ from .targets import (
     layer_index,
     left_out,
     nearest,
+    second_names,
     shown,
     target_set,
     trained_whole,
@@ -63,13 +64,14 @@ def _about_entries(model: nn.Module, asked: PeftConfig, config: PeftConfig, adap
 def unmatched(model: nn.Module, asked: PeftConfig, config: PeftConfig, adapted: list[str]) -> list[str]:
     """What to say of each field of the user's config in which an entry matches nothing."""
     names, listed = [name for name, _ in model.named_modules() if name], target_set(config)
+    second = second_names(model)
     # what the entries of a field can mean, where that is not the adapted layers
     scopes = {
         "target_modules": lambda: [
             *(n for n in names if asked_for(config, n, listed) and not trained_whole(asked, n)),
             *_expert_layers(model, asked, config),
         ],
-        "exclude_modules": lambda: set(names) - {end for name in adapted for end in _around(name)},
+        "exclude_modules": lambda: set(names) - {end for name in adapted for end in (name, *_around(name))},
         "modules_to_save": lambda: names,
     }
     found = []
@@ -80,11 +82,13 @@ def unmatched(model: nn.Module, asked: PeftConfig, config: PeftConfig, adapted: 
             continue
         if rule in ("end", "text") and isinstance(getattr(asked, f.name), str):
             rule = "expression"
-        scope = scopes.get(f.name, lambda: adapted)()
+        scope = set(scopes.get(f.name, lambda: adapted)())
+        if f.name in scopes:
+            scope |= {name for name, first in second.items() if first in scope}
         plain = {end for name in scope for end in ends(name)} if rule in ("end", "text", "pattern") else ()
         missing = [e for e in entries if e not in plain and not any(_RULES[rule](e, n, config) for n in scope)]
         if missing:
-            parts = [f"{e!r}{_hint(f.name, rule, e, names, config)}" for e in missing[:_MOST]]
+            parts = [f"{e!r}{_hint(f.name, rule, e, names, second, config)}" for e in missing[:_MOST]]
             what = "module" if f.name in scopes else "adapted layer"
             found.append(f"{f.name} has no {what} for {few([*parts, *missing[_MOST:]], _MOST)}")
     return found
@@ -100,7 +104,7 @@ def _expert_layers(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> l
     return [f"{name}.{part}" for name, parts in experts_asked_for(model, asked, config).items() for part in parts]
 
 
-def _hint(field: str, rule: str, entry: Any, names: list[str], config: PeftConfig) -> str:
+def _hint(field: str, rule: str, entry: Any, names: list[str], second: dict[str, str], config: PeftConfig) -> str:
     """What an entry without a match means instead, or may have been meant for."""
     if rule == "index":
         indices = {i for name in names if (i := layer_index(name, config.layers_pattern)) is not None}
@@ -112,6 +116,8 @@ def _hint(field: str, rule: str, entry: Any, names: list[str], config: PeftConfi
             "target_modules": " (there are some outside layers_to_transform)",
             "exclude_modules": " (what it names holds adapted layers; a regular expression can exclude those)",
         }.get(field, " (there are modules of that name, but they are not adapted)")
+    if first := next((first for name, first in second.items() if _RULES[rule](entry, name, config)), None):
+        return f" (another name of {first!r}, and a module is matched by its first name)"
     near = nearest(entry, names)
     return f" (nearest: {', '.join(near)})" if near else ""
 
