@@ -18,7 +18,7 @@ from . import checks, dispatch, model_saving, prompt
 from .adapted import STATE as _STATE
 from .adapted import is_adapted, is_pefts, layers, roots, unwrap
 from .factors import NotMergeableError
-from .linear import Gathered, PeftLinear
+from .linear import Gathered, PeftLinear, is_foreign
 from .methods import Method, PeftConfig, method_of
 from .sharded import (
     fsdp_modules,
@@ -536,6 +536,13 @@ def explain_layer(layer: PeftLinear, tokens: int, dtype: torch.dtype | None) -> 
     if layer.merged or not layer.enabled:
         state = "merged" if layer.merged and layer.enabled else "disabled"
         return method.name, "plain", "torch", f"{state}: one plain linear layer"
+    foreign = type(layer.weight).__name__ if is_foreign(layer.weight) else None
+    if foreign and method.output is None:
+        try:
+            if layer.foreign_factors().A is None:
+                return method.name, "factors", "torch", f"scales around the product of a {foreign}"
+        except RuntimeError as e:
+            return method.name, "none", "none", str(e)
     if layer.forms_weight(tokens):
         why = "the weight is formed in each call, then one plain GEMM"
         if method.cost:
@@ -547,6 +554,7 @@ def explain_layer(layer: PeftLinear, tokens: int, dtype: torch.dtype | None) -> 
     choice = dispatch.choose(problem)
     form = "output" if method.output else "product" if problem.hadamard else "factors"
     why = "W * (1 + s*BA) is formed once each way; " if problem.hadamard else ""
+    why += f"added to the product of a {foreign}; " if foreign and not method.replaces_weight else ""
     why += f"sharded over {layer.weight.device_mesh.size()} processes; " if sharded else ""
     return method.name, form, choice.backend.name, why + choice.why()
 
@@ -557,7 +565,11 @@ def _problem(layer: PeftLinear, tokens: int, dtype: torch.dtype) -> dispatch.Pro
         f = (layer.method.output or layer.method.factors)(layer)
     behind = layer.method.output is not None
     width = layer.out_features if behind else layer.in_features
-    w = None if behind or layer.method.replaces_weight else layer.matrix
+    foreign = is_foreign(layer.weight)
+    w = None if behind or foreign or layer.method.replaces_weight else layer.matrix
     bias = f.bias if f.bias is not None or behind else layer.bias
     x = torch.empty(1, device="meta", dtype=dtype).expand(tokens, width)
-    return dispatch.foreseen(f, x, w, bias, x if behind else None, layer.training, layer.weight.device)
+    c = x if behind else None
+    if foreign and not behind and not layer.method.replaces_weight:
+        c = x.new_empty(1).expand(tokens, layer.out_features)
+    return dispatch.foreseen(f, x, w, bias, c, layer.training, layer.weight.device)

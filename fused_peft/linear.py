@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -235,9 +236,12 @@ class PeftLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """y (..., out_features) in x's dtype (or autocast's); x (..., in_features) in the weight's dtype.
 
-        Raises ValueError (width, device) or TypeError (dtype) when x does not fit.
+        Raises ValueError (width, device) or TypeError (dtype) when x does not fit, RuntimeError where the weight was
+        quantised since and the method or the gradient of x needs what its class does not give.
         """
         weight, bias = self.weight, self.bias
+        if self.enabled and not self.merged and self._over_foreign():
+            return self._beside_foreign(x)
         if self.fan_in_fan_out:
             weight = weight.t()
         if self.enabled and not self.merged:
@@ -266,6 +270,58 @@ class PeftLinear(nn.Linear):
                 weight, bias = whole(weight), None if bias is None else whole(bias)
         return ops.plain_linear(x, weight, bias)
 
+    def _over_foreign(self) -> bool:
+        """``is_foreign`` of the weight, in the time of a comparison."""
+        return type(self.weight) is not nn.Parameter and is_foreign(self.weight)
+
+    def _beside_foreign(self, x: Tensor) -> Tensor:
+        """``forward`` where the weight's values cannot be read: C = x̂Wᵀ is its class's own, and the update is added."""
+        method, bias = self.method, self.bias
+        if method.output is not None:
+            z = self._foreign_product(x, bias)
+            return ops.linear(z, None, method.output(self), None, z, self.training)
+        f = self.foreign_factors()
+        if method.replaces_weight:
+            return ops.linear(x, None, f, bias, None, self.training)
+        if f.d_in is not None:
+            x, f = x * f.d_in.to(x.dtype), replace(f, d_in=None)
+        c = self._foreign_product(x, None)
+        if f.A is None:
+            bias = bias if bias is None else bias.to(c.dtype)
+            return f.to(c.dtype).expression(x, None, bias, c)
+        if method.residual is not None:
+            c = ops.linear(x, None, method.residual(self), None, c)
+        return ops.linear(x, None, f, bias, c, self.training)
+
+    def _foreign_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        z = ops.plain_linear(x, self._matrix(self.weight), bias)
+        if x.requires_grad and torch.is_grad_enabled() and not z.requires_grad:
+            raise RuntimeError(
+                f"{self._about_foreign()}, whose product passes no gradient on to the layers before it; quantise the "
+                "weights only, not the activations, or train before quantising"
+            )
+        return z
+
+    def foreign_factors(self) -> Factors:
+        """The factors beside a weight whose values cannot be read. RuntimeError where the method needs them."""
+        method, f, cause = self.method, None, None
+        try:
+            f = method.factors(self) if method.factors is not None else None
+        except Exception as e:  # whatever the weight's class raises
+            cause = e
+        if f is None or f.hadamard or (f.drop_base and f.p and self.training):
+            raise RuntimeError(
+                f"{self._about_foreign()}, and {method.name} computes from the weight's values; use a method that adds "
+                "to the layer, e.g. LoRA, or keep this layer unquantised"
+            ) from cause
+        return f
+
+    def _about_foreign(self) -> str:
+        return (
+            f"the weight of a {self.method.name} layer (in_features={self.in_features}, out_features="
+            f"{self.out_features}) was quantised after it was adapted and is a {type(self.weight).__name__}"
+        )
+
     def _warn_if_training(self) -> None:
         """A merged layer computes from its weight alone, so its adapter gets no gradient."""
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -277,13 +333,16 @@ class PeftLinear(nn.Linear):
                 )
 
     def forms_weight(self, rows: int) -> bool:
-        """Whether a call on that many rows forms its weight, by FLOPs where the method has both forms.
+        """Whether a call on that many rows forms its weight, by FLOPs where the method has both forms and the weight
+        can be read.
 
         One graph for every number of rows (torch.compile, torch.export) cannot choose by it, and is factored: that
         costs a third more at most, where a formed weight costs a single row as much as thousands.
         """
         if self.method.weight is None or self.method.factors is None:
             return self.method.weight is not None
+        if self._over_foreign():
+            return False
         factored, formed = self.method.cost(self, rows)
         if torch.compiler.is_compiling():
             from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy

@@ -23,6 +23,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from test_accelerate import Doubling, Packed  # noqa: E402
+from test_layers import Quantised, QuantisedForInference  # noqa: E402
 from test_register import Tied  # noqa: E402
 
 import fused_peft as fp  # noqa: E402
@@ -132,6 +133,13 @@ def packed():
     return model
 
 
+def quantised(config=None, kind=Quantised):
+    """Adapted, and then quantised by something that can multiply by its weight and do nothing else with it."""
+    model = ours(config)
+    model[0].weight = nn.Parameter(kind(model[0].weight.detach()), requires_grad=False)
+    return model
+
+
 def pruned():
     model = plain()
     nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
@@ -157,6 +165,10 @@ def from_a_file(model, folder):
 
 def adapt(config):
     return lambda model: fp.get_peft_model(model, config)
+
+
+def on_an_input_that_needs_a_gradient(model):
+    model(torch.randn(2, 4, requires_grad=True))
 
 
 @dataclass(frozen=True)
@@ -300,6 +312,13 @@ ROWS = [
         ("its weight is a Packed", "keep the layer unmerged")),
     Row("adapt a quantised weight", packed_base, adapt(fp.LoraConfig(r=2, **ON)), TypeError,
         ("its weight is a Packed", "adapt it before it is quantised")),
+    Row("quantised behind LieRA's back", lambda: quantised(fp.LieraConfig(r=2, **ON)), lambda m: m(torch.randn(2, 4)),
+        RuntimeError, ("liera layer (in_features=4, out_features=4)", "is a Quantised", "keep this layer unquantised")),
+    Row("quantised behind DoRA's back", lambda: quantised(fp.DoraConfig(r=2, **ON)), lambda m: m(torch.randn(2, 4)),
+        RuntimeError, ("dora layer", "is a Quantised", "e.g. LoRA")),
+    Row("quantised without a gradient", lambda: quantised(kind=QuantisedForInference),
+        on_an_input_that_needs_a_gradient, RuntimeError,
+        ("lora layer (in_features=4", "QuantisedForInference", "passes no gradient", "quantise the weights only")),
     Row("adapt a tied weight", Tied, adapt(fp.LoraConfig(r=2, target_modules=["lm_head"])), UserWarning,
         ("lm_head.weight is shared with embed_tokens", "untied")),
     Row("load from an empty folder", plain, fp.load_adapter, FileNotFoundError,
