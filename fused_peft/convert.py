@@ -18,7 +18,7 @@ from . import checks, dispatch, model_saving, prompt
 from .adapted import STATE as _STATE
 from .adapted import is_adapted, is_pefts, layers, roots, unwrap
 from .factors import NotMergeableError
-from .linear import Gathered, PeftLinear, is_foreign
+from .linear import Gathered, PeftLinear, is_foreign, refuse_inference
 from .methods import Method, PeftConfig, method_of
 from .sharded import (
     fsdp_modules,
@@ -96,6 +96,7 @@ def state_of(model: nn.Module, what: str = "save_pretrained") -> AdapterState:
     return state
 
 
+@torch.inference_mode(False)  # what trains must not be an inference tensor
 def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> _Plan:
     """Build every new module without changing the model. Raises what get_peft_model raises."""
     if not isinstance(model, nn.Module):
@@ -117,6 +118,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     config = replace(config)  # re-validates, and never edits the caller's object
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    refuse_inference(model.parameters(), config)
     resolved = resolve(model, config)
     saved = modules_to_save(model, resolved)
     originals = {name: model.get_submodule(name) for name in saved}
@@ -185,7 +187,9 @@ def _frozen_as_before(model: nn.Module):
         yield
     finally:
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.requires_grad_(flag)
 
 
 def _warn_tied(model: nn.Module, new: dict[str, PeftLinear]) -> None:
@@ -262,6 +266,7 @@ def get_peft_model(
     return carry_out(model, plan(model, config, adapter_dtype))
 
 
+@torch.inference_mode(False)
 def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     model.requires_grad_(False)
     _replace(model, {id(model.get_submodule(name)): layer for name, layer in planned.layers.items()})

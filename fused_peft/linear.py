@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -67,6 +68,15 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized; remove the parametrization first"
     return None
+
+
+def refuse_inference(tensors: Iterable[Tensor], config: PeftConfig) -> None:
+    """ValueError where a config trains and a weight was made under torch.inference_mode: autograd refuses those."""
+    if not config.inference_mode and any(t.is_inference() for t in tensors):
+        raise ValueError(
+            "the weights were made under torch.inference_mode(), so nothing beside them can train; load the model "
+            "outside of it (torch.no_grad() will do), or give inference_mode=True (load_adapter: is_trainable=False)"
+        )
 
 
 class _With:
@@ -167,9 +177,11 @@ class PeftLinear(nn.Linear):
         layer._attach(config, adapter_dtype)
         return layer
 
+    @torch.inference_mode(False)  # what trains must not be an inference tensor
     def _attach(self, config: PeftConfig, adapter_dtype: torch.dtype | None) -> None:
         method, weight = method_of(config), self.weight
         config = config.for_module("")
+        refuse_inference([weight], config)
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if weight.dtype in HALF else weight.dtype
         start = self._start(method, config, adapter_dtype)
