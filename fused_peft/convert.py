@@ -96,7 +96,6 @@ def state_of(model: nn.Module, what: str = "save_pretrained") -> AdapterState:
     return state
 
 
-@torch.inference_mode(False)  # what trains must not be an inference tensor
 def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> _Plan:
     """Build every new module without changing the model. Raises what get_peft_model raises."""
     if not isinstance(model, nn.Module):
@@ -127,6 +126,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     if soft:
         resolved = replace(resolved, **prompt.resolve(model, resolved))
         prompt.hooked(model, resolved)
+        prompt.warn_positions(model, resolved)
         warn_of_unmet(model, config, resolved, ())
         return _Plan(AdapterState(resolved.in_use(), saved=originals), {}, copies, adapter_dtype or torch.float32)
     new, targets = {}, find_targets(model, resolved, config)
@@ -263,10 +263,10 @@ def get_peft_model(
     """
     if adapter_dtype is None and not autocast_adapter_dtype:
         adapter_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    return carry_out(model, plan(model, config, adapter_dtype))
+    with torch.inference_mode(False):  # what trains must not be an inference tensor
+        return carry_out(model, plan(model, config, adapter_dtype))
 
 
-@torch.inference_mode(False)
 def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     model.requires_grad_(False)
     _replace(model, {id(model.get_submodule(name)): layer for name, layer in planned.layers.items()})
