@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,18 @@ def from_a_file(model, folder):
     fp.load_adapter(model, folder / "taken")
 
 
+def load_from(path, model):
+    fp.load_adapter(model, path)
+
+
+def from_a_folder_of_named_adapters(model, folder, names=("first", "second")):
+    for name in names:
+        peft_model = pefts()
+        peft_model.add_adapter(name, peft.LoraConfig(r=2, **ON))
+        peft_model.save_pretrained(folder / "taken", selected_adapters=[name])
+    fp.load_adapter(model, folder / "taken")
+
+
 def adapt(config):
     return lambda model: fp.get_peft_model(model, config)
 
@@ -271,6 +284,21 @@ ROWS = [
         ("'second' as a third positional argument",)),
     Row("a name of the hub as folder", plain, lambda m: fp.load_adapter(m, "someone/adapter"), FileNotFoundError,
         ("path='someone/adapter' is no folder here",)),
+    *(Row(f"an address of the hub as folder: {address}", plain, partial(load_from, address), FileNotFoundError,
+          (f"path={address!r} is no folder here", f"path = huggingface_hub.snapshot_download({call}"))
+      for address, call in {
+          "https://huggingface.co/someone/adapter": "'someone/adapter')",
+          "https://hf.co/someone/adapter": "'someone/adapter')",
+          "https://huggingface.co/someone/adapter/tree/v2/second": "'someone/adapter', revision='v2') + '/second'",
+          "https://huggingface.co/someone/adapter/blob/main/adapter_config.json":
+              "'someone/adapter', revision='main')",
+          "hf://someone/adapter": "'someone/adapter')",
+          "hf://someone/adapter@v2/second": "'someone/adapter', revision='v2') + '/second'",
+      }.items()),
+    Row("the folder of a PEFT model's named adapters", plain, from_a_folder_of_named_adapters, FileNotFoundError,
+        ("holds no adapter_config.json; first, second in it have one: give '", "/second'")),
+    Row("a folder with one adapter below", plain, partial(from_a_folder_of_named_adapters, names=("first",)),
+        FileNotFoundError, ("first in it has one", "/first'")),
     Row("a file as folder", plain, from_a_file, NotADirectoryError, ("is a file; give the folder that holds",)),
     Row("a name as a plain string", lambda: nn.Sequential(plain()), adapt(fp.LoraConfig(r=2, target_modules="2")),
         ValueError, ("target_modules='2' matches no module", "regular expression", "target_modules=['2']")),
