@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fused_peft as fp
@@ -314,3 +315,79 @@ def test_traced_by_torchscript_and_saved(name):
         memory.seek(0)
         x = torch.randn(5, 8)
         torch.testing.assert_close(torch.jit.load(memory)(x), layer(x), rtol=1e-5, atol=1e-6)
+
+
+class Quantised(torch.Tensor):
+    """A weight of a quantising library's class: F.linear multiplies by it, and nothing else can be done with it."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, *_):
+        return cls(inner["inner"])
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is F.linear:
+            return cls.product(args[0], args[1].inner, *args[2:])
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(f"{func} is not implemented")
+
+    product = staticmethod(F.linear)
+
+
+class QuantisedForInference(Quantised):
+    """As with quantised activations: the product has no gradient."""
+
+    @staticmethod
+    def product(*args):
+        return F.linear(*args).detach()
+
+
+# the methods that compute from the weight's values in each forward
+READS_THE_WEIGHT = {"diff_pruning", "dora", "liera"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - READS_THE_WEIGHT))
+def test_a_weight_quantised_afterwards_is_multiplied_by_its_own_class(name, dtype):
+    """Same outputs and gradients as with the plain weight, to the rounding of one more sum."""
+    layer = fp.PeftLinear.from_linear(nn.Linear(12, 10, dtype=dtype), METHODS[name].example(4))
+    for tensor in layer.adapter_tensors():
+        tensor.data += torch.randn_like(tensor) / 9
+    found = []
+    for weight in (layer.weight.detach(), Quantised(layer.weight.detach())):
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        x = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        y = layer(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), [x, *layer.adapter_tensors()])))
+        assert found[-1][0].dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for quantised, plain in zip(found[1], found[0], strict=True):
+        assert (quantised - plain).norm() <= tolerance * plain.norm()
+    (row,) = fp.explain(nn.Sequential(layer), 8)
+    assert row.backend in ("eager", "torch")
+
+
+@pytest.mark.parametrize("name", sorted(READS_THE_WEIGHT))
+def test_explain_says_which_layers_cannot_read_their_weight(name):
+    layer = fp.PeftLinear.from_linear(nn.Linear(12, 10), METHODS[name].example(4))
+    layer.weight = nn.Parameter(Quantised(layer.weight.detach()), requires_grad=False)
+    (row,) = fp.explain(nn.Sequential(layer), 8)
+    assert row.backend == "none"
+    with pytest.raises(RuntimeError, match=f"weight of a {name} layer.*Quantised.*keep this layer unquantised"):
+        layer(torch.randn(2, 12))

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from test_accelerate import Doubling, Packed  # noqa: E402
+from test_layers import Quantised, QuantisedForInference  # noqa: E402
 from test_register import Tied  # noqa: E402
 
 import fused_peft as fp  # noqa: E402
@@ -132,6 +134,13 @@ def packed():
     return model
 
 
+def quantised(config=None, kind=Quantised):
+    """Adapted, and then quantised by something that can multiply by its weight and do nothing else with it."""
+    model = ours(config)
+    model[0].weight = nn.Parameter(kind(model[0].weight.detach()), requires_grad=False)
+    return model
+
+
 def pruned():
     model = plain()
     nn.utils.prune.l1_unstructured(model[0], "weight", 0.5)
@@ -155,8 +164,24 @@ def from_a_file(model, folder):
     fp.load_adapter(model, folder / "taken")
 
 
+def load_from(path, model):
+    fp.load_adapter(model, path)
+
+
+def from_a_folder_of_named_adapters(model, folder, names=("first", "second")):
+    for name in names:
+        peft_model = pefts()
+        peft_model.add_adapter(name, peft.LoraConfig(r=2, **ON))
+        peft_model.save_pretrained(folder / "taken", selected_adapters=[name])
+    fp.load_adapter(model, folder / "taken")
+
+
 def adapt(config):
     return lambda model: fp.get_peft_model(model, config)
+
+
+def on_an_input_that_needs_a_gradient(model):
+    model(torch.randn(2, 4, requires_grad=True))
 
 
 @dataclass(frozen=True)
@@ -259,6 +284,21 @@ ROWS = [
         ("'second' as a third positional argument",)),
     Row("a name of the hub as folder", plain, lambda m: fp.load_adapter(m, "someone/adapter"), FileNotFoundError,
         ("path='someone/adapter' is no folder here",)),
+    *(Row(f"an address of the hub as folder: {address}", plain, partial(load_from, address), FileNotFoundError,
+          (f"path={address!r} is no folder here", f"path = huggingface_hub.snapshot_download({call}"))
+      for address, call in {
+          "https://huggingface.co/someone/adapter": "'someone/adapter')",
+          "https://hf.co/someone/adapter": "'someone/adapter')",
+          "https://huggingface.co/someone/adapter/tree/v2/second": "'someone/adapter', revision='v2') + '/second'",
+          "https://huggingface.co/someone/adapter/blob/main/adapter_config.json":
+              "'someone/adapter', revision='main')",
+          "hf://someone/adapter": "'someone/adapter')",
+          "hf://someone/adapter@v2/second": "'someone/adapter', revision='v2') + '/second'",
+      }.items()),
+    Row("the folder of a PEFT model's named adapters", plain, from_a_folder_of_named_adapters, FileNotFoundError,
+        ("holds no adapter_config.json; first, second in it have one: give '", "/second'")),
+    Row("a folder with one adapter below", plain, partial(from_a_folder_of_named_adapters, names=("first",)),
+        FileNotFoundError, ("first in it has one", "/first'")),
     Row("a file as folder", plain, from_a_file, NotADirectoryError, ("is a file; give the folder that holds",)),
     Row("a name as a plain string", lambda: nn.Sequential(plain()), adapt(fp.LoraConfig(r=2, target_modules="2")),
         ValueError, ("target_modules='2' matches no module", "regular expression", "target_modules=['2']")),
@@ -300,6 +340,13 @@ ROWS = [
         ("its weight is a Packed", "keep the layer unmerged")),
     Row("adapt a quantised weight", packed_base, adapt(fp.LoraConfig(r=2, **ON)), TypeError,
         ("its weight is a Packed", "adapt it before it is quantised")),
+    Row("quantised behind LieRA's back", lambda: quantised(fp.LieraConfig(r=2, **ON)), lambda m: m(torch.randn(2, 4)),
+        RuntimeError, ("liera layer (in_features=4, out_features=4)", "is a Quantised", "keep this layer unquantised")),
+    Row("quantised behind DoRA's back", lambda: quantised(fp.DoraConfig(r=2, **ON)), lambda m: m(torch.randn(2, 4)),
+        RuntimeError, ("dora layer", "is a Quantised", "e.g. LoRA")),
+    Row("quantised without a gradient", lambda: quantised(kind=QuantisedForInference),
+        on_an_input_that_needs_a_gradient, RuntimeError,
+        ("lora layer (in_features=4", "QuantisedForInference", "passes no gradient", "quantise the weights only")),
     Row("adapt a tied weight", Tied, adapt(fp.LoraConfig(r=2, target_modules=["lm_head"])), UserWarning,
         ("lm_head.weight is shared with embed_tokens", "untied")),
     Row("load from an empty folder", plain, fp.load_adapter, FileNotFoundError,

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -386,3 +387,34 @@ def test_a_rank_cannot_change_under_the_optimizer():
     with pytest.raises(AttributeError):
         again[0].config.r = 4
     assert fp.merge_and_unload(net)[0].weight.shape == (6, 8)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], fp.PissaConfig(r=2)], ids=["lora", "pissa"])
+def test_adapting_under_inference_mode_gives_what_trains(config, tmp_path):
+    config = replace(config, target_modules=["0"], modules_to_save=["2"], bias="all")
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).half()
+    with torch.inference_mode():
+        fp.get_peft_model(net, config)
+    net(torch.randn(2, 4).half()).float().square().sum().backward()
+    trainable = [p for p in net.parameters() if p.requires_grad]
+    assert len(trainable) > 4
+    assert all(p.grad is not None for p in trainable)
+    fp.save_pretrained(net, tmp_path)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    with torch.inference_mode():
+        fp.load_adapter(plain, tmp_path)
+    plain(torch.randn(2, 4)).square().sum().backward()
+    assert all(p.grad is not None for p in plain.parameters() if p.requires_grad)
+
+
+def test_weights_made_under_inference_mode_are_refused_unless_nothing_trains():
+    config = fp.LoraConfig(r=2, target_modules=["0"])
+    with torch.inference_mode():
+        net = nn.Sequential(nn.Linear(4, 4))
+    for adapt in (lambda: fp.get_peft_model(net, config), lambda: fp.PeftLinear.from_linear(net[0], config)):
+        with pytest.raises(ValueError, match=r"made under torch.inference_mode\(\).*torch.no_grad\(\) will do"):
+            adapt()
+    assert type(net[0]) is nn.Linear
+    x = torch.randn(2, 4)
+    want = net(x)
+    assert torch.equal(fp.get_peft_model(net, replace(config, inference_mode=True))(x), want)

@@ -1,6 +1,7 @@
 """Soft prompts against Hugging Face PEFT: outputs, gradients, checkpoints both ways; and their refusals."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from fused_peft.model import prompt  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+SPANS = {"start_positions": torch.tensor([0, 2, 6]), "end_positions": torch.tensor([1, 5, 6])}
 MODELS = {
+    "bert_qa": lambda: transformers.BertForQuestionAnswering(transformers.BertConfig(**SIZES, **NO_DROPOUT)),
     "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **NO_DROPOUT)),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2)),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
@@ -26,7 +29,7 @@ MODELS = {
         )
     ),
 }  # fmt: skip
-TASK = {"bert": "SEQ_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}
+TASK = {"bert_qa": "QUESTION_ANS", "bert": "SEQ_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM"}
 CONFIGS = {
     "prompt": ("PromptTuningConfig", {}),
     "p_tuning": ("PromptEncoderConfig", {"encoder_hidden_size": 12}),
@@ -47,7 +50,7 @@ def batch(name):
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
     labels = torch.tensor([0, 1, 1]) if name == "bert" else ids
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {"input_ids": ids, "attention_mask": mask, **(SPANS if name == "bert_qa" else {"labels": labels})}
 
 
 def pair(name, kind):
@@ -62,6 +65,10 @@ def pair(name, kind):
     for mine, value in zip(ours.soft_prompt.parameters(), values, strict=True):
         mine.data.copy_(value)
     return ours, theirs
+
+
+def logits(out):
+    return torch.stack([out.start_logits, out.end_logits]) if "start_logits" in out else out.logits
 
 
 def peers(theirs, inputs):
@@ -82,13 +89,13 @@ def test_outputs_and_gradients_are_pefts(name, kind):
     ours, theirs = pair(name, kind)
     mine, peer = ours(**batch(name)), peers(theirs, batch(name))
     assert_close(mine.loss, peer.loss, rtol=1e-5, atol=1e-6)
-    assert_close(mine.logits, peer.logits, rtol=1e-5, atol=1e-6)
+    assert_close(logits(mine), logits(peer), rtol=1e-5, atol=1e-6)
     mine.loss.backward(), peer.loss.backward()
     weights = ours.soft_prompt.embedding.weight, theirs.prompt_encoder["default"].embedding.weight
     assert weights[0].grad.abs().sum() > 0
     assert_close(weights[0].grad, weights[1].grad, rtol=1e-4, atol=1e-7)
     trainable = {n for n, p in ours.named_parameters() if p.requires_grad}
-    assert all(n.startswith(("soft_prompt", "classifier")) for n in trainable)
+    assert all(n.startswith(("soft_prompt", "classifier", "qa_outputs")) for n in trainable)
 
 
 @every_model
@@ -98,15 +105,15 @@ def test_checkpoints_load_both_ways(name, kind, tmp_path):
     torch.manual_seed(0)
     base = MODELS[name]().eval()
     inputs = batch(name)
-    want = ours(**inputs).logits
+    want = logits(ours(**inputs))
     fp.save_pretrained(ours, tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
-    assert_close(peers(loaded, inputs).logits, want, rtol=1e-5, atol=1e-6)
+    assert_close(logits(peers(loaded, inputs)), want, rtol=1e-5, atol=1e-6)
     again = fp.load_adapter(copy.deepcopy(base), tmp_path / "ours").eval()
-    assert_close(again(**inputs).logits, want, rtol=1e-5, atol=1e-6)
+    assert_close(logits(again(**inputs)), want, rtol=1e-5, atol=1e-6)
     back = fp.load_adapter(base, tmp_path / "theirs").eval()
-    assert_close(back(**inputs).logits, peers(theirs, inputs).logits, rtol=1e-5, atol=1e-6)
+    assert_close(logits(back(**inputs)), logits(peers(theirs, inputs)), rtol=1e-5, atol=1e-6)
 
 
 @every_model
@@ -114,13 +121,13 @@ def test_checkpoints_load_both_ways(name, kind, tmp_path):
 def test_disable_deepcopy_and_freezing(name, kind):
     torch.manual_seed(0)
     base = MODELS[name]().eval()
-    want = base(**batch(name)).logits
+    want = logits(base(**batch(name)))
     ours = pair(name, kind)[0].eval()
-    changed = ours(**batch(name)).logits
+    changed = logits(ours(**batch(name)))
     with fp.disable_adapter(ours):
-        assert torch.equal(ours(**batch(name)).logits, want)
+        assert torch.equal(logits(ours(**batch(name))), want)
     assert changed.shape != want.shape or not torch.equal(changed, want)
-    assert torch.equal(copy.deepcopy(ours)(**batch(name)).logits, changed)
+    assert torch.equal(logits(copy.deepcopy(ours)(**batch(name))), changed)
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
@@ -171,3 +178,21 @@ def test_config_errors():
         fp.PromptTuningConfig(prompt_tuning_init="TEXT")
     with pytest.raises(ValueError, match="'MLP' or 'LSTM'"):
         fp.PromptEncoderConfig(encoder_reparameterization_type="CNN")
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["prompt", "p_tuning", "prefix"])
+def test_labels_that_are_positions_are_said_to_count_the_soft_tokens(kind):
+    config, extra = CONFIGS[kind]
+    config = getattr(fp, config)(task_type="QUESTION_ANS", num_virtual_tokens=4, **extra)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        model = fp.get_peft_model(MODELS["bert_qa"](), config)
+    said = [w for w in found if "start_positions" in str(w.message)]
+    if kind == "prefix":
+        assert not said
+        return
+    assert len(said) == 1
+    assert said[0].filename == __file__
+    assert "add 4 to both labels, and take 4 from" in str(said[0].message)
+    assert model(**batch("bert_qa")).start_logits.shape == (3, 4 + 6)

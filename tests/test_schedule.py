@@ -225,6 +225,34 @@ def test_missing_gradients_are_an_error_that_says_when_to_call():
     fp.on_step(model, 13)  # once the budget has fallen, none are read
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel], ids=["plain", "wrapped"])
+def test_pefts_adalora_allocates_as_by_its_own_call(wrap):
+    peft = pytest.importorskip("peft")
+    config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, tinit=1, tfinal=3, target_modules=TARGETS)
+    torch.manual_seed(0)
+    ours = peft.get_peft_model(Net(), config)
+    theirs, x = copy.deepcopy(ours), torch.randn(16, 7)
+    for model, act in ((ours, lambda i: fp.on_step(wrap(ours), i)), (theirs, theirs.base_model.update_and_allocate)):
+        optimizer = adamw(model)
+        for i in range(9):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            act(i)
+    ranks = [int((p != 0).sum()) for name, p in ours.named_parameters() if "lora_E" in name]
+    assert sum(ranks) == 2 * len(ranks)
+    assert not differing(bits(ours.state_dict()), bits(theirs.state_dict()))
+
+
+def test_pefts_adalora_without_gradients_is_told_when_to_call():
+    peft = pytest.importorskip("peft")
+    config = {"init_r": 4, "target_r": 2, "total_step": 9, "tinit": 1, "tfinal": 3, "target_modules": TARGETS}
+    with pytest.raises(RuntimeError, match=r"on_step needs the gradients.*before zero_grad"):
+        fp.on_step(peft.get_peft_model(Net(), peft.AdaLoraConfig(**config)), 0)
+    frozen = peft.get_peft_model(Net(), peft.AdaLoraConfig(**config, inference_mode=True))
+    fp.on_step(frozen, 0)  # which trains nothing
+
+
 # --- LoRA-Dash -------------------------------------------------------------------------------------------------------
 
 DASH = fp.LoraDashConfig(r=3, directions=4, warmup=5)

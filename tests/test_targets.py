@@ -1,6 +1,8 @@
 """A config adapts exactly the modules that Hugging Face PEFT adapts, with the same rank, scaling and side."""
 
 import copy
+import cProfile
+import pstats
 import random
 from dataclasses import replace
 
@@ -377,3 +379,36 @@ def test_an_unknown_task_type_is_refused(kind):
     example = next((m.example(2) for m in METHODS.values() if m.config is kind), None) or kind()
     with pytest.raises(ValueError, match=r"task_type='SEQ_CLASS'.*SEQ_CLS, SEQ_2_SEQ_LM, CAUSAL_LM"):
         replace(example, task_type="SEQ_CLASS")
+
+
+class Name(str):
+    """A name whose comparisons are calls, so that a profile counts them."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        return str.__eq__(self, other)
+
+
+def calls(layers, make):
+    """How many calls get_peft_model makes on a flat model of that many layers, all of them listed."""
+    model = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(layers))
+    config = make([Name(i) for i in range(layers)])
+    profile = cProfile.Profile()
+    profile.runcall(fp.get_peft_model, model, config)
+    return pstats.Stats(profile).total_calls
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda names: fp.LoraConfig(r=1, target_modules=names),
+        lambda names: fp.AdaLoraConfig(init_r=1, target_r=1, total_step=9, target_modules=names),
+        lambda names: fp.DeloraConfig(r=1, target_modules=names),
+        lambda names: fp.SSBConfig(target_modules=names),
+    ],
+    ids=["lora", "adalora", "delora", "ssb"],
+)
+def test_a_long_list_of_names_costs_each_layer_the_same(make):
+    calls(9, make)  # what is imported once
+    assert calls(400, make) < 4.5 * calls(100, make)

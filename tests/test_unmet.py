@@ -322,3 +322,51 @@ def test_a_target_that_is_trained_whole_is_named():
     config = fp.LoraConfig(r=2, target_modules=["q", "head"], modules_to_save=["head"])
     with pytest.warns(UserWarning, match=r"no module for 'head' \(modules_to_save trains it whole\)"):
         fp.get_peft_model(model, config)
+
+
+class Twice(nn.Module):
+    """a and b are one layer, and so are left.fc and right.fc, whose parents are one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.c = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b = self.a
+        self.left = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+        self.right = self.left
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"target_modules": ["a", "b"]}, ""),
+        ({"target_modules": ["left.fc", "right.fc"]}, ""),
+        ({"target_modules": ["a"], "exclude_modules": ["right"]}, ""),
+        ({"target_modules": ["b", "c"]}, "target_modules has no module for 'b' (another name of 'a'"),
+        ({"target_modules": ["a"], "exclude_modules": ["b"]}, "exclude_modules has no module for 'b' (another name"),
+        (
+            {"target_modules": ["a", "c"], "rank_pattern": {"b": 3}},
+            "rank_pattern has no adapted layer for 'b' (another",
+        ),
+    ],
+    ids=str,
+)
+def test_a_second_name_of_an_adapted_module_counts(fields, expected):
+    found = said(fp.LoraConfig(r=2, **fields), Twice())
+    assert found.startswith(expected)
+    assert bool(found) == bool(expected)
+
+
+def test_a_second_name_alone_is_refused_with_the_first():
+    with pytest.raises(ValueError, match=r"matches no module; 'b' is another name of 'a'"):
+        fp.get_peft_model(Twice(), fp.LoraConfig(r=2, target_modules=["b"]))
+
+
+@pytest.mark.parametrize("entries", [["b"], ["a", "b"], ["right.fc"], ["left.fc", "right.fc"], ["fc"]], ids=str)
+def test_what_is_trained_whole_under_a_second_name_is_pefts(entries):
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(Twice(), peft.LoraConfig(r=2, target_modules=["c"], modules_to_save=entries))
+    ours = fp.get_peft_model(Twice(), fp.LoraConfig(r=2, target_modules=["c"], modules_to_save=entries))
+    count = lambda model: sum(p.numel() for p in model.parameters() if p.requires_grad)  # noqa: E731
+    assert count(ours) == count(theirs) > 16
+    assert bool(ours.a.weight.requires_grad) == ("a" in entries)
+    assert bool(ours.b.weight.requires_grad) == ("b" in entries)

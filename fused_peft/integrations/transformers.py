@@ -7,7 +7,6 @@ import sys
 from transformers import TrainerCallback
 
 from ..model import checks
-from ..model.adapted import unwrap
 from ..model.schedule import on_step
 
 
@@ -16,9 +15,9 @@ class FusedPeftCallback(TrainerCallback):
 
     When training begins, the layers of a Hugging Face PEFT model are accelerated (``fused_peft.accelerate``), and when
     an epoch begins, those added since; they stay so, or become PEFT's again when training ends with ``restore=True``.
-    After each optimizer step, while the gradients are still there, the schedules act: ``fused_peft.on_step`` on this
-    library's models, ``update_and_allocate`` on PEFT's AdaLoRA. PEFT asks for that call in the training loop and
-    Trainer does not make it; make none of your own beside it.
+    After each optimizer step, while the gradients are still there, the schedules act (``fused_peft.on_step``), those of
+    this library and PEFT's AdaLoRA. PEFT asks for a call of ``update_and_allocate`` in the training loop, which Trainer
+    does not make; make none of your own beside it.
 
     Before the first optimizer step ``fused_peft.check_training`` looks at the gradients and the optimizer, and warns of
     adapters that do not train. Adapted layers that have vanished are named when training begins, and when more follow.
@@ -49,9 +48,6 @@ class FusedPeftCallback(TrainerCallback):
         if getattr(optimizer, "step_was_skipped", False):
             return
         on_step(model, state.global_step)
-        peft, tuner = sys.modules.get("peft"), getattr(unwrap(model), "base_model", None)
-        if peft and isinstance(tuner, peft.AdaLoraModel):
-            tuner.update_and_allocate(state.global_step)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.restore and "peft" in sys.modules:

@@ -80,7 +80,7 @@ class AdaLoraConfig(PeftConfig):
     def for_module(self, name: str) -> AdaLoraConfig:
         """A stored adapter holds only the ranks it kept, scaled as before."""
         kept = (self.rank_pattern or {}).get(f"{name}.lora_E")
-        return replace(self, rank_pattern={"lora_E": kept} if kept else None) if name else self
+        return replace(self, target_modules=None, rank_pattern={"lora_E": kept} if kept else None) if name else self
 
     @property
     def r(self) -> int:

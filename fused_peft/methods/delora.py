@@ -41,6 +41,7 @@ class DeloraConfig(PeftConfig):
     def for_module(self, name: str) -> DeloraConfig:
         return replace(
             self,
+            target_modules=None,
             r=matching_pattern(self.rank_pattern or {}, name, self.r),
             delora_lambda=matching_pattern(self.lambda_pattern or {}, name, self.delora_lambda),
             rank_pattern={},

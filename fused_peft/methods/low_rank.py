@@ -64,6 +64,7 @@ class LowRankConfig(PeftConfig):
     def for_module(self, name: str) -> LowRankConfig:
         return replace(
             self,
+            target_modules=None,
             r=matching_pattern(self.rank_pattern, name, self.r),
             lora_alpha=matching_pattern(self.alpha_pattern, name, self.lora_alpha),
             rank_pattern={},

@@ -19,9 +19,10 @@ ACTIVE: dict[type, Callable[[nn.Module], Iterable[Bound]]] = {PeftLinear: PeftLi
 _WRAPPERS = {"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"}
 
 
-def plain_name(name: str) -> str:
-    """A module's or parameter's name as it was before any such wrapper was put in."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def plain_name(name: str, parallel: bool = False) -> str:
+    """A module's or parameter's name as it was before any such wrapper was put in. parallel: without DataParallel's
+    "module" too, which a part of the model may be called itself: for comparing names, not for a file's keys."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS and not (parallel and part == "module"))
 
 
 def unwrap(model: nn.Module) -> nn.Module:

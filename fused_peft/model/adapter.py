@@ -10,22 +10,27 @@ A base that computes C by itself (kind Opaque) is such a z from the start.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..core import ops
 from ..core.factors import Factors, NotMergeableError
-from ..core.frozen import Frozen
+from ..core.frozen import OPAQUE, Frozen, is_foreign
 from ..core.sharded import fill, whole
 from ..methods import Init, Method, PeftConfig, method_of
 from .wide import HALF
 
-if TYPE_CHECKING:
-    from .layer import PeftLinear
+
+def refuse_inference(tensors: Iterable[Tensor], config: PeftConfig) -> None:
+    """ValueError where a config trains and a weight was made under torch.inference_mode: autograd refuses those."""
+    if not config.inference_mode and any(t.is_inference() for t in tensors):
+        raise ValueError(
+            "the weights were made under torch.inference_mode(), so nothing beside them can train; load the model "
+            "outside of it (torch.no_grad() will do), or give inference_mode=True (load_adapter: is_trainable=False)"
+        )
 
 
 class Bound:
@@ -38,10 +43,12 @@ class Bound:
     buffer_names: tuple[str, ...] = ()
     awaits_weight = False  # made on the meta device from a weight that was not there yet
 
+    @torch.inference_mode(False)  # what trains must not be an inference tensor
     def _attach(self, config: PeftConfig, adapter_dtype: torch.dtype | None) -> None:
         """Make and register every tensor of the method; nothing is changed where that fails."""
         method, weight = method_of(config), self.kind.like(self)
         config = config.for_module("")
+        refuse_inference([weight], config)
         if adapter_dtype is None:
             wide = weight.dtype in HALF or not weight.dtype.is_floating_point
             adapter_dtype = torch.float32 if wide else weight.dtype
@@ -136,12 +143,19 @@ class With:
         return self._tensors[name] if name in self._tensors else getattr(self._adapter, name)
 
 
-def compose(layer: PeftLinear, adapters: Sequence[Bound], x: Tensor) -> Tensor:
+def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor) -> Tensor:
     """y (..., N) of a layer with these adapters, one or more, in their order; x (..., K).
 
     ``layer`` gives the base: kind, weight, bias, training and, where it computes C by itself, base_forward.
     """
     kind: Frozen = layer.kind
+    if type(layer.weight) is not nn.Parameter and is_foreign(layer.weight) and not kind.opaque:
+        kind = OPAQUE  # quantised since it was adapted: its own product passes gradients or says that it does not
+        if needs := next((a.method.name for a in adapters if a.method.stands_alone), None):
+            raise RuntimeError(
+                f"{about_foreign(layer)}, and {needs} computes from the weight's values; use a method that adds to the "
+                "layer, e.g. LoRA, or keep this layer unquantised"
+            )
     if len(adapters) == 1 and not kind.opaque:
         return _first(adapters[0], x, kind.matrix(layer), layer.bias, layer.training)
     found = [(a.method.output or a.method.factors)(a) if a.method.beside else None for a in adapters]
@@ -207,7 +221,7 @@ def beside(f: Factors, x: Tensor, z: Tensor, bias: Tensor | None, training: bool
     return ops.linear(x, None, f, extra, z, training)
 
 
-def _own(layer: PeftLinear, x: Tensor) -> Tensor:
+def _own(layer: nn.Module, x: Tensor) -> Tensor:
     """C + b of a base with a forward of its own. RuntimeError where it gives no tensor (..., N), or no gradient."""
     C, name = layer.base_forward(x), layer.base_class.__name__
     if not isinstance(C, Tensor) or C.shape != (*x.shape[:-1], layer.out_features):
@@ -217,11 +231,23 @@ def _own(layer: PeftLinear, x: Tensor) -> Tensor:
             f"{layer.out_features}); exclude this layer"
         )
     if x.requires_grad and torch.is_grad_enabled() and not C.requires_grad:
+        if not layer.kind.opaque:
+            raise RuntimeError(
+                f"{about_foreign(layer)}, whose product passes no gradient on to the layers before it; quantise the "
+                "weights only, not the activations, or train before quantising"
+            )
         raise RuntimeError(
             f"{name}.forward gives no gradient to its input, so layers before it would not train; adapt only layers "
             "behind it, or use a base format that passes gradients"
         )
     return C
+
+
+def about_foreign(layer: nn.Module) -> str:
+    return (
+        f"the weight of a layer (in_features={layer.in_features}, out_features={layer.out_features}) was quantised "
+        f"after it was adapted and is a {type(layer.weight).__name__}"
+    )
 
 
 def why_not_together(adapters: Sequence[Bound]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 import zlib
 from dataclasses import MISSING, fields
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..methods import METHODS, PeftConfig
 from . import prompt
+from .checks import few
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 NOTE = "fused_peft"  # the entry that holds the note
@@ -163,17 +165,37 @@ def _config_file(path: str | os.PathLike) -> Path:
     if path.is_file():
         raise NotADirectoryError(f"path={str(path)!r} is a file; give the folder that holds {CONFIG_NAME}")
     if path.is_dir():
-        raise FileNotFoundError(
-            f"path={str(path)!r} holds no {CONFIG_NAME}; give the folder that save_pretrained wrote"
+        below = sorted(found.parent.name for found in path.glob(f"*/{CONFIG_NAME}"))
+        there = (
+            f"{few(below)} in it {'has' if len(below) == 1 else 'have'} one: give {str(path / below[-1])!r}"
+            if below
+            else ""
         )
-    hub = len(path.parts) == 2 and not path.is_absolute()
-    hint = (
-        "; an adapter on the Hugging Face hub is downloaded first: path = huggingface_hub.snapshot_download"
-        f"({path.as_posix()!r})"
-    )
-    raise FileNotFoundError(
-        f"path={str(path)!r} is no folder here; give the one that save_pretrained wrote{hint if hub else ''}"
-    )
+        raise FileNotFoundError(
+            f"path={str(path)!r} holds no {CONFIG_NAME}; {there or 'give the folder that save_pretrained wrote'}"
+        )
+    call = _download(path.as_posix())
+    hint = f"; an adapter on the Hugging Face hub is downloaded first: path = {call}" if call else ""
+    given = re.sub(r"^(https?|hf):/+", r"\1://", str(path))
+    raise FileNotFoundError(f"path={given!r} is no folder here; give the one that save_pretrained wrote{hint}")
+
+
+# user/name[@revision][/folder] behind hf:, or a page's address; a Path has made one slash of two
+_HUB = re.compile(
+    r"(?:hf:|https?:/+(?:www\.)?(?:huggingface\.co|hf\.co))/+([^/]+/[^/@]+)(?:@([^/]+))?"
+    r"(?:/(?:tree|blob|resolve)/([^/]+))?(?:/(.+))?"
+)
+
+
+def _download(path: str) -> str:
+    """The call that fetches what a name or an address of the hub stands for; empty for another path."""
+    if not (found := _HUB.fullmatch(path)):
+        name = len(path.split("/")) == 2 and not path.startswith("/")
+        return f"huggingface_hub.snapshot_download({path!r})" if name else ""
+    repository, at, page, folder = found.groups()
+    folder = (folder or "").removesuffix(CONFIG_NAME).removesuffix(WEIGHTS_NAME).rstrip("/")
+    revision = f", revision={at or page!r}" if at or page else ""
+    return f"huggingface_hub.snapshot_download({repository!r}{revision})" + (f" + {'/' + folder!r}" if folder else "")
 
 
 def _note_in_weights(path: Path) -> dict[str, Any]:

@@ -384,7 +384,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: boo
     else:
         rename = renaming(model)
         try:
-            planned = convert.plan(model, config.renamed(rename, {n for n, _ in model.named_modules()}))
+            with torch.inference_mode(False):
+                planned = convert.plan(model, config.renamed(rename, {n for n, _ in model.named_modules()}))
         except (ValueError, TypeError) as e:
             raise AdapterFormatError(f"{path} does not fit model={type(model).__name__}: {e}") from e
         planned.plain_prompt = True
@@ -402,7 +403,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: boo
     if adapted:
         _refuse_settings(layers, resolve(model, config), path)
     else:
-        convert.carry_out(model, planned)
+        with torch.inference_mode(False):
+            convert.carry_out(model, planned)
         kept = slots.keys()
         slots = {k: v for k, v in _slots(layers, state, _finder(model)).items() if k in kept}
     if soft := prompt.attached(model):

@@ -10,32 +10,27 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .adapted import STATE, active_layers, is_adapted, is_pefts, layers, roots, unwrap
+from .adapted import STATE, active_layers, is_adapted, is_pefts, layers, plain_name, roots, unwrap
 from .layer import PeftLinear
 
 _Named = list[tuple[str, nn.Parameter]]
 
-# what activation checkpointing, FSDP, torch.compile and DataParallel put between a name's parts
-_WRAPPERS = {"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod", "module"}
+_plain = partial(plain_name, parallel=True)
 _PATIENCE = 4  # steps of one optimizer without a gradient to judge by, after which a model is no longer watched
 
 
-def _plain(name: str) -> str:
-    """A name as it was before any wrapper was put in."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def few(names: Iterable[str], most: int = 4) -> str:
+def few(names: Iterable[str], most: int = 4, between: str = ", ") -> str:
     """The first of the names, and how many there are besides."""
     names = [*names]
     rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return between.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 # Adapted layers that have vanished

@@ -29,6 +29,7 @@ from ..methods import Method, PeftConfig, method_of
 from . import checks, model_saving, prompt
 from .adapted import STATE as _STATE
 from .adapted import is_adapted, is_pefts, layers, roots, unwrap
+from .adapter import refuse_inference
 from .layer import PeftLinear
 from .targets import find_targets, is_target, modules_to_save, resolve
 from .unmet import warn_of_unmet
@@ -115,6 +116,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     config = replace(config)  # re-validates, and never edits the caller's object
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    refuse_inference(model.parameters(), config)
     resolved = resolve(model, config)
     saved = modules_to_save(model, resolved)
     originals = {name: model.get_submodule(name) for name in saved}
@@ -123,6 +125,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     if soft:
         resolved = replace(resolved, **prompt.resolve(model, resolved))
         prompt.hooked(model, resolved)
+        prompt.warn_positions(model, resolved)
         warn_of_unmet(model, config, resolved, ())
         return _Plan(AdapterState(resolved.in_use(), saved=originals), {}, copies, adapter_dtype or torch.float32)
     new, targets = {}, find_targets(model, resolved, config)
@@ -182,7 +185,9 @@ def _frozen_as_before(model: nn.Module):
         yield
     finally:
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                with torch.inference_mode(parameter.is_inference()):
+                    parameter.requires_grad_(flag)
 
 
 def _warn_tied(model: nn.Module, new: dict[str, PeftLinear]) -> None:
@@ -256,7 +261,8 @@ def get_peft_model(
     """
     if adapter_dtype is None and not autocast_adapter_dtype:
         adapter_dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    return carry_out(model, plan(model, config, adapter_dtype))
+    with torch.inference_mode(False):  # what trains must not be an inference tensor
+        return carry_out(model, plan(model, config, adapter_dtype))
 
 
 def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:

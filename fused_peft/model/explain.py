@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ..core import dispatch, operands
+from ..core.frozen import is_foreign
 from ..core.sharded import is_sharded
 from .adapted import is_pefts
-from .adapter import Bound
+from .adapter import Bound, about_foreign
 from .convert import adapted_layers
 from .layer import Gathered, PeftLinear
 
@@ -64,8 +65,12 @@ def explain_layer(
         state = "disabled" if not layer.enabled else "merged" if layer.merged else "no adapter is active"
         return names or "none", "plain", "torch", f"{state}: one plain linear layer"
     first = adapters[0]
-    if layer.kind.opaque or len(adapters) > 1:
-        who = f"{layer.base_class.__name__} computes its product itself" if layer.kind.opaque else "one after the other"
+    foreign = is_foreign(layer.kind.like(layer)) and not layer.kind.opaque
+    if foreign and (needs := next((a.method.name for a in adapters if a.method.stands_alone), None)):
+        return names, "none", "none", f"{about_foreign(layer)}, and {needs} computes from the weight's values"
+    if layer.kind.opaque or foreign or len(adapters) > 1:
+        base = type(layer.weight).__name__ if foreign else layer.base_class.__name__
+        who = f"beside the product of a {base}" if layer.kind.opaque or foreign else "one after the other"
         found = [_problem(a, tokens, dtype or layer.kind.like(layer).dtype, beside=True) for a in adapters]
         choice = dispatch.choose(next((p for p in found if p is not None), None) or _problem(first, tokens, dtype))
         return names, "beside", choice.backend.name, f"{who}; {choice.why()}"

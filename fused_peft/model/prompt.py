@@ -9,6 +9,7 @@ nothing to merge; modules, shapes and checkpoints are Hugging Face PEFT's.
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -129,6 +130,19 @@ def hooked(model: nn.Module, config: SoftPromptConfig) -> nn.Module:
         f"model={type(model).__name__} does not accept {' or '.join(needed)}, which {config.peft_type} needs; adapt "
         "weights instead, e.g. with LoraConfig"
     )
+
+
+def warn_positions(model: nn.Module, config: SoftPromptConfig) -> None:
+    """Warn where a span's positions are labels: like PEFT's, they are passed on as they are."""
+    joins_the_text = not isinstance(config, PrefixTuningConfig)
+    if joins_the_text and not config.inference_mode and _argument(model, ("start_positions",)):
+        n = config.num_virtual_tokens
+        warnings.warn(
+            f"{type(model).__name__} counts start_positions, end_positions and the positions of its logits from the "
+            f"first of {n} soft tokens, as under Hugging Face PEFT: add {n} to both labels, and take {n} from a "
+            "predicted position, to mean the text (with PrefixTuningConfig there is nothing to add)",
+            stacklevel=5,  # the caller of get_peft_model
+        )
 
 
 def _argument(module: nn.Module, names: tuple[str, ...]) -> str | None:

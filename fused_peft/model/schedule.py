@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 
 from torch import nn
 
 from ..core.sharded import is_sharded, reshard
 from . import checks
-from .adapted import active_layers
+from .adapted import active_layers, unwrap
 from .layer import Gathered
 
 
@@ -16,7 +17,8 @@ def on_step(model: nn.Module, step: int) -> None:
     """Let the methods that have a schedule act (AdaLoRA's rank allocator, LoRA-Dash's choice of directions).
 
     Call it once a training step, after ``optimizer.step()`` and before ``optimizer.zero_grad()``, with step counted
-    from 0; other methods cost nothing. Their state lives in buffers, so it is part of ``state_dict``. A warning names
+    from 0; other methods cost nothing. Their state lives in buffers, so it is part of ``state_dict``. On Hugging Face
+    PEFT's AdaLoRA it calls ``model.base_model.update_and_allocate(step)``; make no such call beside it. A warning names
     the adapted layers that other code has dropped from the model, each set of them once. Raises
     RuntimeError when a method needs gradients that are gone, ValueError for a negative step. With sharded parameters
     every process calls it, and each sees them whole while it acts.
@@ -24,6 +26,7 @@ def on_step(model: nn.Module, step: int) -> None:
     if step < 0:
         raise ValueError(f"step={step} must not be negative; count training steps from 0")
     checks.warn_vanished(model, again=False)
+    _allocate_in_peft(model, step)
     scheduled = [(name, layer) for name, layer in active_layers(model) if layer.method.on_step is not None]
     checks.driven([layer for _, layer in scheduled])
     by_method = defaultdict(list)
@@ -40,6 +43,22 @@ def on_step(model: nn.Module, step: int) -> None:
         act(copies, step)
         for _, copy in copies:
             copy.put_back()
+
+
+def _allocate_in_peft(model: nn.Module, step: int) -> None:
+    """PEFT's own AdaLoRA, where the model is one that trains."""
+    peft, model = sys.modules.get("peft"), unwrap(model)
+    for tuner in (model, getattr(model, "base_model", None)) if peft else ():
+        if isinstance(tuner, peft.AdaLoraModel) and hasattr(tuner, "rankallocator"):
+            try:
+                return tuner.update_and_allocate(step)
+            except TypeError as e:
+                if any(p.requires_grad and p.grad is None for p in tuner.parameters()):
+                    raise RuntimeError(
+                        "on_step needs the gradients, and PEFT's AdaLoRA has parameters without: call it after "
+                        "backward and before zero_grad"
+                    ) from e
+                raise
 
 
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_decay: float = 0.0) -> list[dict]:

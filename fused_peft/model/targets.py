@@ -62,9 +62,15 @@ def trained_whole(config: PeftConfig, name: str) -> bool:
     return any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in config.modules_to_save or ())
 
 
-def asked_for(config: PeftConfig, name: str) -> bool:
-    """Whether target_modules, within layers_to_transform, means the module of this name."""
-    targets, layers = config.target_modules, config.layers_to_transform
+def target_set(config: PeftConfig) -> frozenset[str] | None:
+    """The names in target_modules, for ``asked_for`` of many names; None where they are no list."""
+    return frozenset(config.target_modules) if isinstance(config.target_modules, list) else None
+
+
+def asked_for(config: PeftConfig, name: str, listed: frozenset[str] | None = None) -> bool:
+    """Whether target_modules, within layers_to_transform, means the module of this name. listed: their ``target_set``,
+    without which a list of thousands is walked through for each name."""
+    targets, layers = listed or config.target_modules, config.layers_to_transform
     if isinstance(targets, str):
         return bool(re.fullmatch(targets, name))
     if targets is not None:
@@ -77,9 +83,9 @@ def asked_for(config: PeftConfig, name: str) -> bool:
     return layer_index(name, config.layers_pattern) in ([layers] if isinstance(layers, int) else layers)
 
 
-def is_target(config: PeftConfig, name: str) -> bool:
+def is_target(config: PeftConfig, name: str, listed: frozenset[str] | None = None) -> bool:
     """Whether a resolved config means the module of this name; target_modules=None means every module."""
-    return not left_out(config, name) and asked_for(config, name)
+    return not left_out(config, name) and asked_for(config, name, listed)
 
 
 def _all_linear(model: nn.Module, task_type: str | None) -> list[str]:
@@ -132,8 +138,8 @@ def find_targets(model: nn.Module, config: PeftConfig, asked: PeftConfig | None 
     Raises ValueError when nothing matches, naming near misses, and TypeError when a match cannot be adapted.
     """
     asked = asked or config
-    modules = dict(model.named_modules())
-    found = {name: module for name, module in modules.items() if name and is_target(config, name)}
+    modules, listed = dict(model.named_modules()), target_set(config)
+    found = {name: module for name, module in modules.items() if name and is_target(config, name, listed)}
     if config.target_modules is None:
         found = {name: module for name, module in found.items() if is_linear(module) and module.bias is not None}
     if not found:
@@ -148,6 +154,13 @@ def find_targets(model: nn.Module, config: PeftConfig, asked: PeftConfig | None 
     return found
 
 
+def second_names(model: nn.Module) -> dict[str, str]:
+    """{further name of a module that is registered more than once: the first, by which it is matched, as in PEFT}."""
+    first = {id(module): name for name, module in model.named_modules()}
+    every = ((name, first[id(module)]) for name, module in model.named_modules(remove_duplicate=False))
+    return {name: known for name, known in every if name != known}
+
+
 def nearest(entry: str, names: Iterable[str]) -> list[str]:
     """The names and last parts of names that an entry may have been meant for."""
     names = list(names)
@@ -160,6 +173,9 @@ def _no_match(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> str:
     targets = asked.target_modules
     names = [name for name, _ in model.named_modules() if name]
     message = f"target_modules={shown(targets)} matches no module"
+    for name, first in second_names(model).items():
+        if asked_for(config, name) and not asked_for(config, first):
+            return f"{message}; {name!r} is another name of {first!r}, and a module is matched by its first name"
     if isinstance(targets, str) and not wants_all_linear(asked):
         wanted = re.split(r"[|,\s]+", targets)
         if all(any(ends_with_any(name, (w,)) for name in names) for w in wanted):
@@ -203,18 +219,23 @@ def given(model: nn.Module, asked: PeftConfig, field: str) -> list:
 
 
 def modules_to_save(model: nn.Module, config: PeftConfig) -> list[str]:
-    """Names of the modules trained whole: those whose name ends with an entry of modules_to_save, as PEFT matches.
+    """Names of the modules trained whole: those whose name ends with an entry of modules_to_save, as PEFT matches. A
+    module registered twice has two names, and each that is meant gets a copy of its own.
 
     Raises ValueError for an entry that the user gave and that matches nothing.
     """
     wanted = config.modules_to_save or []
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name] if wanted else []
     for entry in wanted:
         if entry not in HEADS.get(config.task_type, ()) and not any(n.endswith(entry) for n in names):
             near = difflib.get_close_matches(entry, [n.rpartition(".")[2] for n in names], n=3)
             hint = f"; the nearest names are {', '.join(dict.fromkeys(near))}" if near else ""
             raise ValueError(f"modules_to_save={wanted!r}: {entry!r} matches no module{hint}")
-    found = [n for n in names if any(n.endswith(entry) for entry in wanted)]
+    places = {}  # where the parent is registered twice, both names mean one place
+    for name in (n for n in names if any(n.endswith(entry) for entry in wanted)):
+        parent, _, last = name.rpartition(".")
+        places.setdefault((id(model.get_submodule(parent)), last), name)
+    found = places.values()
     return [n for n in found if not any(n.startswith(f"{outer}.") for outer in found)]
 
 

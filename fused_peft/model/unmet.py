@@ -13,6 +13,7 @@ from torch import nn
 
 from ..methods import PeftConfig
 from ..methods.base import matching_pattern
+from .checks import few
 from .reads import read_directly, routers
 from .targets import (
     asked_for,
@@ -23,12 +24,14 @@ from .targets import (
     layer_index,
     left_out,
     nearest,
+    second_names,
     shown,
+    target_set,
     trained_whole,
     wants_all_linear,
 )
 
-_MOST = 4  # how many names a message enumerates
+_MOST = 4  # how many entries without a match get a hint
 
 # how an entry of a field means a module's name, by the rule that the field declares (methods.base.naming)
 _RULES: dict[str, Callable[[Any, str, PeftConfig], bool]] = {
@@ -60,14 +63,15 @@ def _about_entries(model: nn.Module, asked: PeftConfig, config: PeftConfig, adap
 
 def unmatched(model: nn.Module, asked: PeftConfig, config: PeftConfig, adapted: list[str]) -> list[str]:
     """What to say of each field of the user's config in which an entry matches nothing."""
-    names = [name for name, _ in model.named_modules() if name]
+    names, listed = [name for name, _ in model.named_modules() if name], target_set(config)
+    second = second_names(model)
     # what the entries of a field can mean, where that is not the adapted layers
     scopes = {
         "target_modules": lambda: [
-            *(n for n in names if asked_for(config, n) and not trained_whole(asked, n)),
+            *(n for n in names if asked_for(config, n, listed) and not trained_whole(asked, n)),
             *_expert_layers(model, asked, config),
         ],
-        "exclude_modules": lambda: set(names) - {end for name in adapted for end in _around(name)},
+        "exclude_modules": lambda: set(names) - {end for name in adapted for end in (name, *_around(name))},
         "modules_to_save": lambda: names,
     }
     found = []
@@ -78,13 +82,15 @@ def unmatched(model: nn.Module, asked: PeftConfig, config: PeftConfig, adapted: 
             continue
         if rule in ("end", "text") and isinstance(getattr(asked, f.name), str):
             rule = "expression"
-        scope = scopes.get(f.name, lambda: adapted)()
+        scope = set(scopes.get(f.name, lambda: adapted)())
+        if f.name in scopes:
+            scope |= {name for name, first in second.items() if first in scope}
         plain = {end for name in scope for end in ends(name)} if rule in ("end", "text", "pattern") else ()
         missing = [e for e in entries if e not in plain and not any(_RULES[rule](e, n, config) for n in scope)]
         if missing:
-            parts = [f"{e!r}{_hint(f.name, rule, e, names, config)}" for e in missing[:_MOST]]
+            parts = [f"{e!r}{_hint(f.name, rule, e, names, second, config)}" for e in missing[:_MOST]]
             what = "module" if f.name in scopes else "adapted layer"
-            found.append(f"{f.name} has no {what} for {_few(parts, total=len(missing))}")
+            found.append(f"{f.name} has no {what} for {few([*parts, *missing[_MOST:]], _MOST)}")
     return found
 
 
@@ -98,7 +104,7 @@ def _expert_layers(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> l
     return [f"{name}.{part}" for name, parts in experts_asked_for(model, asked, config).items() for part in parts]
 
 
-def _hint(field: str, rule: str, entry: Any, names: list[str], config: PeftConfig) -> str:
+def _hint(field: str, rule: str, entry: Any, names: list[str], second: dict[str, str], config: PeftConfig) -> str:
     """What an entry without a match means instead, or may have been meant for."""
     if rule == "index":
         indices = {i for name in names if (i := layer_index(name, config.layers_pattern)) is not None}
@@ -110,15 +116,10 @@ def _hint(field: str, rule: str, entry: Any, names: list[str], config: PeftConfi
             "target_modules": " (there are some outside layers_to_transform)",
             "exclude_modules": " (what it names holds adapted layers; a regular expression can exclude those)",
         }.get(field, " (there are modules of that name, but they are not adapted)")
+    if first := next((first for name, first in second.items() if _RULES[rule](entry, name, config)), None):
+        return f" (another name of {first!r}, and a module is matched by its first name)"
     near = nearest(entry, names)
     return f" (nearest: {', '.join(near)})" if near else ""
-
-
-def _few(parts: Iterable[str], between: str = ", ", total: int | None = None) -> str:
-    """The first parts of an enumeration, and how many more there are."""
-    parts = list(parts)
-    more = (total or len(parts)) - len(parts[:_MOST])
-    return between.join(parts[:_MOST]) + (f" and {more} more" if more else "")
 
 
 def _about_held(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> str:
@@ -130,17 +131,18 @@ def _about_held(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> str:
         return ""
     kinds = Counter(type(model.get_submodule(name)).__name__ for name in held)
     return (
-        f"target_modules={shown(asked.target_modules)} does not reach {_few(f'{n} {k}' for k, n in kinds.items())} "
+        f"target_modules={shown(asked.target_modules)} does not reach {few(f'{n} {k}' for k, n in kinds.items())} "
         f"(first: {held[0]}): they are no linear layers, so they stay frozen. Hugging Face PEFT's target_parameters "
         "adapts 3-D parameters, in which experts are held; this library does not yet"
     )
 
 
 def _about_reads(model: nn.Module, adapted: Iterable[str]) -> str:
-    reads = [f"{method} uses {_few(weights)}" for method, weights in read_directly(model, adapted).items()]
+    reads = [f"{method} uses {few(weights)}" for method, weights in read_directly(model, adapted).items()]
     if not reads:
         return ""
     return (
-        f"{_few(reads, '; ')} without calling the layer: that path passes an adapter by, and if there is no other it "
-        "trains nothing. Leave the layer out of target_modules, or look at the adapter's gradient after a backward"
+        f"{few(reads, between='; ')} without calling the layer: that path passes an adapter by, and if there is no "
+        "other it trains nothing. Leave the layer out of target_modules, or look at the adapter's gradient after a "
+        "backward"
     )
