@@ -18,6 +18,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .adapted import STATE, active_layers, is_adapted, is_pefts, layers, roots, unwrap
 from .linear import PeftLinear
+from .model_saving import lost_by_saving
 
 _Named = list[tuple[str, nn.Parameter]]
 
@@ -92,7 +93,8 @@ def check_training(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] 
 
     Returns what it found, one sentence each, and gives one warning that lists them; an empty list is a clean bill.
     Found are trainable adapter parameters without a gradient, adapted layers that have vanished, dropout that the
-    config asks for in layers that are in eval mode, and a model without a trainable parameter. With the optimizer,
+    config asks for in layers that are in eval mode, a model without a trainable parameter, and a Hugging Face model
+    whose own save_pretrained would lose the adapter, which is on a part of it. With the optimizer,
     or a list of them, also trainable parameters that none holds: frozen ones held instead show that it was built before
     the model was adapted. (Frozen parameters held beside all trainable ones do no harm, and are not reported.)
 
@@ -114,6 +116,8 @@ def check_training(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] 
         )
     trainable = _trainable(model)
     found = _of_vanished(model) + _of_dropout(model)
+    if why := lost_by_saving(model):
+        found.append(f"save_pretrained {why}")
     if not trainable:
         found.append(
             "no parameter of the model is trainable. An adapter made for inference trains with is_trainable=True in "

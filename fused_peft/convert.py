@@ -92,6 +92,8 @@ def state_of(model: nn.Module, what: str = "save_pretrained") -> AdapterState:
     state = getattr(unwrap(model), _STATE, None)
     if state is None:
         refuse_pefts(model, what)
+        if parts := model_saving.adapted_parts(unwrap(model)):
+            raise ValueError(f"{what}: {model_saving.about_parts(unwrap(model), parts)}")
         raise ValueError(f"model={type(model).__name__} has no adapter; call get_peft_model or load_adapter first")
     return state
 
@@ -108,6 +110,12 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     if not soft:
         method_of(config)
     if is_adapted(model):
+        if parts := model_saving.adapted_parts(model):
+            raise ValueError(
+                f"get_peft_model has adapted model.{parts[0]}, a part of this model={type(model).__name__}; call "
+                f"merge_and_unload(model.{parts[0]}) first, or load_adapter(model.{parts[0]}, path) to replace its "
+                "adapter"
+            )
         raise ValueError("the model already has adapters; call merge_and_unload first, or load_adapter to replace them")
     if is_pefts(model):
         raise ValueError(

@@ -6,13 +6,15 @@ without a word. Here the folder has no config.json, so that it is loaded as an a
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapted import layers
+from .adapted import is_pefts, layers, roots
 from .sharded import is_spread
 
 STATE_NAME = "model.safetensors"  # where Trainer looks for the state of a model that it resumes
@@ -62,6 +64,60 @@ class _Refuses:
         )
 
 
+# whose save_pretrained writes a whole model, by the module that defines the class
+_WRITERS = (("transformers.modeling_utils", "PreTrainedModel"), ("diffusers.models.modeling_utils", "ModelMixin"))
+
+
+def guard() -> None:
+    """Let the classes of Hugging Face models refuse to save what would lose an adapter: of a model that is adapted in
+    part nothing else is called."""
+    for module, name in _WRITERS:
+        kind = getattr(sys.modules.get(module), name, None)
+        if kind is not None and not hasattr(kind.save_pretrained, "guarded"):
+            kind.save_pretrained = _guarded(kind.save_pretrained)
+
+
+def _guarded(save):
+    @functools.wraps(save)
+    def save_pretrained(self, *args, **kwargs):
+        if why := lost_by_saving(self):
+            raise RuntimeError(f"save_pretrained {why}")
+        return save(self, *args, **kwargs)
+
+    save_pretrained.guarded = True
+    return save_pretrained
+
+
+def lost_by_saving(model: nn.Module) -> str | None:
+    """Why the model's own save_pretrained would lose an adapter, and what to do instead; None where it loses none."""
+    if not _saves(model) or isinstance(model.__dict__.get("save_pretrained"), _SavesAdapter) or is_pefts(model):
+        return None
+    if parts := adapted_parts(model):
+        return f"of {type(model).__name__} would lose the adapter of its part: {about_parts(model, parts)}"
+    if names := [name for name, _ in layers(model)]:
+        return (
+            f"of {type(model).__name__} would lose the adapter of {names[0]}, a PeftLinear put in by hand: keep "
+            "model.state_dict() by torch.save, or adapt the model with get_peft_model"
+        )
+    return None
+
+
+def adapted_parts(model: nn.Module) -> list[str]:
+    """The names of the modules in a model that get_peft_model has adapted, where that is not the model itself."""
+    parts = {id(m) for m in roots(model) if m is not model}
+    return [name for name, m in model.named_modules() if id(m) in parts]
+
+
+def about_parts(model: nn.Module, parts: list[str]) -> str:
+    """What to call where the adapter is on parts of a model."""
+    calls = ", ".join(f"fused_peft.save_pretrained(model.{name}, path)" for name in parts)
+    return (
+        f"get_peft_model has adapted model.{parts[0]}, not model={type(model).__name__} itself. Call {calls} and, on "
+        f"the base model, load_adapter(model.{parts[0]}, path); or adapt the whole, get_peft_model(model, config), "
+        "whose save_pretrained and Trainer checkpoints hold the adapter"
+    )
+
+
 def _changing(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a state_dict without the frozen base parameters."""
     adapters = {id(p) for _, layer in layers(model) for p in layer.adapter_tensors()}
@@ -78,7 +134,8 @@ def _saves(module: nn.Module) -> bool:
 
 
 def redirect(model: nn.Module) -> None:
-    """Let an adapted model save its adapter, and its parts refuse to save without theirs."""
+    """Let an adapted model save its adapter, and its parts and what holds it refuse to save without theirs."""
+    guard()
     adapted = {id(layer) for _, layer in layers(model)}
     for name, module in model.named_modules():
         if module is model and _saves(module):

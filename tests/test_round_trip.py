@@ -273,6 +273,51 @@ def test_a_transformers_model_saves_its_adapter_and_never_the_base_alone(name, t
         torch.testing.assert_close(back(IDS).logits, want, rtol=1e-4, atol=1e-5)
 
 
+def by_hand(model):
+    q = model.model.layers[0].self_attn
+    q.q_proj = fp.PeftLinear.from_linear(q.q_proj, fp.LoraConfig(r=2, init_lora_weights=False))
+
+
+@pytest.mark.parametrize(
+    ("adapt", "message"),
+    [
+        (lambda m: randomised(fp.LoraConfig(r=2), m.model), r"fused_peft.save_pretrained\(model.model, path\)"),
+        (lambda m: fp.merge(randomised(fp.LoraConfig(r=2), m.model)), r"fused_peft.save_pretrained\(model.model, "),
+        (lambda m: randomised(fp.LoraConfig(r=2), m.model.layers), r"has adapted model.model.layers"),
+        (by_hand, r"adapter of model.layers.0.self_attn.q_proj, a PeftLinear put in by hand"),
+    ],
+    ids=["part", "merged", "list", "by-hand"],
+)
+def test_a_model_adapted_in_part_refuses_to_save_what_would_lose_the_adapter(adapt, message, tmp_path):
+    model = llama()
+    adapt(model)
+    for state in ({}, {"state_dict": model.state_dict()}):
+        with pytest.raises(RuntimeError, match=message):
+            model.save_pretrained(tmp_path, **state)
+    with pytest.raises(RuntimeError, match=message):
+        pickle.loads(pickle.dumps(model)).save_pretrained(tmp_path)
+    assert not [*tmp_path.iterdir()]
+    llama().save_pretrained(tmp_path)  # others do as before
+
+
+def test_the_part_that_is_adapted_is_named_and_round_trips(tmp_path):
+    model = llama()
+    randomised(fp.LoraConfig(r=2), model.model)
+    want = model(IDS).logits
+    with pytest.raises(ValueError, match=r"has adapted model.model, not .* fused_peft.save_pretrained\(model.model"):
+        fp.save_pretrained(model, tmp_path)
+    fp.save_pretrained(model.model, tmp_path)
+    with pytest.raises(ValueError, match=r"load_adapter\(model.model, path\)"):
+        fp.load_adapter(model, tmp_path)
+    again = llama()
+    fp.load_adapter(again.model, tmp_path)
+    assert torch.equal(again(IDS).logits, want)
+    fp.merge_and_unload(again.model)
+    again.save_pretrained(tmp_path / "merged")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(back(IDS).logits, want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if adapter_config.in_peft(c) and "niter" not in n])
 def test_stock_peft_computes_the_same(name, tmp_path):
     model = trained(name)

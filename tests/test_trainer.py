@@ -57,6 +57,19 @@ def test_trainer_drives_the_allocator_and_resumes_exactly(tmp_path):
         assert torch.equal(value, resumed[name]), name
 
 
+def test_a_model_adapted_in_part_is_refused_before_it_trains_for_nothing(tmp_path):
+    model = base()
+    fp.get_peft_model(model.bert, fp.LoraConfig(target_modules=["query"]))
+    with pytest.raises(
+        RuntimeError, match=r"A checkpoint by .* lose .* fused_peft.save_pretrained\(model.bert, path\)"
+    ):
+        trainer(tmp_path, model, FusedPeftCallback()).train()
+    with pytest.raises(RuntimeError, match="save_pretrained of Bert"):  # at the first checkpoint, without the callback
+        trainer(tmp_path, model).train()
+    (text,) = told(trainer(tmp_path, model, FusedPeftCallback(), save_strategy="no").train)
+    assert "would lose the adapter of its part" in text
+
+
 class Watch(transformers.TrainerCallback):
     """How many layers were PEFT's and how many accelerated, at every step."""
 
