@@ -43,7 +43,8 @@ def few(names: Iterable[str], most: int = 4) -> str:
 
 
 def vanished(model: nn.Module) -> list[str]:
-    """The names of adapted layers that are no longer in the model, as code that rebuilds linear layers leaves them.
+    """The names of adapted layers and modules_to_save that are no longer in the model, as code that rebuilds linear
+    layers or ties weights leaves them.
 
     Wrappers put in since do not count: nothing has vanished while there are as many adapted layers as there were.
     """
@@ -51,21 +52,41 @@ def vanished(model: nn.Module) -> list[str]:
 
 
 def _vanished(root: nn.Module) -> list[str]:
-    names = root.__dict__[STATE].layers
+    names, heads = root.__dict__[STATE].layers, _lost_heads(root)
     if sum(isinstance(m, PeftLinear) for m in root.modules()) >= len(names):
-        return []
+        return [*heads]
     here = {_plain(name) for name, _ in layers(root)}
-    return [name for name in names if _plain(name) not in here]
+    return [*(name for name in names if _plain(name) not in here), *heads]
+
+
+def _lost_heads(root: nn.Module) -> dict[str, str]:
+    """{name of a module of modules_to_save that does not train any more: what is there now}: it is gone, or a frozen
+    parameter of another module is in place of its own, as tie_weights puts it."""
+    state = root.__dict__[STATE]
+    if not state.saved or state.disabled:
+        return {}
+    here = {_plain(name): m for name, m in root.named_modules(remove_duplicate=False)}
+    found = {name: "now gone" for name in state.saved if _plain(name) not in here}
+    heads = {name: here[_plain(name)] for name in state.saved if name not in found}
+    frozen = {id(p): name for name, head in heads.items() for p in head.parameters() if not p.requires_grad}
+    inside = {id(m) for head in heads.values() for m in head.modules()}
+    for name, m in root.named_modules() if frozen else ():
+        for key, p in m._parameters.items() if id(m) not in inside else ():
+            if id(p) in frozen:
+                found[frozen[id(p)]] = f"now tied to {_plain(name)}.{key}"
+    return found
 
 
 def _about_vanished(root: nn.Module, gone: list[str]) -> str:
-    now = {_plain(name): type(m).__name__ for name, m in root.named_modules()}
-    named = few(f"{name} (now a {now[_plain(name)]})" if _plain(name) in now else name for name in gone)
-    total = len(root.__dict__[STATE].layers)
+    state, heads = root.__dict__[STATE], _lost_heads(root)
+    now = {_plain(name): f"now a {type(m).__name__}" for name, m in root.named_modules()} | heads
+    named = few(f"{name} ({now[_plain(name)]})" if _plain(name) in now else name for name in gone)
+    what = "adapted layers and modules_to_save" if heads else "adapted layers"
+    total = len(state.layers) + (len(state.saved) if heads else 0)
     return (
-        f"{len(gone)} of {total} adapted layers have vanished since get_peft_model: {named}. Code that rebuilds "
-        "linear layers (resize_token_embeddings, a float8 conversion) drops their adapters; run it before "
-        "get_peft_model, then build the optimizer"
+        f"{len(gone)} of {total} {what} have vanished since get_peft_model: {named}. Code that rebuilds linear layers "
+        "(resize_token_embeddings, a float8 conversion) or ties weights (tie_weights) drops what they train; run it "
+        "before get_peft_model, then build the optimizer"
     )
 
 
