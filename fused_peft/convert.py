@@ -59,6 +59,22 @@ class AdapterState:
     layers: tuple[str, ...] = ()  # the names of the adapted layers, by which a vanished one is noticed
     told: tuple[str, ...] = ()  # the vanished ones that on_step has warned of
 
+    def __getstate__(self) -> dict:
+        self.refuse_while_exchanged("pickling the model")
+        return self.__dict__
+
+    def __deepcopy__(self, memo: dict) -> AdapterState:
+        return replace(self, **{key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+
+    def refuse_while_exchanged(self, what: str) -> None:
+        """RuntimeError where base values stand in for trained heads and biases."""
+        if self.disabled and (self.saved or self.biases):
+            names = checks.few([*self.saved, *self.biases])
+            raise RuntimeError(
+                f"{what} inside disable_adapter would take the base values of {names} for the trained ones; leave the "
+                "context first"
+            )
+
 
 @dataclass
 class _Plan:
@@ -436,7 +452,9 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model computes what the base model did: adapters off, merged or not; heads of
-    modules_to_save and biases trained in place back at their base values."""
+    modules_to_save and biases trained in place back at their base values.
+
+    Where there are any of those, ``state_dict``, ``load_state_dict`` and pickling raise RuntimeError meanwhile."""
     model = unwrap(model)
     parts = roots(model)
     if parts and _STATE not in model.__dict__:  # adapted in part

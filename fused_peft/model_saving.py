@@ -14,7 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapted import is_pefts, layers, roots
+from .adapted import STATE, is_pefts, layers, roots
 from .sharded import is_spread
 
 STATE_NAME = "model.safetensors"  # where Trainer looks for the state of a model that it resumes
@@ -142,10 +142,26 @@ def redirect(model: nn.Module) -> None:
             module.save_pretrained = _SavesAdapter(model)
         elif _saves(module) and any(id(m) in adapted for m in module.modules()):
             module.save_pretrained = _Refuses(name)
+    model.register_state_dict_pre_hook(_before_state_dict)
+    model.register_load_state_dict_pre_hook(_before_load)
+
+
+def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    model.__dict__[STATE].refuse_while_exchanged("state_dict")
+
+
+def _before_load(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    model.__dict__[STATE].refuse_while_exchanged("load_state_dict")
 
 
 def restore(model: nn.Module) -> None:
     """Undo ``redirect``."""
     for module in model.modules():
+        for hooks, own in (
+            (module._state_dict_pre_hooks, _before_state_dict),
+            (module._load_state_dict_pre_hooks, _before_load),
+        ):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is own]:
+                del hooks[key]
         if isinstance(module.__dict__.get("save_pretrained"), (_SavesAdapter, _Refuses)):
             del module.save_pretrained

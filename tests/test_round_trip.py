@@ -206,6 +206,31 @@ def test_what_is_saved_gives_back_the_trained_model(name, way, tmp_path):
     assert torch.equal(twice(IDS), want)
 
 
+@pytest.mark.parametrize("name", ["lora", "lora-biases", "ia3-biases"])
+def test_what_is_taken_inside_disable_adapter_is_trained_or_refused(name):
+    model = trained(name)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    outer, base_values = nn.ModuleList([model]), base()(IDS)
+
+    def same(found):
+        assert all(torch.equal(found[n], t) for n, t in state.items())
+
+    ways = {
+        "state_dict": lambda: same(model.state_dict()),
+        "of what holds it": lambda: same({n[2:]: t for n, t in outer.state_dict().items()}),
+        "load_state_dict": lambda: model.load_state_dict(state),
+        "pickling": lambda: same(pickle.loads(pickle.dumps(model)).state_dict()),
+    }
+    for way in ways.values():
+        with fp.disable_adapter(model):
+            with contextlib.nullcontext() if name == "lora" else pytest.raises(RuntimeError, match="leave the context"):
+                way()
+            assert torch.equal(model(IDS), base_values)
+            assert torch.equal(copy.deepcopy(model)(IDS), base_values)  # a reference model
+        way()
+        same(model.state_dict())
+
+
 @every_variant
 def test_the_state_holds_the_base_weights(name):
     before, after = base().state_dict(), trained(name).state_dict()
