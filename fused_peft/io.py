@@ -371,11 +371,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: boo
     adapted = hasattr(model, convert._STATE)
     if adapted:
         state, layers = convert.state_of(model), _layers(model)
-        if state.config.method_name != config.method_name:
-            raise AdapterFormatError(
-                f"{path / CONFIG_NAME} is for {config.method_name}, but the model carries {state.config.method_name}; "
-                "merge_and_unload first"
-            )
+        _refuse_method(state, config, path / CONFIG_NAME)
         merged = [name for name, layer in layers.items() if layer.merged]
         if merged:
             raise RuntimeError(f"{merged[0]} is merged; call unmerge before load_adapter")
@@ -400,7 +396,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: boo
     brought = {key.removeprefix(_PREFIX).replace(".base_layer.", ".") for key in before - stored.keys()}
     _check(stored, slots, path)
     if adapted:
-        _refuse_settings(layers, resolve(model, config), path)
+        _refuse_settings(layers, resolve(model, config), path / CONFIG_NAME)
     else:
         convert.carry_out(model, planned)
         kept = slots.keys()
@@ -437,7 +433,22 @@ def _renamed(stored: dict, known: set[str], rename: Callable[[str], str]) -> dic
     return found
 
 
-def _refuse_settings(layers: dict[str, PeftLinear], stored: PeftConfig, path: Path) -> None:
+def refuse_other(model: nn.Module, stored: PeftConfig, where: str) -> None:
+    """AdapterFormatError where a training checkpoint's values, of a model with the config ``stored``, would compute
+    something else in this one; ``where`` the config stands."""
+    _refuse_method(convert.state_of(model), stored, where)
+    _refuse_settings(_layers(model), stored, where)
+
+
+def _refuse_method(state: convert.AdapterState, config: PeftConfig, where: Path | str) -> None:
+    if state.config.method_name != config.method_name:
+        raise AdapterFormatError(
+            f"{where} is for {config.method_name}, but the model carries {state.config.method_name}; "
+            "merge_and_unload first"
+        )
+
+
+def _refuse_settings(layers: dict[str, PeftLinear], stored: PeftConfig, where: Path | str) -> None:
     """Values are replaced, settings are not: AdapterFormatError where the ones that the values were trained with would
     compute something else, a warning where they only say how to train."""
     trains = {}
@@ -451,7 +462,7 @@ def _refuse_settings(layers: dict[str, PeftLinear], stored: PeftConfig, path: Pa
         for field, (there, here) in differ.items():
             if field not in mine.training_only:
                 raise AdapterFormatError(
-                    f"{path / CONFIG_NAME} has {field}={there!r} for {name}, but the model was adapted with "
+                    f"{where} has {field}={there!r} for {name}, but the model was adapted with "
                     f"{field}={here!r}, with which the loaded values compute something else; load them into a plain "
                     "model, or adapt it with load_config(path)"
                 )

@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import adapter_config
 from .adapted import STATE, is_pefts, layers, roots
 from .sharded import is_spread
 
@@ -34,7 +35,8 @@ class _SavesAdapter:
         **kwargs,
     ) -> None:
         """``fused_peft.save_pretrained``. With ``state_dict`` among the arguments, as Trainer calls it, a file of
-        everything that training changes goes beside the adapter, from which it resumes exactly."""
+        everything that training changes goes beside the adapter, from which it resumes exactly; the config goes with
+        it, and a model with other settings refuses to load it."""
         if push_to_hub:
             raise ValueError(
                 "push_to_hub=True: an adapted model saves its adapter into a folder; upload that with "
@@ -48,6 +50,7 @@ class _SavesAdapter:
         io.save_pretrained(self.model, save_directory, state_dict=state)
         if "state_dict" in kwargs and is_main_process:
             trained = io.apart(_changing(self.model, self.model.state_dict() if state is None else state))
+            trained[adapter_config.ENTRY] = adapter_config.packed(self.model.__dict__[STATE].config)
             save_file(trained, Path(save_directory) / STATE_NAME, metadata={"format": "pt"})
 
 
@@ -152,6 +155,11 @@ def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 def _before_load(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
     model.__dict__[STATE].refuse_while_exchanged("load_state_dict")
+    entry = state_dict.pop(prefix + adapter_config.ENTRY, None)
+    if entry is not None:
+        from . import io  # as above
+
+        io.refuse_other(model, adapter_config.unpacked(entry), "the checkpoint's config")
 
 
 def restore(model: nn.Module) -> None:
