@@ -36,6 +36,9 @@ _NEUTRAL_FOR = {
     "PROMPT_TUNING": {"prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
 }
 
+# what an older version of this library wrote beside a lora_alpha of None, which it left out
+_NO_ALPHA = {"r", "lora_dropout", "use_rslora", "alpha_pattern"}
+
 # PEFT's initialisations that leave the base weight alone: of no consequence once the values are loaded
 _INIT_ONLY = {"orthogonal", "eva"}
 
@@ -176,6 +179,14 @@ def _read(stored: dict[str, Any], left: dict[str, Any], file: Path | str) -> Pef
     values = {k: v for k, v in _plainly(stored).items() if k in names and not (v is None and k in flags)}
     if left.get("of") == _digest(stored):  # unless the file was edited since
         values |= {k: was for k, was in left.get("fields", {}).items() if k in names}
+    ours = not left and stored.keys() >= _NO_ALPHA and "auto_mapping" not in stored  # which PEFT writes
+    if ours and "lora_alpha" in names and "lora_alpha" not in stored:
+        values["lora_alpha"] = None
+        warnings.warn(
+            f"{file} has no lora_alpha, as an older version of this library left it out where it was None (s = 1); "
+            "read as lora_alpha=None. Save the adapter anew",
+            stacklevel=4,
+        )
     peers = {m.config.__name__: m.config for m in METHODS.values() if m.config.peft_type == peft_type}
     try:
         return peers.get(left.get("class"), kind)(**values)

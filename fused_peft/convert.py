@@ -63,6 +63,13 @@ class AdapterState:
         self.refuse_while_exchanged("pickling the model")
         return self.__dict__
 
+    def __setstate__(self, state: dict) -> None:
+        """As it was pickled, by an older version too: what that did not have was empty."""
+        self.__dict__.update(vars(AdapterState(config=None)) | state)
+        if not isinstance(self.embeddings, dict):
+            self.embeddings = {}
+        model_saving.guard()
+
     def __deepcopy__(self, memo: dict) -> AdapterState:
         return replace(self, **{key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
 

@@ -184,6 +184,21 @@ class PeftLinear(nn.Linear):
         self.adapter_names, self.buffer_names = tuple(start.params), tuple(start.buffers)
         self.awaits_weight = method.from_weight and weight.is_meta
 
+    def __setstate__(self, state: dict) -> None:
+        """As it was pickled, by an older version too; RuntimeError where that kept other tensors."""
+        super().__setstate__(state)
+        if self.method is None:
+            return
+        own = tuple(name for name in self._buffers if not name.startswith("_base_"))
+        for name, value in {"awaits_weight": False, "buffer_names": own}.items():
+            self.__dict__.setdefault(name, value)
+        if lacks := [n for n in (*self.adapter_names, *self.method.disk_buffers) if not hasattr(self, n)]:
+            raise RuntimeError(
+                f"this {self.method.name} layer was pickled by an older version of fused_peft and lacks "
+                f"{', '.join(lacks)}; load the pickle with that version and call save_pretrained there: load_adapter "
+                "reads that folder"
+            )
+
     @property
     def matrix(self) -> Tensor:
         """The frozen weight as (out_features, in_features), whatever its layout."""

@@ -95,6 +95,8 @@ def lost_by_saving(model: nn.Module) -> str | None:
     """Why the model's own save_pretrained would lose an adapter, and what to do instead; None where it loses none."""
     if not _saves(model) or isinstance(model.__dict__.get("save_pretrained"), _SavesAdapter) or is_pefts(model):
         return None
+    if STATE in model.__dict__:
+        return f"of {type(model).__name__} would lose its adapter: call fused_peft.save_pretrained(model, path)"
     if parts := adapted_parts(model):
         return f"of {type(model).__name__} would lose the adapter of its part: {about_parts(model, parts)}"
     if names := [name for name, _ in layers(model)]:

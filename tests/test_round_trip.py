@@ -231,6 +231,43 @@ def test_what_is_taken_inside_disable_adapter_is_trained_or_refused(name):
         same(model.state_dict())
 
 
+@pytest.mark.parametrize("name", ["lora-biases", "adalora", "pissa"])
+def test_a_pickle_of_an_older_version_loads_or_says_why_not(name, tmp_path):
+    model = trained(name)
+    want, state = model(IDS).detach(), model.__dict__["_fused_peft"]
+    for field in ("embeddings", "layers", "told"):
+        del state.__dict__[field]
+    tables = [c.__dict__.pop("rank_pattern") for c in (model.q.config, state.config)]
+    assert not any(tables)
+    del model.q.__dict__["awaits_weight"], model.q.__dict__["buffer_names"]
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(IDS), want)
+    fp.save_pretrained(again, tmp_path)
+    assert torch.equal(fp.load_adapter(base(), tmp_path)(IDS), want)
+    assert again.q.buffer_names == model.v.buffer_names
+    if name == "pissa":  # it kept the residual as the weight, and this beside it
+        model.q._buffers["taken_A"] = model.q._buffers.pop("residual_A")
+        with pytest.raises(RuntimeError, match=r"older version of fused_peft and lacks residual_A; .*save_pretrained"):
+            pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_folder_of_an_older_version_that_left_lora_alpha_out(tmp_path):
+    model = trained("lora-no-alpha")
+    fp.save_pretrained(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    del stored["lora_alpha"]
+    file.write_text(json.dumps(stored))
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="has no lora_alpha, as an older version .* read as lora_alpha=None"):
+        again = fp.load_adapter(base(), tmp_path)
+    assert torch.equal(again(IDS), model(IDS))
+    file.write_text(json.dumps(stored | {"auto_mapping": None}))  # PEFT's, edited: its default
+    assert strictly(fp.load_config, tmp_path).lora_alpha == 8
+
+
 @every_variant
 def test_the_state_holds_the_base_weights(name):
     before, after = base().state_dict(), trained(name).state_dict()
