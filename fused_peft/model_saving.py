@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import adapter_config
 from .adapted import STATE, is_pefts, layers, roots
-from .sharded import is_spread
+from .sharded import is_spread, shape_of
 
 STATE_NAME = "model.safetensors"  # where Trainer looks for the state of a model that it resumes
 
@@ -52,6 +52,34 @@ class _SavesAdapter:
             trained = io.apart(_changing(self.model, self.model.state_dict() if state is None else state))
             trained[adapter_config.ENTRY] = adapter_config.packed(self.model.__dict__[STATE].config)
             save_file(trained, Path(save_directory) / STATE_NAME, metadata={"format": "pt"})
+
+
+class _KeepsSize:
+    """In place of an adapted model's ``resize_token_embeddings``, which makes new modules and ties them anew."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs):
+        """As the model's own, unless that would replace what trains: then the embeddings as they are where the size is
+        theirs already, or RuntimeError."""
+        model, embeddings = self.model, self.model.get_input_embeddings()
+        saved = {id(m) for name in model.__dict__[STATE].saved for m in model.get_submodule(name).modules()}
+        adapted = {id(layer) for _, layer in layers(model)}
+        replaced = {id(embeddings), id(model.get_output_embeddings())}
+        names = [n for n, m in model.named_modules() if id(m) in replaced & (saved | adapted)]
+        if not names:
+            return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        size = shape_of(embeddings.weight)[0]
+        to = size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            to = -(-to // pad_to_multiple_of) * pad_to_multiple_of
+        if to != size:
+            raise RuntimeError(
+                f"resize_token_embeddings to {to} (from {size}) would put another module in place of "
+                f"{' and '.join(names)}, which the adapter trains; call it before get_peft_model"
+            )
+        return embeddings
 
 
 class _Refuses:
@@ -145,6 +173,8 @@ def redirect(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module is model and _saves(module):
             module.save_pretrained = _SavesAdapter(model)
+            if hasattr(type(model), "resize_token_embeddings"):
+                model.resize_token_embeddings = _KeepsSize(model)
         elif _saves(module) and any(id(m) in adapted for m in module.modules()):
             module.save_pretrained = _Refuses(name)
     model.register_state_dict_pre_hook(_before_state_dict)
@@ -175,3 +205,5 @@ def restore(model: nn.Module) -> None:
                 del hooks[key]
         if isinstance(module.__dict__.get("save_pretrained"), (_SavesAdapter, _Refuses)):
             del module.save_pretrained
+        if isinstance(module.__dict__.get("resize_token_embeddings"), _KeepsSize):
+            del module.resize_token_embeddings

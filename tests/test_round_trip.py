@@ -380,6 +380,33 @@ def test_the_part_that_is_adapted_is_named_and_round_trips(tmp_path):
     torch.testing.assert_close(back(IDS).logits, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids="-".join)
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_train_keep_their_size(saved, dtype, tied, tmp_path):
+    def plain():
+        model = llama().to(dtype)
+        model.config.tie_word_embeddings = tied
+        model.tie_weights()
+        return model
+
+    model = fp.get_peft_model(plain(), fp.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    with torch.no_grad():
+        model.get_submodule("lm_head" if "lm_head" in saved else "model.embed_tokens").weight.add_(0.1)
+    want = model(IDS).logits
+    for same in ({"new_num_tokens": 20}, {"new_num_tokens": 17, "pad_to_multiple_of": 4}, {}):
+        assert model.resize_token_embeddings(**same) is model.model.embed_tokens
+    with pytest.raises(RuntimeError, match=r"to 32 \(from 20\) .* before get_peft_model"):
+        model.resize_token_embeddings(30, pad_to_multiple_of=8)
+    assert torch.equal(model(IDS).logits, want)
+    fp.save_pretrained(model, tmp_path)
+    assert torch.equal(fp.load_adapter(plain(), tmp_path)(IDS).logits, want)
+    fp.merge_and_unload(model).resize_token_embeddings(30)
+    others = fp.get_peft_model(plain(), fp.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert others.resize_token_embeddings(30).weight.shape[0] == 30
+    assert others(IDS).logits.shape[-1] == 30
+
+
 @pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if adapter_config.in_peft(c) and "niter" not in n])
 def test_stock_peft_computes_the_same(name, tmp_path):
     model = trained(name)
