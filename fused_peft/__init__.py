@@ -13,9 +13,11 @@ from contextlib import suppress as _suppress
 __version__ = "0.1.0"
 
 from .core.paths import provide_kernels as _provide_kernels
+from .core.paths import provide_moved as _provide_moved
 from .core.paths import source_dir
 
 _provide_kernels()
+_provide_moved()
 
 from .core.versions import warn_outside as _warn_outside  # noqa: E402
 
@@ -56,7 +58,7 @@ from .methods import (  # noqa: E402
 )
 from .methods import base as _base  # noqa: E402
 from .model import explain as _explain  # noqa: E402
-from .model.checkpoint import AdapterFormatError, load_adapter, load_config, save_pretrained  # noqa: E402
+from .model.adapter_config import AdapterFormatError, load_config  # noqa: E402
 from .model.checks import check_training  # noqa: E402
 from .model.convert import (  # noqa: E402
     disable_adapter,
@@ -68,8 +70,10 @@ from .model.convert import (  # noqa: E402
 )
 from .model.explain import explain  # noqa: E402
 from .model.layer import PeftLinear  # noqa: E402
+from .model.load import load_adapter  # noqa: E402
 from .model.penalties import mpc_penalty, orthogonality_penalty  # noqa: E402
 from .model.prompt import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig  # noqa: E402
+from .model.save import save_pretrained  # noqa: E402
 from .model.schedule import lora_plus_groups, on_step  # noqa: E402
 from .tools.estimate import estimate  # noqa: E402
 

@@ -12,7 +12,10 @@ import torch
 from cases import CASES
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.optim import optimizer as torch_optimizer
 
 import fused_peft as fp
@@ -180,6 +183,78 @@ def test_a_wrapper_that_nobody_has_heard_of_does_not_count_either():
 def test_an_adapted_model_is_found_inside_another(wrap):
     assert checks.vanished(wrap(one_rebuilt())) == ["blocks.1.fc1"]
     assert checks.vanished(wrap(adapted())) == []
+
+
+class Tied(nn.Module):
+    """A head tied to the embedding, as Transformers ties it, and a module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.q, self.norm = nn.Embedding(6, 4), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.head, self.again = nn.Linear(4, 6, bias=False), nn.ModuleDict({"norm": self.norm})
+        self.tie_weights()
+
+    def tie_weights(self):
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.norm(self.q(self.again["norm"](self.embed(ids)))))
+
+
+def tied(*names):
+    config = fp.LoraConfig(r=2, target_modules=["q"], modules_to_save=[*names], init_lora_weights=False)
+    return fp.get_peft_model(Tied(), config)
+
+
+def remove(model):
+    del model.head
+    model.head = None
+
+
+@pytest.mark.parametrize(
+    ("how", "now"), [(Tied.tie_weights, "tied to embed.weight"), (remove, "gone")], ids=["tied", "removed"]
+)
+def test_modules_to_save_that_no_longer_train_are_named(how, now, tmp_path):
+    model = tied("head", "norm")
+    ids = torch.arange(6)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    for _ in range(2):
+        model(ids).square().sum().backward()
+        optimizer.step()
+    assert checks.vanished(model) == []
+    how(model)
+    assert checks.vanished(model) == ["head"]
+    with pytest.raises(RuntimeError, match=rf"1 of 3 adapted layers and modules_to_save .* head \(now {now}\)"):
+        fp.save_pretrained(model, tmp_path)
+    with pytest.warns(UserWarning, match="tie_weights"):
+        assert fp.check_training(model)
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), checkpoint_wrapper])
+def test_modules_to_save_in_wrappers_frozen_by_hand_or_off_have_not_vanished(wrap, tmp_path):
+    model = tied("head")
+    model.head = wrap(model.head)
+    assert checks.vanished(model) == []
+    model.requires_grad_(False)
+    assert checks.vanished(model) == []
+    with fp.disable_adapter(model):
+        assert checks.vanished(model) == []
+    fp.save_pretrained(model, tmp_path)
+    assert checks.vanished(fp.load_adapter(Tied(), tmp_path, is_trainable=False)) == []
+
+
+def test_a_module_under_two_names_trains_under_both():
+    plain, model = Tied(), tied("norm")
+    assert model.again["norm"] is model.norm
+    assert model.norm.weight.requires_grad
+    plain.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        model.norm.weight.add_(1)
+    with fp.disable_adapter(model):
+        assert model.again["norm"] is model.norm
+        assert torch.equal(model(torch.arange(6)), plain(torch.arange(6)))
+    assert model.again["norm"] is model.norm
+    assert (model.norm.weight > 1.5).all()
 
 
 def test_on_step_names_a_set_of_vanished_layers_once():

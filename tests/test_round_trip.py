@@ -84,11 +84,11 @@ def test_a_config_comes_back_as_it_was(name, field, tmp_path):
         adapter_config.write_config(config, folder)
         note = {"format": "pt", adapter_config.NOTE: json.dumps(adapter_config.note(config))}
         save_file({}, folder / adapter_config.WEIGHTS_NAME, metadata=note)
-        back = fp.load_config(folder)
-        if field.name == "projection_shape":  # found anew from the model's layers
-            back.projection_shape = config.projection_shape
-        assert type(back) is type(config)
-        assert back == config, (field.name, getattr(config, field.name), getattr(back, field.name))
+        for back in (fp.load_config(folder), adapter_config.unpacked(adapter_config.packed(config))):
+            if field.name == "projection_shape":  # found anew from the model's layers
+                back.projection_shape = config.projection_shape
+            assert type(back) is type(config)
+            assert back == config, (field.name, getattr(config, field.name), getattr(back, field.name))
 
 
 class Net(nn.Module):
@@ -206,6 +206,68 @@ def test_what_is_saved_gives_back_the_trained_model(name, way, tmp_path):
     assert torch.equal(twice(IDS), want)
 
 
+@pytest.mark.parametrize("name", ["lora", "lora-biases", "ia3-biases"])
+def test_what_is_taken_inside_disable_adapter_is_trained_or_refused(name):
+    model = trained(name)
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    outer, base_values = nn.ModuleList([model]), base()(IDS)
+
+    def same(found):
+        assert all(torch.equal(found[n], t) for n, t in state.items())
+
+    ways = {
+        "state_dict": lambda: same(model.state_dict()),
+        "of what holds it": lambda: same({n[2:]: t for n, t in outer.state_dict().items()}),
+        "load_state_dict": lambda: model.load_state_dict(state),
+        "pickling": lambda: same(pickle.loads(pickle.dumps(model)).state_dict()),
+    }
+    for way in ways.values():
+        with fp.disable_adapter(model):
+            with contextlib.nullcontext() if name == "lora" else pytest.raises(RuntimeError, match="leave the context"):
+                way()
+            assert torch.equal(model(IDS), base_values)
+            assert torch.equal(copy.deepcopy(model)(IDS), base_values)  # a reference model
+        way()
+        same(model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["lora-biases", "adalora", "pissa"])
+def test_a_pickle_of_an_older_version_loads_or_says_why_not(name, tmp_path):
+    model = trained(name)
+    want, state = model(IDS).detach(), model.__dict__["_fused_peft"]
+    for field in ("embeddings", "layers", "told"):
+        del state.__dict__[field]
+    tables = [c.__dict__.pop("rank_pattern") for c in (model.q.config, state.config)]
+    assert not any(tables)
+    del model.q.__dict__["awaits_weight"], model.q.__dict__["buffer_names"]
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(IDS), want)
+    fp.save_pretrained(again, tmp_path)
+    assert torch.equal(fp.load_adapter(base(), tmp_path)(IDS), want)
+    assert again.q.buffer_names == model.v.buffer_names
+    if name == "pissa":  # it kept the residual as the weight, and this beside it
+        model.q._buffers["taken_A"] = model.q._buffers.pop("residual_A")
+        with pytest.raises(RuntimeError, match=r"older version of fused_peft and lacks residual_A; .*save_pretrained"):
+            pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_folder_of_an_older_version_that_left_lora_alpha_out(tmp_path):
+    model = trained("lora-no-alpha")
+    fp.save_pretrained(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    stored = json.loads(file.read_text())
+    del stored["lora_alpha"]
+    file.write_text(json.dumps(stored))
+    weights = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match="has no lora_alpha, as an older version .* read as lora_alpha=None"):
+        again = fp.load_adapter(base(), tmp_path)
+    assert torch.equal(again(IDS), model(IDS))
+    file.write_text(json.dumps(stored | {"auto_mapping": None}))  # PEFT's, edited: its default
+    assert strictly(fp.load_config, tmp_path).lora_alpha == 8
+
+
 @every_variant
 def test_the_state_holds_the_base_weights(name):
     before, after = base().state_dict(), trained(name).state_dict()
@@ -271,6 +333,78 @@ def test_a_transformers_model_saves_its_adapter_and_never_the_base_alone(name, t
         merged.save_pretrained(tmp_path / "merged")  # its own again
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
         torch.testing.assert_close(back(IDS).logits, want, rtol=1e-4, atol=1e-5)
+
+
+def by_hand(model):
+    q = model.model.layers[0].self_attn
+    q.q_proj = fp.PeftLinear.from_linear(q.q_proj, fp.LoraConfig(r=2, init_lora_weights=False))
+
+
+@pytest.mark.parametrize(
+    ("adapt", "message"),
+    [
+        (lambda m: randomised(fp.LoraConfig(r=2), m.model), r"fused_peft.save_pretrained\(model.model, path\)"),
+        (lambda m: fp.merge(randomised(fp.LoraConfig(r=2), m.model)), r"fused_peft.save_pretrained\(model.model, "),
+        (lambda m: randomised(fp.LoraConfig(r=2), m.model.layers), r"has adapted model.model.layers"),
+        (by_hand, r"adapter of model.layers.0.self_attn.q_proj, a PeftLinear put in by hand"),
+    ],
+    ids=["part", "merged", "list", "by-hand"],
+)
+def test_a_model_adapted_in_part_refuses_to_save_what_would_lose_the_adapter(adapt, message, tmp_path):
+    model = llama()
+    adapt(model)
+    for state in ({}, {"state_dict": model.state_dict()}):
+        with pytest.raises(RuntimeError, match=message):
+            model.save_pretrained(tmp_path, **state)
+    with pytest.raises(RuntimeError, match=message):
+        pickle.loads(pickle.dumps(model)).save_pretrained(tmp_path)
+    assert not [*tmp_path.iterdir()]
+    llama().save_pretrained(tmp_path)  # others do as before
+
+
+def test_the_part_that_is_adapted_is_named_and_round_trips(tmp_path):
+    model = llama()
+    randomised(fp.LoraConfig(r=2), model.model)
+    want = model(IDS).logits
+    with pytest.raises(ValueError, match=r"has adapted model.model, not .* fused_peft.save_pretrained\(model.model"):
+        fp.save_pretrained(model, tmp_path)
+    fp.save_pretrained(model.model, tmp_path)
+    with pytest.raises(ValueError, match=r"load_adapter\(model.model, path\)"):
+        fp.load_adapter(model, tmp_path)
+    again = llama()
+    fp.load_adapter(again.model, tmp_path)
+    assert torch.equal(again(IDS).logits, want)
+    fp.merge_and_unload(again.model)
+    again.save_pretrained(tmp_path / "merged")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(back(IDS).logits, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids="-".join)
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_that_train_keep_their_size(saved, dtype, tied, tmp_path):
+    def plain():
+        model = llama().to(dtype)
+        model.config.tie_word_embeddings = tied
+        model.tie_weights()
+        return model
+
+    model = fp.get_peft_model(plain(), fp.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved))
+    with torch.no_grad():
+        model.get_submodule("lm_head" if "lm_head" in saved else "model.embed_tokens").weight.add_(0.1)
+    want = model(IDS).logits
+    for same in ({"new_num_tokens": 20}, {"new_num_tokens": 17, "pad_to_multiple_of": 4}, {}):
+        assert model.resize_token_embeddings(**same) is model.model.embed_tokens
+    with pytest.raises(RuntimeError, match=r"to 32 \(from 20\) .* before get_peft_model"):
+        model.resize_token_embeddings(30, pad_to_multiple_of=8)
+    assert torch.equal(model(IDS).logits, want)
+    fp.save_pretrained(model, tmp_path)
+    assert torch.equal(fp.load_adapter(plain(), tmp_path)(IDS).logits, want)
+    fp.merge_and_unload(model).resize_token_embeddings(30)
+    others = fp.get_peft_model(plain(), fp.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert others.resize_token_embeddings(30).weight.shape[0] == 30
+    assert others(IDS).logits.shape[-1] == 30
 
 
 @pytest.mark.parametrize("name", [n for n, c in VARIANTS.items() if adapter_config.in_peft(c) and "niter" not in n])

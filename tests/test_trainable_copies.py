@@ -214,3 +214,59 @@ def test_hooks_of_a_copy_run_once():
     model.head.norm.register_forward_hook(lambda *_: calls.append(1))
     model(IDS)
     assert calls == [1]
+
+
+class ReadsDtype(nn.Module):
+    """As T5's feed-forward layer: its caller makes x as wide as the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.wo = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.wo(torch.relu(x).to(self.wo.weight.dtype))
+
+
+def test_a_caller_that_makes_x_as_wide_as_the_weight():
+    before, model = model_with(ReadsDtype(), modules_to_save=["wo"])
+    x = X.bfloat16()
+    assert model["part"].wo.weight.dtype == torch.float32
+    assert torch.equal(model["part"](x), before["part"](x))
+    model["part"](x).float().sum().backward()
+    assert model["part"].wo.weight.grad.any()
+
+
+@every
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_traced_model_follows_what_trains(name):
+    _, model = pair(name, torch.bfloat16)
+    traced = torch.jit.trace(model, IDS, check_trace=False)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.5)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    torch.testing.assert_close(traced(IDS.flip(1)), model(IDS.flip(1)), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("part", ["head", "norm"])
+def test_a_replica_of_data_parallel_computes_from_its_own_tensors(part):
+    """What nn.parallel.replicate does for another GPU, without one."""
+    _, model = pair("embedding" if part == "norm" else "head", torch.bfloat16)
+    module = model.get_submodule(part)
+    copies = {m: m._replicate_for_data_parallel() for m in module.modules()}
+    tensors = {}
+    for m, replica in copies.items():
+        for key, child in m.named_children():
+            setattr(replica, key, copies[child])
+        for key, p in m.named_parameters(recurse=False):
+            tensors[id(p)] = torch.zeros_like(p).requires_grad_()
+            setattr(replica, key, tensors[id(p)])
+    x = X.bfloat16()
+    y = copies[module](x)
+    assert y.dtype == torch.bfloat16
+    assert not y.any()
+    y.sum().backward()
+    assert all(p.grad is None for p in module.parameters())
+    assert any(t.grad is not None for t in tensors.values())
+    assert module(x).any()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -55,6 +56,66 @@ def test_trainer_drives_the_allocator_and_resumes_exactly(tmp_path):
     resumed = again.model.state_dict()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_a_model_adapted_in_part_is_refused_before_it_trains_for_nothing(tmp_path):
+    model = base()
+    fp.get_peft_model(model.bert, fp.LoraConfig(target_modules=["query"]))
+    with pytest.raises(
+        RuntimeError, match=r"A checkpoint by .* lose .* fused_peft.save_pretrained\(model.bert, path\)"
+    ):
+        trainer(tmp_path, model, FusedPeftCallback()).train()
+    with pytest.raises(RuntimeError, match="save_pretrained of Bert"):  # at the first checkpoint, without the callback
+        trainer(tmp_path, model).train()
+    (text,) = told(trainer(tmp_path, model, FusedPeftCallback(), save_strategy="no").train)
+    assert "would lose the adapter of its part" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            fp.LoraConfig(r=2, lora_alpha=8, **WHERE),
+            r"has lora_alpha=4 for bert.*was adapted with lora_alpha=8.*load_config",
+        ),
+        (fp.LoraConfig(r=2, lora_alpha=4, use_rslora=True, **WHERE), r"has use_rslora=False for bert"),
+        (fp.LoraConfig(r=2, lora_alpha=4, alpha_pattern={"1.*value": 9}, **WHERE), r"lora_alpha=9"),
+        (fp.PissaConfig(r=2, lora_alpha=4, **WHERE), "is for lora, but the model carries pissa"),
+        (fp.SSBConfig(**WHERE), "is for lora, but the model carries ssb"),
+        (fp.LoraConfig(r=2, lora_alpha=4, **WHERE), None),
+        (fp.LoraConfig(r=2, lora_alpha=4, lora_dropout=0.3, **WHERE), None),
+    ],
+    ids=["alpha", "rslora", "pattern", "pissa", "ssb", "same", "dropout"],
+)
+@pytest.mark.parametrize("callback", [True, False])
+def test_a_run_resumes_under_the_settings_that_it_began_with(tmp_path, config, message, callback):
+    first = trainer(tmp_path, fp.get_peft_model(base(), fp.LoraConfig(r=2, lora_alpha=4, **WHERE)))
+    first.train()
+    folder = str(tmp_path / f"checkpoint-{STEPS // 2}")
+    again = trainer(tmp_path, fp.get_peft_model(base(), config), *[FusedPeftCallback()] * callback)
+    before = {n: t.clone() for n, t in again.model.state_dict().items()}
+    if message is None:
+        again.train(resume_from_checkpoint=folder)
+        assert again.state.global_step == STEPS
+        return
+    with pytest.raises(fp.AdapterFormatError, match=message):
+        again.train(resume_from_checkpoint=folder)
+    assert all(torch.equal(t, before[n]) for n, t in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize("config", [fp.LoraConfig(r=2, lora_alpha=None, **WHERE), fp.AdaLoraConfig(**RANKS)], ids=str)
+def test_what_resuming_reads_warns_of_nothing_else(tmp_path, config):
+    trainer(tmp_path, fp.get_peft_model(base(), config), FusedPeftCallback()).train()
+    again = trainer(tmp_path, fp.get_peft_model(base(), config), FusedPeftCallback())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    assert not [w for w in caught if "other settings" in str(w.message)]
+    state = load_file(tmp_path / f"checkpoint-{STEPS}/model.safetensors")
+    assert not again.model.load_state_dict(state, strict=False).unexpected_keys
+    plain = fp.merge_and_unload(again.model)
+    assert not plain._load_state_dict_pre_hooks
+    assert not plain._state_dict_pre_hooks
 
 
 class Watch(transformers.TrainerCallback):

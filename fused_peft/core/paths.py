@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
@@ -27,3 +29,27 @@ def provide_kernels() -> None:
     spec.submodule_search_locations = [str(folder)]
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = sys.modules["fused_peft"].kernels = module
+
+
+# where modules stood in 0.1.0's first builds: pickled models name their classes by these
+_MOVED = {"linear": "model.layer", "convert": "model.state", "prompt": "model.prompt", "wide": "model.wide"}
+
+
+class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """fused_peft.linear and the like, for unpickling."""
+
+    def find_spec(self, name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+        package, _, last = name.partition(".")
+        return importlib.machinery.ModuleSpec(name, self) if package == "fused_peft" and last in _MOVED else None
+
+    def create_module(self, spec):
+        return importlib.import_module(f"fused_peft.{_MOVED[spec.name.partition('.')[2]]}")
+
+    def exec_module(self, module) -> None:
+        """It has run already."""
+
+
+def provide_moved() -> None:
+    """Let pickles of models find classes that have moved since."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())

@@ -7,6 +7,8 @@ import sys
 from transformers import TrainerCallback
 
 from ..model import checks
+from ..model.adapted import unwrap
+from ..model.model_saving import lost_by_saving
 from ..model.schedule import on_step
 
 
@@ -21,6 +23,7 @@ class FusedPeftCallback(TrainerCallback):
 
     Before the first optimizer step ``fused_peft.check_training`` looks at the gradients and the optimizer, and warns of
     adapters that do not train. Adapted layers that have vanished are named when training begins, and when more follow.
+    RuntimeError when training begins where checkpoints would lose the adapter, which is on a part of the model.
 
     Steps count from 0, as in PEFT's documentation, and continue on resume. A step that loss scaling skipped is passed
     over: its gradients are not finite. This library's schedules resume exactly, since their state is in ``state_dict``.
@@ -33,6 +36,9 @@ class FusedPeftCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self._checked = False
+        saves = args is not None and args.save_strategy != "no"
+        if saves and (why := lost_by_saving(unwrap(model))):
+            raise RuntimeError(f"A checkpoint by save_pretrained {why}; or train with save_strategy='no'")
         checks.warn_vanished(model, again=False)
         _accelerate(model, first=True)
 

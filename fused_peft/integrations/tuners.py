@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from ..core.factors import NotMergeableError
 from ..core.frozen import is_foreign, kind_of
 from ..methods import METHODS, PeftConfig, method_of
-from ..model import adapted, checks
-from ..model import checkpoint as io
+from ..model import adapted, adapter_config, checks
 from ..model.adapter import Adapter, compose, merged, why_not_together
 from ..model.layer import readable, why_not_adaptable
 from ..model.targets import resolve
@@ -238,11 +237,11 @@ def _to_dict(self) -> dict:
 
 
 def _save_config(self, save_directory, **kwargs) -> None:
-    io.write_config(self, Path(save_directory))
+    adapter_config.write_config(self, Path(save_directory))
 
 
 def _load_config(path, subfolder: str | None = None, **kwargs) -> PeftConfig:
-    return io.load_config(Path(path, subfolder or ""))
+    return adapter_config.load_config(Path(path, subfolder or ""))
 
 
 def _refuse_in_peft(self) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
@@ -164,6 +164,11 @@ class PeftConfig:
                 "their parameters; merge_and_unload, adapt anew with another config and build the optimizer after that"
             )
         super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As it was pickled, by an older version too: a field that it lacked has its default."""
+        self.__dict__.update({f.name: f.default_factory() for f in fields(self) if f.default_factory is not MISSING})
+        self.__dict__.update(state)
 
     def in_use(self) -> PeftConfig:
         """A copy that cannot be changed any more, for a built layer to keep."""

@@ -70,3 +70,10 @@ def is_pefts(model: nn.Module) -> bool:
 
 def _from_peft(kind: type) -> bool:
     return any(base.__module__.partition(".")[0] == "peft" for base in kind.__mro__)
+
+
+def few(names: Iterable[str], most: int = 4, between: str = ", ") -> str:
+    """The first of the names, and how many there are besides."""
+    names = [*names]
+    rest = len(names) - most
+    return between.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

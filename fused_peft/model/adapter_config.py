@@ -16,7 +16,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ..methods import METHODS, PeftConfig
 from . import prompt
@@ -24,6 +26,7 @@ from .checks import few
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 NOTE = "fused_peft"  # the entry that holds the note
+ENTRY = "fused_peft.adapter_config"  # the entry of a training checkpoint's state_dict that holds the config
 
 # what PEFT writes beside the hyper-parameters, and settings that mean nothing unless another is on
 _NEUTRAL = {"auto_mapping", "eva_config", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"}
@@ -34,6 +37,9 @@ _NEUTRAL_FOR = {
     "DELORA": {"init_weights"},
     "PROMPT_TUNING": {"prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
 }
+
+# what an older version of this library wrote beside a lora_alpha of None, which it left out
+_NO_ALPHA = {"r", "lora_dropout", "use_rslora", "alpha_pattern"}
 
 # PEFT's initialisations that leave the base weight alone: of no consequence once the values are loaded
 _INIT_ONLY = {"orthogonal", "eva"}
@@ -125,16 +131,42 @@ def load_config(path: str | os.PathLike) -> PeftConfig:
     file = _config_file(path)
     try:
         stored = json.loads(file.read_text())
+        if not isinstance(stored, dict):
+            raise TypeError(f"a table is needed, not {type(stored).__name__}")
+    except (ValueError, TypeError) as e:
+        raise AdapterFormatError(f"{file} is not an adapter config: {e}") from e
+    left = _note_in_weights(file.parent) or stored.get(NOTE) or {}
+    return _read(stored, left, file)
+
+
+def packed(config: PeftConfig) -> Tensor:
+    """The config and its note as bytes, for an entry of a state_dict."""
+    text = json.dumps({"config": _document(config)[0], NOTE: note(config)})
+    return torch.tensor([*text.encode()], dtype=torch.uint8)
+
+
+def unpacked(entry: Tensor) -> PeftConfig:
+    """The config of such an entry. Raises as ``load_config``."""
+    try:
+        found = json.loads(bytes(entry.tolist()))
+        stored, left = found["config"], found[NOTE]
+    except (ValueError, KeyError, TypeError) as e:
+        raise AdapterFormatError(f"{ENTRY} of the state_dict is not an adapter config: {e}") from e
+    return _read(stored, left, ENTRY)
+
+
+def _read(stored: dict[str, Any], left: dict[str, Any], file: Path | str) -> PeftConfig:
+    """The config of a document and its note; ``file`` is what errors name."""
+    stored = {k: v for k, v in stored.items() if k != NOTE}
+    try:
         peft_type = stored.pop("peft_type")
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
+    except KeyError as e:
         raise AdapterFormatError(f"{file} is not an adapter config: {e}") from e
     known = dict(prompt.CONFIGS)
     for m in METHODS.values():  # of the configs that share a peft_type, the one the others derive from
         known[m.config.peft_type] = min(known.get(m.config.peft_type, m.config), m.config, key=lambda c: len(c.__mro__))
     if peft_type not in known:
         raise AdapterFormatError(f"{file}: peft_type={peft_type!r} is unknown; known: {', '.join(sorted(known))}")
-    left = _note_in_weights(file.parent) or stored.pop(NOTE, None) or {}
-    stored.pop(NOTE, None)
     kind = known[peft_type]
     names = {f.name for f in fields(kind)}
     neutral = _NEUTRAL | _NEUTRAL_FOR.get(peft_type, set())
@@ -149,6 +181,14 @@ def load_config(path: str | os.PathLike) -> PeftConfig:
     values = {k: v for k, v in _plainly(stored).items() if k in names and not (v is None and k in flags)}
     if left.get("of") == _digest(stored):  # unless the file was edited since
         values |= {k: was for k, was in left.get("fields", {}).items() if k in names}
+    ours = not left and stored.keys() >= _NO_ALPHA and "auto_mapping" not in stored  # which PEFT writes
+    if ours and "lora_alpha" in names and "lora_alpha" not in stored:
+        values["lora_alpha"] = None
+        warnings.warn(
+            f"{file} has no lora_alpha, as an older version of this library left it out where it was None (s = 1); "
+            "read as lora_alpha=None. Save the adapter anew",
+            stacklevel=4,
+        )
     peers = {m.config.__name__: m.config for m in METHODS.values() if m.config.peft_type == peft_type}
     try:
         return peers.get(left.get("class"), kind)(**values)

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .adapted import STATE, active_layers, is_adapted, is_pefts, layers, plain_name, roots, unwrap
+from .adapted import STATE, active_layers, few, is_adapted, is_pefts, layers, plain_name, roots, unwrap
 from .layer import PeftLinear
+from .parts import lost_by_saving
 
 _Named = list[tuple[str, nn.Parameter]]
 
@@ -26,18 +27,12 @@ _plain = partial(plain_name, parallel=True)
 _PATIENCE = 4  # steps of one optimizer without a gradient to judge by, after which a model is no longer watched
 
 
-def few(names: Iterable[str], most: int = 4, between: str = ", ") -> str:
-    """The first of the names, and how many there are besides."""
-    names = [*names]
-    rest = len(names) - most
-    return between.join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
-
-
 # Adapted layers that have vanished
 
 
 def vanished(model: nn.Module) -> list[str]:
-    """The names of adapted layers that are no longer in the model, as code that rebuilds linear layers leaves them.
+    """The names of adapted layers and modules_to_save that are no longer in the model, as code that rebuilds linear
+    layers or ties weights leaves them.
 
     Wrappers put in since do not count: nothing has vanished while there are as many adapted layers as there were.
     """
@@ -45,21 +40,41 @@ def vanished(model: nn.Module) -> list[str]:
 
 
 def _vanished(root: nn.Module) -> list[str]:
-    names = root.__dict__[STATE].layers
+    names, heads = root.__dict__[STATE].layers, _lost_heads(root)
     if sum(isinstance(m, PeftLinear) for m in root.modules()) >= len(names):
-        return []
+        return [*heads]
     here = {_plain(name) for name, _ in layers(root)}
-    return [name for name in names if _plain(name) not in here]
+    return [*(name for name in names if _plain(name) not in here), *heads]
+
+
+def _lost_heads(root: nn.Module) -> dict[str, str]:
+    """{name of a module of modules_to_save that does not train any more: what is there now}: it is gone, or a frozen
+    parameter of another module is in place of its own, as tie_weights puts it."""
+    state = root.__dict__[STATE]
+    if not state.saved or state.disabled:
+        return {}
+    here = {_plain(name): m for name, m in root.named_modules(remove_duplicate=False)}
+    found = {name: "now gone" for name in state.saved if _plain(name) not in here}
+    heads = {name: here[_plain(name)] for name in state.saved if name not in found}
+    frozen = {id(p): name for name, head in heads.items() for p in head.parameters() if not p.requires_grad}
+    inside = {id(m) for head in heads.values() for m in head.modules()}
+    for name, m in root.named_modules() if frozen else ():
+        for key, p in m._parameters.items() if id(m) not in inside else ():
+            if id(p) in frozen:
+                found[frozen[id(p)]] = f"now tied to {_plain(name)}.{key}"
+    return found
 
 
 def _about_vanished(root: nn.Module, gone: list[str]) -> str:
-    now = {_plain(name): type(m).__name__ for name, m in root.named_modules()}
-    named = few(f"{name} (now a {now[_plain(name)]})" if _plain(name) in now else name for name in gone)
-    total = len(root.__dict__[STATE].layers)
+    state, heads = root.__dict__[STATE], _lost_heads(root)
+    now = {_plain(name): f"now a {type(m).__name__}" for name, m in root.named_modules()} | heads
+    named = few(f"{name} ({now[_plain(name)]})" if _plain(name) in now else name for name in gone)
+    what = "adapted layers and modules_to_save" if heads else "adapted layers"
+    total = len(state.layers) + (len(state.saved) if heads else 0)
     return (
-        f"{len(gone)} of {total} adapted layers have vanished since get_peft_model: {named}. Code that rebuilds "
-        "linear layers (resize_token_embeddings, a float8 conversion) drops their adapters; run it before "
-        "get_peft_model, then build the optimizer"
+        f"{len(gone)} of {total} {what} have vanished since get_peft_model: {named}. Code that rebuilds linear layers "
+        "(resize_token_embeddings, a float8 conversion) or ties weights (tie_weights) drops what they train; run it "
+        "before get_peft_model, then build the optimizer"
     )
 
 
@@ -87,7 +102,8 @@ def check_training(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] 
 
     Returns what it found, one sentence each, and gives one warning that lists them; an empty list is a clean bill.
     Found are trainable adapter parameters without a gradient, adapted layers that have vanished, dropout that the
-    config asks for in layers that are in eval mode, and a model without a trainable parameter. With the optimizer,
+    config asks for in layers that are in eval mode, a model without a trainable parameter, and a Hugging Face model
+    whose own save_pretrained would lose the adapter, which is on a part of it. With the optimizer,
     or a list of them, also trainable parameters that none holds: frozen ones held instead show that it was built before
     the model was adapted. (Frozen parameters held beside all trainable ones do no harm, and are not reported.)
 
@@ -109,6 +125,8 @@ def check_training(model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] 
         )
     trainable = _trainable(model)
     found = _of_vanished(model) + _of_dropout(model)
+    if why := lost_by_saving(model):
+        found.append(f"save_pretrained {why}")
     if not trainable:
         found.append(
             "no parameter of the model is trainable. An adapter made for inference trains with is_trainable=True in "

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
-from typing import ParamSpec, TypeVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,36 +25,13 @@ from ..core.sharded import (
 )
 from ..methods import Method, PeftConfig, method_of
 from . import checks, model_saving, prompt
-from .adapted import STATE as _STATE
-from .adapted import is_adapted, is_pefts, layers, roots, unwrap
+from .adapted import STATE, is_adapted, is_pefts, layers, roots, unwrap
 from .adapter import refuse_inference
 from .layer import PeftLinear
+from .state import AdapterState, by_keyword, refuse_pefts, refuse_while_disabled
 from .targets import find_targets, is_target, modules_to_save, resolve
 from .unmet import warn_of_unmet
 from .wide import HALF, READERS, narrow, widen
-
-# what Hugging Face PEFT's own models have in place of the functions here
-_PEFT_CALLS = {
-    "merge": "merge_adapter()",
-    "unmerge": "unmerge_adapter()",
-    "merge_and_unload": "merge_and_unload()",
-    "disable_adapter": "disable_adapter()",
-    "save_pretrained": "save_pretrained(path)",
-    "load_adapter": "load_adapter(path, adapter_name)",
-}
-
-
-@dataclass
-class AdapterState:
-    """What get_peft_model leaves on the model beside its layers: the config, and how to see the base again."""
-
-    config: PeftConfig
-    saved: dict[str, nn.Module] = field(default_factory=dict)  # modules_to_save: name -> frozen original
-    biases: dict[str, Tensor] = field(default_factory=dict)  # trained in place: parameter name -> base value
-    embeddings: dict[str, Tensor] = field(default_factory=dict)  # brought along by a loaded adapter: name -> base value
-    disabled: int = 0  # how many disable_adapter contexts are open
-    layers: tuple[str, ...] = ()  # the names of the adapted layers, by which a vanished one is noticed
-    told: tuple[str, ...] = ()  # the vanished ones that on_step has warned of
 
 
 @dataclass
@@ -68,31 +43,6 @@ class _Plan:
     copies: dict[str, nn.Module]
     wide: torch.dtype  # of the heads and biases that train in half-precision modules
     plain_prompt: bool = False  # a soft prompt without the encoder that trained it
-
-
-def refuse_while_disabled(model: nn.Module, what: str) -> None:
-    """RuntimeError inside disable_adapter, where base values stand in for the trained ones."""
-    state = getattr(unwrap(model), _STATE, None)
-    if state is not None and state.disabled:
-        raise RuntimeError(f"{what} inside disable_adapter would act on the base values; leave the context first")
-
-
-def refuse_pefts(model: nn.Module, what: str) -> None:
-    """ValueError where the adapters of the model are Hugging Face PEFT's, not get_peft_model's; names PEFT's call."""
-    if not is_adapted(model) and is_pefts(model):
-        raise ValueError(
-            f"model={type(model).__name__} is Hugging Face PEFT's, and fused_peft.{what} is for models of "
-            f"fused_peft.get_peft_model; call {_PEFT_CALLS[what]} of the model that peft.get_peft_model returned"
-        )
-
-
-def state_of(model: nn.Module, what: str = "save_pretrained") -> AdapterState:
-    """The model's adapter state; ValueError when get_peft_model has not run on it, for the function ``what``."""
-    state = getattr(unwrap(model), _STATE, None)
-    if state is None:
-        refuse_pefts(model, what)
-        raise ValueError(f"model={type(model).__name__} has no adapter; call get_peft_model or load_adapter first")
-    return state
 
 
 def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> _Plan:
@@ -107,6 +57,12 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     if not soft:
         method_of(config)
     if is_adapted(model):
+        if parts := model_saving.adapted_parts(model):
+            raise ValueError(
+                f"get_peft_model has adapted model.{parts[0]}, a part of this model={type(model).__name__}; call "
+                f"merge_and_unload(model.{parts[0]}) first, or load_adapter(model.{parts[0]}, path) to replace its "
+                "adapter"
+            )
         raise ValueError("the model already has adapters; call merge_and_unload first, or load_adapter to replace them")
     if is_pefts(model):
         raise ValueError(
@@ -217,27 +173,6 @@ class Holders:
         return [f"{name}.{key}".removesuffix(".weight") for name, key in held if name != owner]
 
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
-
-
-def by_keyword(instead: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Make a function of (model, something, *, ...) say what to do with a third positional argument: TypeError."""
-
-    def decorate(call: Callable[_P, _R]) -> Callable[_P, _R]:
-        @functools.wraps(call)
-        def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            if len(args) > 2:
-                raise TypeError(
-                    f"{call.__name__} got {args[2]!r} as a third positional argument: {instead}; its other settings go "
-                    "by keyword"
-                )
-            return call(*args, **kwargs)
-
-        return checked
-
-    return decorate
-
-
 @by_keyword("a model of this library holds one adapter, which has no name")
 def get_peft_model(
     model: nn.Module,
@@ -276,8 +211,8 @@ def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     like = next((p for p in model.parameters() if p.dtype in HALF and id(p) not in trained), None)
     for name, module in planned.copies.items():
         widen(module, planned.wide, like)
-        # under this name only: a tied or shared original stays frozen wherever else it is used
-        _set(model, name, module.requires_grad_(not planned.state.config.inference_mode))
+        # under every name that the module itself has; a parameter tied to it stays frozen wherever else it is used
+        _replace(model, {id(planned.state.saved[name]): module.requires_grad_(not planned.state.config.inference_mode)})
     if isinstance(planned.state.config, prompt.SoftPromptConfig):
         soft = prompt.attach(model, planned.state.config, plain=planned.plain_prompt)
         soft.requires_grad_(not planned.state.config.inference_mode)
@@ -293,7 +228,7 @@ def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
                 own.data = own.data.to(planned.wide)  # a PeftLinear computes in its input's dtype
         model.get_parameter(name).requires_grad_(not planned.state.config.inference_mode)
     planned.state.layers = tuple(planned.layers)
-    setattr(model, _STATE, planned.state)
+    setattr(model, STATE, planned.state)
     model_saving.redirect(model)
     if not planned.state.config.inference_mode:
         checks.watch(model)
@@ -306,11 +241,6 @@ def _reader(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     above = [".".join(owner.split(".")[:i]) for i in range(len(owner.split(".")))]
     top = next((n for n in above if isinstance(model.get_submodule(n), READERS)), owner)
     return model.get_submodule(top), name.removeprefix(f"{top}." if top else "")
-
-
-def _set(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
 
 
 def _replace(model: nn.Module, new: dict[int, nn.Module]) -> None:
@@ -420,7 +350,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     _replace(model, unloaded)
     plain = {id(layer) for layer in unloaded.values()}
     for root in roots(model):
-        state = root.__dict__[_STATE]
+        state = root.__dict__[STATE]
         for name in state.saved:
             narrow(root.get_submodule(name))
         for name in state.biases:
@@ -428,7 +358,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
             owner = root.get_submodule(name.rpartition(".")[0])
             if id(owner) in plain:
                 owner.bias.data = owner.bias.data.to(owner.weight.dtype)
-        delattr(root, _STATE)
+        delattr(root, STATE)
     model_saving.restore(model)
     return model
 
@@ -436,16 +366,18 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model computes what the base model did: adapters off, merged or not; heads of
-    modules_to_save and biases trained in place back at their base values."""
+    modules_to_save and biases trained in place back at their base values.
+
+    Where there are any of those, ``state_dict``, ``load_state_dict`` and pickling raise RuntimeError meanwhile."""
     model = unwrap(model)
     parts = roots(model)
-    if parts and _STATE not in model.__dict__:  # adapted in part
+    if parts and STATE not in model.__dict__:  # adapted in part
         with ExitStack() as stack:
             for part in parts:
                 stack.enter_context(disable_adapter(part))
             yield model
         return
-    state = getattr(model, _STATE, None) or AdapterState(config=None)
+    state = getattr(model, STATE, None) or AdapterState(config=None)
     soft = prompt.attached(model)
     found = [("soft_prompt", soft)] if soft is not None else adapted_layers(model, "disable_adapter")
     before = [layer.enabled for _, layer in found]
@@ -466,7 +398,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
                 continue
             like = next(module.parameters(), None)
             original = state.saved[name]
-            _set(model, name, original if like is None else original.to(like.device))
+            _replace(model, {id(module): original if like is None else original.to(like.device)})
             original.train(module.training)
         for p, base in exchanged:
             set_data(p, base.detach().to(p.device, p.dtype))
@@ -475,8 +407,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         state.disabled -= 1
         for (_, layer), enabled in zip(found, before, strict=True):
             layer.enabled = enabled
-        for name, module in trained.items():
-            _set(model, name, module)
+        _replace(model, {id(state.saved[name]): m for name, m in trained.items() if name not in parted})
         for (p, _), value in zip(exchanged, values, strict=True):
             set_data(p, value)
 
@@ -491,7 +422,7 @@ def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """Print and return (trainable, all) parameter counts, in PEFT's words, with the originals of modules_to_save."""
     trainable = sum(numel(p) for p in model.parameters() if p.requires_grad)
     model = unwrap(model)
-    kept = getattr(model, _STATE).saved.values() if hasattr(model, _STATE) else ()
+    kept = getattr(model, STATE).saved.values() if hasattr(model, STATE) else ()
     total = sum(numel(p) for p in {*model.parameters(), *(p for m in kept for p in m.parameters())})
     percent = 100 * trainable / max(total, 1)
     checks.warn_vanished(model)

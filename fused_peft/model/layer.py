@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core import ops
 from ..core.factors import NotMergeableError
-from ..core.frozen import DENSE, OPAQUE, Frozen, conv1d_type, kind_of
+from ..core.frozen import DENSE, OPAQUE, TRANSPOSED, Frozen, conv1d_type, kind_of
 from ..core.sharded import fill, gathered, is_sharded, is_spread, placed_as, shape_of, whole, whole_grad
 from ..methods import Method, PeftConfig, method_of
 from .adapter import Adapter, Bound, With, compose, merged, why_not_together
@@ -134,6 +134,26 @@ class PeftLinear(Bound, nn.Linear):
         layer.out_features, layer.in_features = kind.shape(linear)
         layer._freeze(config, adapter_dtype)
         return layer
+
+    def __setstate__(self, state: dict) -> None:
+        """As it was pickled, by an older version too; RuntimeError where that kept other tensors."""
+        state = dict(state)
+        for old, new in (("adapter_names", "tensor_names"), ("_base_class", "base_class")):
+            if old in state:
+                state[new] = state.pop(old)
+        if state.pop("fan_in_fan_out", False):
+            state["kind"] = TRANSPOSED
+        super().__setstate__(state)
+        if self.method is None:
+            return
+        own = tuple(name for name in self._buffers if not name.startswith("_base_"))
+        self.__dict__.setdefault("buffer_names", own)
+        if lacks := [n for n in (*self.tensor_names, *self.method.disk_buffers) if not hasattr(self, n)]:
+            raise RuntimeError(
+                f"this {self.method.name} layer was pickled by an older version of fused_peft and lacks "
+                f"{', '.join(lacks)}; load the pickle with that version and call save_pretrained there: load_adapter "
+                "reads that folder"
+            )
 
     def _freeze(self, config: PeftConfig, adapter_dtype: torch.dtype | None) -> None:
         self._attach(config, adapter_dtype)

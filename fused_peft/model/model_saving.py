@@ -12,14 +12,18 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.sharded import is_spread
-from .adapted import layers
+from ..core.sharded import is_spread, shape_of
+from . import adapter_config, save
+from .adapted import STATE, layers
+from .parts import guard, saves
 
 STATE_NAME = "model.safetensors"  # where Trainer looks for the state of a model that it resumes
 
 
 class _SavesAdapter:
     """In place of an adapted model's ``save_pretrained``."""
+
+    saves_adapter = True
 
     def __init__(self, model: nn.Module):
         self.model = model
@@ -32,21 +36,49 @@ class _SavesAdapter:
         **kwargs,
     ) -> None:
         """``fused_peft.save_pretrained``. With ``state_dict`` among the arguments, as Trainer calls it, a file of
-        everything that training changes goes beside the adapter, from which it resumes exactly."""
+        everything that training changes goes beside the adapter, from which it resumes exactly; the config goes with
+        it, and a model with other settings refuses to load it."""
         if push_to_hub:
             raise ValueError(
                 "push_to_hub=True: an adapted model saves its adapter into a folder; upload that with "
                 "huggingface_hub.upload_folder"
             )
-        from . import checkpoint as io  # which adapts models to load into, and so comes after this file
-
         state = kwargs.get("state_dict")
         if not is_main_process and (state is not None or not any(map(is_spread, self.model.parameters()))):
             return
-        io.save_pretrained(self.model, save_directory, state_dict=state)
+        save.save_pretrained(self.model, save_directory, state_dict=state)
         if "state_dict" in kwargs and is_main_process:
-            trained = io.apart(_changing(self.model, self.model.state_dict() if state is None else state))
+            trained = save.apart(_changing(self.model, self.model.state_dict() if state is None else state))
+            trained[adapter_config.ENTRY] = adapter_config.packed(self.model.__dict__[STATE].config)
             save_file(trained, Path(save_directory) / STATE_NAME, metadata={"format": "pt"})
+
+
+class _KeepsSize:
+    """In place of an adapted model's ``resize_token_embeddings``, which makes new modules and ties them anew."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def __call__(self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs):
+        """As the model's own, unless that would replace what trains: then the embeddings as they are where the size is
+        theirs already, or RuntimeError."""
+        model, embeddings = self.model, self.model.get_input_embeddings()
+        saved = {id(m) for name in model.__dict__[STATE].saved for m in model.get_submodule(name).modules()}
+        adapted = {id(layer) for _, layer in layers(model)}
+        replaced = {id(embeddings), id(model.get_output_embeddings())}
+        names = [n for n, m in model.named_modules() if id(m) in replaced & (saved | adapted)]
+        if not names:
+            return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        size = shape_of(embeddings.weight)[0]
+        to = size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of:
+            to = -(-to // pad_to_multiple_of) * pad_to_multiple_of
+        if to != size:
+            raise RuntimeError(
+                f"resize_token_embeddings to {to} (from {size}) would put another module in place of "
+                f"{' and '.join(names)}, which the adapter trains; call it before get_peft_model"
+            )
+        return embeddings
 
 
 class _Refuses:
@@ -73,22 +105,42 @@ def _changing(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().contiguous().cpu() for name, t in state.items() if name not in frozen}
 
 
-def _saves(module: nn.Module) -> bool:
-    return callable(getattr(type(module), "save_pretrained", None))
-
-
 def redirect(model: nn.Module) -> None:
-    """Let an adapted model save its adapter, and its parts refuse to save without theirs."""
+    """Let an adapted model save its adapter, and its parts and what holds it refuse to save without theirs."""
+    guard()
     adapted = {id(layer) for _, layer in layers(model)}
     for name, module in model.named_modules():
-        if module is model and _saves(module):
+        if module is model and saves(module):
             module.save_pretrained = _SavesAdapter(model)
-        elif _saves(module) and any(id(m) in adapted for m in module.modules()):
+            if hasattr(type(model), "resize_token_embeddings"):
+                model.resize_token_embeddings = _KeepsSize(model)
+        elif saves(module) and any(id(m) in adapted for m in module.modules()):
             module.save_pretrained = _Refuses(name)
+    model.register_state_dict_pre_hook(_before_state_dict)
+    model.register_load_state_dict_pre_hook(_before_load)
+
+
+def _before_state_dict(model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    model.__dict__[STATE].refuse_while_exchanged("state_dict")
+
+
+def _before_load(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_) -> None:
+    model.__dict__[STATE].refuse_while_exchanged("load_state_dict")
+    entry = state_dict.pop(prefix + adapter_config.ENTRY, None)
+    if entry is not None:
+        save.refuse_other(model, adapter_config.unpacked(entry), "the checkpoint's config")
 
 
 def restore(model: nn.Module) -> None:
     """Undo ``redirect``."""
     for module in model.modules():
+        for hooks, own in (
+            (module._state_dict_pre_hooks, _before_state_dict),
+            (module._load_state_dict_pre_hooks, _before_load),
+        ):
+            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is own]:
+                del hooks[key]
         if isinstance(module.__dict__.get("save_pretrained"), (_SavesAdapter, _Refuses)):
             del module.save_pretrained
+        if isinstance(module.__dict__.get("resize_token_embeddings"), _KeepsSize):
+            del module.resize_token_embeddings

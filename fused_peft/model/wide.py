@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import reduce
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..core.sharded import gathered
@@ -33,6 +33,19 @@ class _Body(nn.Module):
         return type(self.module).forward(self.module, *args, **kwargs)
 
 
+def _called_with(module: nn.Module, tensors: dict[str, Tensor], args: tuple, kwargs: dict):
+    """``functional_call``, by plain assignments."""
+    held = [(module.get_submodule(name.rpartition(".")[0])._parameters, name.rpartition(".")[2]) for name in tensors]
+    before = [parameters[key] for parameters, key in held]
+    try:
+        for (parameters, key), t in zip(held, tensors.values(), strict=True):
+            parameters[key] = t
+        return module(*args, **kwargs)
+    finally:
+        for (parameters, key), t in zip(held, before, strict=True):
+            parameters[key] = t
+
+
 class _Narrowed:
     """In place of a module's forward: the same with some of its parameters cast to the dtype that ``like`` has now."""
 
@@ -41,10 +54,26 @@ class _Narrowed:
 
     def __call__(self, *args, **kwargs):
         dtype = self.like.dtype
-        own = ((name, reduce(getattr, name.split("."), self.body.module)) for name in self.names)
+        own = {name: reduce(getattr, name.split("."), self.body.module) for name in self.names}
         # inside another narrowed module they are narrow already
-        narrow = {f"module.{name}": t.to(dtype) for name, t in own if t.dtype != dtype}
+        narrow = {name: t for name, t in own.items() if t.dtype != dtype}
+        if type(self.body.module).forward is nn.Linear.forward and "weight" in narrow:
+            # the caller may have made x as wide as the weight that it sees (T5's feed-forward layers do)
+            x, wide = args[0], narrow["weight"].dtype
+            if x.dtype == wide and not torch.is_autocast_enabled(x.device.type):
+                args = (x.to(dtype),)
+        narrow = {f"module.{name}": t.to(dtype) for name, t in narrow.items()}
+        if torch.jit.is_tracing():  # where functional_call refuses
+            return _called_with(self.body, narrow, args, kwargs)
         return functional_call(self.body, narrow, args, kwargs)
+
+    def replica(self) -> nn.Module:
+        """nn.DataParallel's copy of the module for another GPU, which computes from the tensors that it gets there."""
+        module = self.body.module
+        copied = type(module)._replicate_for_data_parallel(module)
+        copied.forward = _Narrowed(copied, self.names, self.like)
+        copied.forward.body.replaced = self.body.replaced
+        return copied
 
 
 def widen(module: nn.Module, dtype: torch.dtype, like: nn.Parameter | None, names: list[str] | None = None) -> None:
@@ -62,6 +91,7 @@ def widen(module: nn.Module, dtype: torch.dtype, like: nn.Parameter | None, name
         held = [n for n, p in m.named_parameters(remove_duplicate=False) if id(p) in wide]
         if any("." not in n for n in held) or (held and isinstance(m, READERS)):
             m.forward = _Narrowed(m, held, like)
+            m._replicate_for_data_parallel = m.forward.replica
 
 
 def narrow(module: nn.Module) -> None:
@@ -73,5 +103,6 @@ def narrow(module: nn.Module) -> None:
                 p = m.get_parameter(name)
                 p.data = p.data.to(wrapper.like.dtype)
             del m.forward
+            m.__dict__.pop("_replicate_for_data_parallel", None)  # pickles of older versions have none
             if wrapper.body.replaced is not None:
                 m.forward = wrapper.body.replaced

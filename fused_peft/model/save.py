@@ -1,0 +1,258 @@
+"""Writing an adapter: adapter_config.json and adapter_model.safetensors in one folder, in Hugging Face PEFT's layout.
+
+Keys are ``base_model.model.<module>.<parameter>``, with PEFT's parameter names where PEFT has the method and
+``<method>_<parameter>`` elsewhere; biases trained in place and modules_to_save are stored as PEFT stores them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..core.sharded import gathered, is_spread, reshard, shape_of, whole
+from ..methods import PeftConfig
+from . import prompt
+from .adapted import few, layers, plain_name, unwrap
+from .adapter_config import (
+    NOTE,
+    WEIGHTS_NAME,
+    AdapterFormatError,
+    config_text,
+    in_peft,
+    note,
+    put_config,
+)
+from .checks import refuse_vanished
+from .layer import PeftLinear
+from .state import AdapterState, refuse_while_disabled, state_of
+
+PREFIX = "base_model.model."
+
+
+# fields that change no layer's values: targets, names, whether it trains, what is found from the model
+_ELSEWHERE = {f.name for f in fields(PeftConfig)} | {"fan_in_fan_out", "projection_shape"}
+
+
+def slots_of(layers: dict[str, PeftLinear], state: AdapterState, find: Callable[[str], Tensor]) -> dict:
+    """{key on disk: (tensor in the model, shape on disk)} of everything a checkpoint holds.
+
+    ``find`` looks a parameter up by its name in the adapted model.
+    """
+    soft = isinstance(state.config, prompt.SoftPromptConfig)
+    prefix = "base_model." if soft else PREFIX
+    slots = {}
+    for name, layer in layers.items():
+        for param in layer.tensor_names:
+            tensor = getattr(layer, param)
+            shape = shape_of(tensor)
+            if param in layer.method.disk and len(shape) == 1:
+                shape = tuple(layer.method.disk_shape(shape, layer.config))
+            slots[f"{PREFIX}{name}.{layer.method.disk_key(param)}"] = (tensor, shape)
+        for buffer in layer.method.disk_buffers:
+            tensor = getattr(layer, buffer)
+            slots[f"{PREFIX}{name}.{layer.method.disk_key(buffer)}"] = (tensor, tuple(tensor.shape))
+    for name in (*state.biases, *state.embeddings):
+        owner, _, last = name.rpartition(".")
+        # of a merged layer the values that are kept beside the merged ones
+        tensor = getattr(layers[owner], f"_base_{last}") if owner in layers and layers[owner].merged else find(name)
+        key = f"{owner}.base_layer.{last}" if owner in layers else name
+        slots[PREFIX + key] = (tensor, shape_of(tensor))
+    for name, original in state.saved.items():
+        for key in original.state_dict():
+            tensor = find(f"{name}.{key}")
+            slots[f"{prefix}{name}.{key}"] = (tensor, shape_of(tensor))
+    return slots
+
+
+def prompt_slot(config: PeftConfig, weight: Tensor | None = None) -> dict:
+    """{key: (tensor, shape)} of a soft prompt; the tensor is on the meta device while there is none yet."""
+    if not isinstance(config, prompt.SoftPromptConfig):
+        return {}
+    width = config.token_dim * (2 * config.num_layers if isinstance(config, prompt.PrefixTuningConfig) else 1)
+    shape = (config.num_virtual_tokens, width)
+    return {"prompt_embeddings": (torch.empty(shape, device="meta") if weight is None else weight, shape)}
+
+
+def _shared(layers: dict[str, PeftLinear]) -> dict[str, Tensor]:
+    """{key on disk: tensor stored once for all layers}: the layer that reads the largest corner reads all of it."""
+    found = {}
+    for layer in layers.values():
+        for name in layer.method.disk_shared:
+            key, own = f"base_model.{name}", getattr(layer, name)
+            if key not in found or own.numel() > found[key].numel():
+                found[key] = own
+    return {key: whole(t).detach().contiguous().cpu() for key, t in found.items()}
+
+
+def layers_of(model: nn.Module) -> dict[str, PeftLinear]:
+    """The adapted layers by the names that they had before activation checkpointing, FSDP or torch.compile."""
+    return {plain_name(name): layer for name, layer in layers(model)}
+
+
+def finder(model: nn.Module) -> Callable[[str], Tensor]:
+    """name -> parameter or buffer, listed once something is asked for."""
+    tensors = None
+
+    def find(name: str) -> Tensor:
+        nonlocal tensors
+        if tensors is None:
+            named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+            tensors = {plain_name(n): t for n, t in named}
+        return tensors[name]
+
+    return find
+
+
+def save_pretrained(model: nn.Module, path: str | os.PathLike, *, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter (never the base weights) into the folder ``path``, created if need be.
+
+    Stock PEFT loads it for the methods it has. Raises ValueError when the model has no adapter, RuntimeError when an
+    adapted layer has been replaced since, FileExistsError when ``path`` is a file and PermissionError when the folder
+    cannot be written, each before anything is. Warns of trained parameters that belong to no adapter, and of adapters
+    that mean something else to a reader of plain LoRA. Each file is written aside and renamed, so a crash leaves the
+    old one. Where parameters are sharded (FSDP2, tensor parallel, ZeRO-3) every process calls it, the first one writes;
+    or one process does, with the model's whole ``state_dict`` gathered before.
+    """
+    model = unwrap(model)
+    state = state_of(model)
+    refuse_while_disabled(model, "save_pretrained")
+    refuse_vanished(model, "save_pretrained")
+    path = _folder(path)
+    reshard(model)
+    layers = layers_of(model)
+    slots = slots_of(layers, state, finder(model))
+    _warn_unsaved(model, slots, state)
+    if state_dict is not None:
+        slots = _taken_from(state_dict, slots, model)
+    if soft := prompt.attached(model):
+        with gathered(soft.parameters()):
+            P = soft.prompt().detach().clone()
+        slots["prompt_embeddings"] = (P, tuple(P.shape))
+    together = any(is_spread(t) for t, _ in slots.values())
+    tensors = {key: whole(t).detach().reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
+    if getattr(state.config, "save_projection", False):
+        tensors |= _shared(layers)
+    try:
+        if not together or torch.distributed.get_rank() == 0:
+            _warn_residual(layers, state.config)
+            config = config_text(state.config)  # all that can be refused comes before the first file
+            path.mkdir(parents=True, exist_ok=True)
+            aside = path / f".{WEIGHTS_NAME}.{os.getpid()}"
+            save_file(apart(tensors), aside, metadata={"format": "pt", NOTE: json.dumps(note(state.config))})
+            os.replace(aside, path / WEIGHTS_NAME)
+            put_config(config, path)
+    finally:
+        if together:
+            torch.distributed.barrier()  # nobody reads the files before they are there
+
+
+def _taken_from(state_dict: dict[str, Tensor], slots: dict, model: nn.Module) -> dict:
+    """The slots with the values of a state_dict in place of the model's own tensors."""
+    # a merged layer's base values go under their own names
+    names = {id(t): n.replace("._base_", ".") for n, t in (*model.named_buffers(), *model.named_parameters())}
+    missing = {names[id(t)] for t, _ in slots.values() if id(t) in names} - state_dict.keys()
+    if missing:
+        raise ValueError(f"state_dict lacks {few(sorted(missing))}; give the whole of model.state_dict()")
+    return {key: (state_dict.get(names.get(id(t)), t), shape) for key, (t, shape) in slots.items()}
+
+
+def _folder(path: str | os.PathLike) -> Path:
+    """The folder to write into; FileExistsError or PermissionError where that cannot be."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"path={str(path)!r} is an existing file; give a folder")
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise FileExistsError(f"path={str(path)!r} lies below {str(there)!r}, which is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"path={str(path)!r}: no permission to write into {str(there)!r}; give another folder")
+    return path
+
+
+def _warn_unsaved(model: nn.Module, slots: dict, state: AdapterState) -> None:
+    """Name the parameters that train and do not go into the file: someone set requires_grad on them by hand."""
+    soft = prompt.attached(model)
+    kept = {id(t) for t, _ in slots.values()} | {id(p) for p in (soft.parameters() if soft else ())}
+    lost = [
+        n
+        for n, p in model.named_parameters()
+        if p.requires_grad and id(p) not in kept and plain_name(n) not in (*state.biases, *state.embeddings)
+    ]
+    if lost:
+        warnings.warn(
+            f"{few(sorted(lost))} train{'s' if len(lost) == 1 else ''} but belong to no adapter and are not saved; "
+            "name their modules in modules_to_save, or save them yourself",
+            stacklevel=3,
+        )
+
+
+def _warn_residual(layers: dict[str, PeftLinear], config: PeftConfig) -> None:
+    """A and B of a method that trains on a residual mean nothing without it."""
+    found = {layer.method.name for layer in layers.values() if layer.method.residual is not None}
+    if found and in_peft(config):
+        warnings.warn(
+            f"lora_A and lora_B of {', '.join(sorted(found))} add to a residual of the base weight; a program that "
+            "reads them as plain LoRA computes another model",
+            stacklevel=3,
+        )
+
+
+def apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with memory of their own, as safetensors wants them; copied where they share it."""
+    found, seen = {}, set()
+    for key, t in tensors.items():
+        memory = t.untyped_storage()
+        alone = memory.data_ptr() not in seen and memory.nbytes() == t.nbytes
+        seen.add(memory.data_ptr())
+        found[key] = t if alone else t.clone()
+    return found
+
+
+def refuse_other(model: nn.Module, stored: PeftConfig, where: str) -> None:
+    """AdapterFormatError where a training checkpoint's values, of a model with the config ``stored``, would compute
+    something else in this one; ``where`` the config stands."""
+    refuse_method(state_of(model), stored, where)
+    refuse_settings(layers_of(model), stored, where)
+
+
+def refuse_method(state: AdapterState, config: PeftConfig, where: Path | str) -> None:
+    if state.config.method_name != config.method_name:
+        raise AdapterFormatError(
+            f"{where} is for {config.method_name}, but the model carries {state.config.method_name}; "
+            "merge_and_unload first"
+        )
+
+
+def refuse_settings(layers: dict[str, PeftLinear], stored: PeftConfig, where: Path | str) -> None:
+    """Values are replaced, settings are not: AdapterFormatError where the ones that the values were trained with would
+    compute something else, a warning where they only say how to train."""
+    trains = {}
+    for name, layer in layers.items():
+        mine, theirs = layer.config, stored.for_module(name)
+        differ = {
+            f.name: (getattr(theirs, f.name), getattr(mine, f.name))
+            for f in fields(mine)
+            if f.name not in _ELSEWHERE and getattr(mine, f.name) != getattr(theirs, f.name)
+        }
+        for field, (there, here) in differ.items():
+            if field not in mine.training_only:
+                raise AdapterFormatError(
+                    f"{where} has {field}={there!r} for {name}, but the model was adapted with "
+                    f"{field}={here!r}, with which the loaded values compute something else; load them into a plain "
+                    "model, or adapt it with load_config(path)"
+                )
+        trains |= {field: f"{field}={here!r} (not {there!r})" for field, (there, here) in differ.items()}
+    if trains:
+        warnings.warn(
+            "the loaded adapter was trained with other settings; the model keeps its own: "
+            + ", ".join(trains.values()),
+            stacklevel=4,
+        )
