@@ -189,17 +189,11 @@ def test_trainable_base_weight_gets_its_gradient():
     torch.testing.assert_close(layer.weight.grad, torch.ones(3, 10).T @ x)
 
 
-class Custom(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) * 2
-
-
 @pytest.mark.parametrize(
     ("module", "message"),
     [
         (lambda: nn.Embedding(4, 4), "Embedding is not a linear layer"),
         (lambda: nn.Conv1d(4, 4, 1), "Conv1d is not a linear layer"),
-        (lambda: Custom(4, 4), "forward of its own"),
         (lambda: nn.MultiheadAttention(4, 1).out_proj, "never calls it"),
         (lambda: nn.LazyLinear(4), "shape is not known"),
         (lambda: nn.Linear(4, 4).to(torch.complex64), "complex64"),
@@ -281,13 +275,6 @@ def test_merging_notices_autograd_and_inference_mode():
         layer.merge()
     layer(x).sum().backward()
     layer.unmerge()
-
-
-def test_a_forward_replaced_on_the_instance_is_refused():
-    linear = nn.Linear(4, 4)
-    linear.forward = lambda x: x
-    with pytest.raises(TypeError, match="replaced on the instance"):
-        fp.PeftLinear.from_linear(linear, CONFIG)
 
 
 @pytest.mark.parametrize("lead", [(3,), (2, 3), ()])

@@ -375,7 +375,7 @@ def test_a_rank_cannot_change_under_the_optimizer():
     layer, before = net[0], {n: p.detach().clone() for n, p in net.named_parameters()}
     config.r = 4  # the caller's own object: the layer keeps its copy
     assert layer.config.r == 2
-    for held in (layer.config, fp.model.convert.state_of(net).config):
+    for held in (layer.config, fp.model.state.state_of(net).config):
         with pytest.raises(AttributeError, match=r"r=4: .*already built.*build the optimizer after"):
             held.r = 4
     for wrong in (torch.nn.Parameter(torch.zeros(4, 8)), None):

@@ -528,7 +528,7 @@ def test_the_callers_tables_may_change_afterwards():
     model = fp.get_peft_model(base(), config)
     config.alpha_pattern["q"] = 99
     assert model.q.config.scaling == 3 / 4
-    assert fp.model.convert.state_of(model).config.alpha_pattern == {"q": 3}
+    assert fp.model.state.state_of(model).config.alpha_pattern == {"q": 3}
 
 
 def test_a_merged_layer_does_not_start_anew():

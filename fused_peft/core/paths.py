@@ -43,10 +43,13 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(name, self) if package == "fused_peft" and last in _MOVED else None
 
     def create_module(self, spec):
-        return importlib.import_module(f"fused_peft.{_MOVED[spec.name.partition('.')[2]]}")
+        module = importlib.import_module(f"fused_peft.{_MOVED[spec.name.partition('.')[2]]}")
+        self.own = module.__spec__
+        return module
 
     def exec_module(self, module) -> None:
-        """It has run already."""
+        """It has run already; the import machinery has only put another spec on it."""
+        module.__spec__, module.__loader__ = self.own, self.own.loader
 
 
 def provide_moved() -> None:

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from ..model import checks
 from ..model.adapted import unwrap
-from ..model.model_saving import lost_by_saving
+from ..model.parts import lost_by_saving
 from ..model.schedule import on_step
 
 

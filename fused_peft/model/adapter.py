@@ -151,11 +151,10 @@ def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor) -> Tensor:
     kind: Frozen = layer.kind
     if type(layer.weight) is not nn.Parameter and is_foreign(layer.weight) and not kind.opaque:
         kind = OPAQUE  # quantised since it was adapted: its own product passes gradients or says that it does not
-        if needs := next((a.method.name for a in adapters if a.method.stands_alone), None):
-            raise RuntimeError(
-                f"{about_foreign(layer)}, and {needs} computes from the weight's values; use a method that adds to the "
-                "layer, e.g. LoRA, or keep this layer unquantised"
-            )
+        if reason := why_not_foreign(layer, adapters):
+            raise RuntimeError(reason)
+        if adapters[0].method.replaces_weight:
+            return ops.linear(x, None, adapters[0].method.factors(adapters[0]), layer.bias, None, layer.training)
     if len(adapters) == 1 and not kind.opaque:
         return _first(adapters[0], x, kind.matrix(layer), layer.bias, layer.training)
     found = [(a.method.output or a.method.factors)(a) if a.method.beside else None for a in adapters]
@@ -167,7 +166,7 @@ def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor) -> Tensor:
     steps = list(zip(adapters, found, reversed(inputs[:-1]), strict=True))
     bias = layer.bias
     if kind.opaque:
-        z = _own(layer, before_all)
+        z = _own(layer, before_all, adapters[0].method.name)
     else:
         (adapter, f, x), *steps = steps
         z = _first(adapter, x, kind.matrix(layer), bias, layer.training, f)
@@ -216,12 +215,12 @@ def beside(f: Factors, x: Tensor, z: Tensor, bias: Tensor | None, training: bool
     else:  # the bias stays outside d_out
         extra = own if bias is None else own - f.d_out * bias
     f = replace(f, bias=None, d_in=None if f.A is None else f.d_in)
-    if f.A is None and f.d_out is None:
-        return z if extra is None else z + extra.to(z.dtype)
+    if f.A is None:
+        return f.to(z.dtype).expression(x, None, None if extra is None else extra.to(z.dtype), z)
     return ops.linear(x, None, f, extra, z, training)
 
 
-def _own(layer: nn.Module, x: Tensor) -> Tensor:
+def _own(layer: nn.Module, x: Tensor, method: str) -> Tensor:
     """C + b of a base with a forward of its own. RuntimeError where it gives no tensor (..., N), or no gradient."""
     C, name = layer.base_forward(x), layer.base_class.__name__
     if not isinstance(C, Tensor) or C.shape != (*x.shape[:-1], layer.out_features):
@@ -233,8 +232,8 @@ def _own(layer: nn.Module, x: Tensor) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled() and not C.requires_grad:
         if not layer.kind.opaque:
             raise RuntimeError(
-                f"{about_foreign(layer)}, whose product passes no gradient on to the layers before it; quantise the "
-                "weights only, not the activations, or train before quantising"
+                f"{about_foreign(layer, method)}, whose product passes no gradient on to the layers before it; quantise "
+                "the weights only, not the activations, or train before quantising"
             )
         raise RuntimeError(
             f"{name}.forward gives no gradient to its input, so layers before it would not train; adapt only layers "
@@ -243,11 +242,23 @@ def _own(layer: nn.Module, x: Tensor) -> Tensor:
     return C
 
 
-def about_foreign(layer: nn.Module) -> str:
+def about_foreign(layer: nn.Module, method: str) -> str:
     return (
-        f"the weight of a layer (in_features={layer.in_features}, out_features={layer.out_features}) was quantised "
-        f"after it was adapted and is a {type(layer.weight).__name__}"
+        f"the weight of a {method} layer (in_features={layer.in_features}, out_features={layer.out_features}) was "
+        f"quantised after it was adapted and is a {type(layer.weight).__name__}"
     )
+
+
+def why_not_foreign(layer: nn.Module, adapters: Sequence[Bound]) -> str | None:
+    """Why these adapters cannot act on a layer whose weight was quantised since, or None."""
+    for a in adapters:
+        formed = a.method.weight is not None and a.method.factors is None
+        if formed or a.method.reads_weight or (a.method.replaces_weight and len(adapters) > 1):
+            return (
+                f"{about_foreign(layer, a.method.name)}, and {a.method.name} computes from the weight's values; use a "
+                "method that adds to the layer, e.g. LoRA, or keep this layer unquantised"
+            )
+    return None
 
 
 def why_not_together(adapters: Sequence[Bound]) -> str | None:

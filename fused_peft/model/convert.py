@@ -28,6 +28,7 @@ from . import checks, model_saving, prompt
 from .adapted import STATE, is_adapted, is_pefts, layers, roots, unwrap
 from .adapter import refuse_inference
 from .layer import PeftLinear
+from .parts import adapted_parts
 from .state import AdapterState, by_keyword, refuse_pefts, refuse_while_disabled
 from .targets import find_targets, is_target, modules_to_save, resolve
 from .unmet import warn_of_unmet
@@ -57,7 +58,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     if not soft:
         method_of(config)
     if is_adapted(model):
-        if parts := model_saving.adapted_parts(model):
+        if parts := adapted_parts(model):
             raise ValueError(
                 f"get_peft_model has adapted model.{parts[0]}, a part of this model={type(model).__name__}; call "
                 f"merge_and_unload(model.{parts[0]}) first, or load_adapter(model.{parts[0]}, path) to replace its "

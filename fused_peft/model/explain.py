@@ -12,7 +12,7 @@ from ..core import dispatch, operands
 from ..core.frozen import is_foreign
 from ..core.sharded import is_sharded
 from .adapted import is_pefts
-from .adapter import Bound, about_foreign
+from .adapter import Bound, why_not_foreign
 from .convert import adapted_layers
 from .layer import Gathered, PeftLinear
 
@@ -66,8 +66,8 @@ def explain_layer(
         return names or "none", "plain", "torch", f"{state}: one plain linear layer"
     first = adapters[0]
     foreign = is_foreign(layer.kind.like(layer)) and not layer.kind.opaque
-    if foreign and (needs := next((a.method.name for a in adapters if a.method.stands_alone), None)):
-        return names, "none", "none", f"{about_foreign(layer)}, and {needs} computes from the weight's values"
+    if foreign and (reason := why_not_foreign(layer, adapters)):
+        return names, "none", "none", reason
     if layer.kind.opaque or foreign or len(adapters) > 1:
         base = type(layer.weight).__name__ if foreign else layer.base_class.__name__
         who = f"beside the product of a {base}" if layer.kind.opaque or foreign else "one after the other"
