@@ -23,7 +23,7 @@ from torch import nn
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
-from test_accelerate import Doubling, Packed  # noqa: E402
+from test_accelerate import Packed  # noqa: E402
 from test_layers import Quantised, QuantisedForInference  # noqa: E402
 from test_register import Tied  # noqa: E402
 
@@ -64,7 +64,7 @@ def packed_in_peft():
 
 
 def many_with_one_of_its_own():
-    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)), Doubling(4, 4))
+    return nn.Sequential(*(nn.Linear(4, 4) for _ in range(9)), nn.MultiheadAttention(4, 1))
 
 
 def merged():
@@ -304,7 +304,7 @@ ROWS = [
         ValueError, ("target_modules='2' matches no module", "regular expression", "target_modules=['2']")),
     Row("all-linear with a layer that is none of ours", many_with_one_of_its_own,
         adapt(fp.LoraConfig(r=2, target_modules="all-linear")), TypeError,
-        ("target_modules='all-linear' matches '9'", "Doubling has a forward of its own", "exclude it")),
+        ("target_modules='all-linear' matches '9.out_proj'", "reads its weight and never calls it", "exclude it")),
     Row("save into a file", ours, into_a_file, FileExistsError, ("is an existing file; give a folder",)),
     Row("save below a file", ours, below_a_file, FileExistsError, ("lies below", "a file")),
     Row("save without permission", ours, into_a_locked_folder, PermissionError,
@@ -338,8 +338,8 @@ ROWS = [
         ("lm_head.weight is shared with embed_tokens", "untie them first")),
     Row("merge a quantised weight", packed, fp.merge, fp.NotMergeableError,
         ("its weight is a Packed", "keep the layer unmerged")),
-    Row("adapt a quantised weight", packed_base, adapt(fp.LoraConfig(r=2, **ON)), TypeError,
-        ("its weight is a Packed", "adapt it before it is quantised")),
+    Row("adapt a quantised weight by its values", packed_base, adapt(fp.DoraConfig(r=2, **ON)), TypeError,
+        ("dora reads the weight", "in a form that cannot be read (a Packed)", "such as LoRA")),
     Row("quantised behind LieRA's back", lambda: quantised(fp.LieraConfig(r=2, **ON)), lambda m: m(torch.randn(2, 4)),
         RuntimeError, ("liera layer (in_features=4, out_features=4)", "is a Quantised", "keep this layer unquantised")),
     Row("quantised behind DoRA's back", lambda: quantised(fp.DoraConfig(r=2, **ON)), lambda m: m(torch.randn(2, 4)),

@@ -232,8 +232,8 @@ def _own(layer: nn.Module, x: Tensor, method: str) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled() and not C.requires_grad:
         if not layer.kind.opaque:
             raise RuntimeError(
-                f"{about_foreign(layer, method)}, whose product passes no gradient on to the layers before it; quantise "
-                "the weights only, not the activations, or train before quantising"
+                f"{about_foreign(layer, method)}, whose product passes no gradient on to the layers before it; "
+                "quantise the weights only, not the activations, or train before quantising"
             )
         raise RuntimeError(
             f"{name}.forward gives no gradient to its input, so layers before it would not train; adapt only layers "

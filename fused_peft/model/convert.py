@@ -212,8 +212,8 @@ def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     like = next((p for p in model.parameters() if p.dtype in HALF and id(p) not in trained), None)
     for name, module in planned.copies.items():
         widen(module, planned.wide, like)
-        # under every name that the module itself has; a parameter tied to it stays frozen wherever else it is used
-        _replace(model, {id(planned.state.saved[name]): module.requires_grad_(not planned.state.config.inference_mode)})
+        # under this name only: a tied or shared original stays frozen wherever else it is used
+        _set(model, name, module.requires_grad_(not planned.state.config.inference_mode))
     if isinstance(planned.state.config, prompt.SoftPromptConfig):
         soft = prompt.attach(model, planned.state.config, plain=planned.plain_prompt)
         soft.requires_grad_(not planned.state.config.inference_mode)
@@ -242,6 +242,11 @@ def _reader(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     above = [".".join(owner.split(".")[:i]) for i in range(len(owner.split(".")))]
     top = next((n for n in above if isinstance(model.get_submodule(n), READERS)), owner)
     return model.get_submodule(top), name.removeprefix(f"{top}." if top else "")
+
+
+def _set(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
 
 
 def _replace(model: nn.Module, new: dict[int, nn.Module]) -> None:
@@ -399,7 +404,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
                 continue
             like = next(module.parameters(), None)
             original = state.saved[name]
-            _replace(model, {id(module): original if like is None else original.to(like.device)})
+            _set(model, name, original if like is None else original.to(like.device))
             original.train(module.training)
         for p, base in exchanged:
             set_data(p, base.detach().to(p.device, p.dtype))
@@ -408,7 +413,9 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         state.disabled -= 1
         for (_, layer), enabled in zip(found, before, strict=True):
             layer.enabled = enabled
-        _replace(model, {id(state.saved[name]): m for name, m in trained.items() if name not in parted})
+        for name, module in trained.items():
+            if name not in parted:
+                _set(model, name, module)
         for (p, _), value in zip(exchanged, values, strict=True):
             set_data(p, value)
 

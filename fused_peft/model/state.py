@@ -45,7 +45,8 @@ class AdapterState:
 
     def __setstate__(self, state: dict) -> None:
         """As it was pickled, by an older version too: what that did not have was empty."""
-        self.__dict__.update(vars(AdapterState(config=None)) | state)
+        empty = vars(AdapterState(config=None))
+        self.__dict__.update(empty | {key: value for key, value in state.items() if key in empty})
         if not isinstance(self.embeddings, dict):
             self.embeddings = {}
         guard()

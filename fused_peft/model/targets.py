@@ -220,7 +220,7 @@ def given(model: nn.Module, asked: PeftConfig, field: str) -> list:
 
 def modules_to_save(model: nn.Module, config: PeftConfig) -> list[str]:
     """Names of the modules trained whole: those whose name ends with an entry of modules_to_save, as PEFT matches. A
-    module registered twice is meant by either name, and has the first that is.
+    module registered twice has two names, and each that is meant gets a copy of its own, as in PEFT.
 
     Raises ValueError for an entry that the user gave and that matches nothing.
     """
@@ -231,10 +231,11 @@ def modules_to_save(model: nn.Module, config: PeftConfig) -> list[str]:
             near = difflib.get_close_matches(entry, [n.rpartition(".")[2] for n in names], n=3)
             hint = f"; the nearest names are {', '.join(dict.fromkeys(near))}" if near else ""
             raise ValueError(f"modules_to_save={wanted!r}: {entry!r} matches no module{hint}")
-    meant = {}
+    places = {}  # where the parent is registered twice, both names mean one place
     for name in (n for n in names if any(n.endswith(entry) for entry in wanted)):
-        meant.setdefault(id(model.get_submodule(name)), name)
-    found = meant.values()
+        parent, _, last = name.rpartition(".")
+        places.setdefault((id(model.get_submodule(parent)), last), name)
+    found = places.values()
     return [n for n in found if not any(n.startswith(f"{outer}.") for outer in found)]
 
 
