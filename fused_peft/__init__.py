@@ -71,6 +71,7 @@ from .model.convert import (  # noqa: E402
 from .model.explain import explain  # noqa: E402
 from .model.layer import PeftLinear  # noqa: E402
 from .model.load import load_adapter  # noqa: E402
+from .model.named import add_adapter, delete_adapter, set_adapter  # noqa: E402
 from .model.penalties import mpc_penalty, orthogonality_penalty  # noqa: E402
 from .model.prompt import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig  # noqa: E402
 from .model.save import save_pretrained  # noqa: E402
@@ -121,6 +122,7 @@ def restore(model):
 
 __all__ = [
     "accelerate",
+    "add_adapter",
     "AdaLoraConfig",
     "AdapterFormatError",
     "BitFitConfig",
@@ -156,6 +158,7 @@ __all__ = [
     "VeraConfig",
     "bottleneck",
     "check_training",
+    "delete_adapter",
     "disable_adapter",
     "estimate",
     "explain",
@@ -171,6 +174,7 @@ __all__ = [
     "print_trainable_parameters",
     "restore",
     "save_pretrained",
+    "set_adapter",
     "set_backend",
     "set_strict",
     "source_dir",

@@ -62,6 +62,8 @@ def shard(layer: PeftLinear, mesh: DeviceMesh, side: str, src_data_rank: int | N
         )
     if isinstance(layer.weight, DTensor):
         raise ValueError(f"the layer is sharded already, on {layer.weight.device_mesh}; parallelise it once")
+    if len(layer.adapters) > 1:
+        raise ValueError(f"the layer has adapters {', '.join(layer.adapters)}; delete_adapter the added ones first")
     if layer.merged:
         raise ValueError("the layer is merged; call unmerge before sharding it")
     known = sides(layer)

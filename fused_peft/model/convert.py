@@ -92,16 +92,16 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
             f"modules_to_save={resolved.modules_to_save!r} also means {both[0]!r}, by the end of its name, and that is "
             f"a target; a module is adapted or trained whole: add {both[0]!r} to exclude_modules"
         )
-    resolved = resolved.for_targets([_shape(module) for module in targets.values()])
+    resolved = resolved.for_targets([shape(module) for module in targets.values()])
     with _frozen_as_before(model):
-        for name, module in _shown(targets, method_of(resolved)):
+        for name, module in shown(targets, method_of(resolved)):
             try:
                 new[name] = PeftLinear.from_linear(module, resolved.for_module(name), adapter_dtype)
             except ValueError as e:
                 raise ValueError(f"{name}: {e}") from e
     if any(layer.fan_in_fan_out for layer in new.values()) and hasattr(resolved, "fan_in_fan_out"):
         resolved = replace(resolved, fan_in_fan_out=True)
-    _warn_tied(model, new)
+    warn_tied(model, new)
     warn_of_unmet(model, config, resolved, new)
     biases = {}
     for name, parameter in model.named_parameters():
@@ -113,7 +113,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     return _Plan(state, new, copies, adapter_dtype or torch.float32)
 
 
-def _shown(targets: dict[str, nn.Module], method: Method) -> Iterable[tuple[str, nn.Module]]:
+def shown(targets: dict[str, nn.Module], method: Method) -> Iterable[tuple[str, nn.Module]]:
     """The targets, with a progress bar where their starts take longer than two seconds (an SVD a layer)."""
     if not method.from_weight:
         return targets.items()
@@ -122,8 +122,10 @@ def _shown(targets: dict[str, nn.Module], method: Method) -> Iterable[tuple[str,
     return tqdm(targets.items(), f"{method.name} starts from the weights", unit="layer", delay=2, disable=None)
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a module that can be adapted."""
+def shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a module that is adapted or can be."""
+    if isinstance(module, PeftLinear):
+        return module.out_features, module.in_features
     return kind_of(module).shape(module)
 
 
@@ -147,7 +149,7 @@ def _frozen_as_before(model: nn.Module):
                     parameter.requires_grad_(flag)
 
 
-def _warn_tied(model: nn.Module, new: dict[str, PeftLinear]) -> None:
+def warn_tied(model: nn.Module, new: dict[str, PeftLinear]) -> None:
     holders = Holders(model)
     for name, layer in new.items():
         tied = holders.others(layer.weight, name)
@@ -174,7 +176,7 @@ class Holders:
         return [f"{name}.{key}".removesuffix(".weight") for name, key in held if name != owner]
 
 
-@by_keyword("a model of this library holds one adapter, which has no name")
+@by_keyword("the first adapter is called 'default'; add_adapter(model, name, config) gives a model another one")
 def get_peft_model(
     model: nn.Module,
     config: PeftConfig,
@@ -203,7 +205,7 @@ def get_peft_model(
 
 def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     model.requires_grad_(False)
-    _replace(model, {id(model.get_submodule(name)): layer for name, layer in planned.layers.items()})
+    put(model, {id(model.get_submodule(name)): layer for name, layer in planned.layers.items()})
     for layer in planned.layers.values():
         for parameter in layer.tensor_names:
             getattr(layer, parameter).requires_grad_(not planned.state.config.inference_mode)
@@ -249,7 +251,7 @@ def _set(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), last, module)
 
 
-def _replace(model: nn.Module, new: dict[int, nn.Module]) -> None:
+def put(model: nn.Module, new: dict[int, nn.Module]) -> None:
     """Put new[id(old)] wherever old is registered."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -353,7 +355,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
             stacklevel=2,
         )
     unloaded = {id(layer): layer.unload() for _, layer in found}
-    _replace(model, unloaded)
+    put(model, unloaded)
     plain = {id(layer) for layer in unloaded.values()}
     for root in roots(model):
         state = root.__dict__[STATE]

@@ -104,7 +104,8 @@ class PeftLinear(Bound, nn.Linear):
     ):
         method_of(config)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self._freeze(config, adapter_dtype)
+        self._attach(config, adapter_dtype)
+        self.freeze_base()
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> PeftLinear:
@@ -115,9 +116,17 @@ class PeftLinear(Bound, nn.Linear):
         C itself, the adapter beside it; the result is an instance of its class too. Raises TypeError or ValueError,
         with nothing changed, when the module or the config does not fit.
         """
-        method, kind = method_of(config), kind_of(linear)
-        reason = why_not_adaptable(linear)
-        if reason:
+        layer = cls.around(linear, method_of(config))
+        layer._attach(config, adapter_dtype)
+        layer.active = None
+        layer.freeze_base()
+        return layer
+
+    @classmethod
+    def around(cls, linear: nn.Module, method: Method) -> PeftLinear:
+        """A layer without an adapter yet, for one of a method; raises as ``from_linear`` does."""
+        kind = kind_of(linear)
+        if reason := why_not_adaptable(linear):
             raise TypeError(f"linear={type(linear).__name__}(...) cannot be adapted: {reason}")
         if kind.opaque and method.needs_weight:
             kind = readable(linear, method)
@@ -132,7 +141,7 @@ class PeftLinear(Bound, nn.Linear):
                 layer.__dict__["_hooked"] = linear
         layer.kind, layer.base_class = kind, type(linear)
         layer.out_features, layer.in_features = kind.shape(linear)
-        layer._freeze(config, adapter_dtype)
+        layer.active = ()
         return layer
 
     def __setstate__(self, state: dict) -> None:
@@ -155,8 +164,7 @@ class PeftLinear(Bound, nn.Linear):
                 "reads that folder"
             )
 
-    def _freeze(self, config: PeftConfig, adapter_dtype: torch.dtype | None) -> None:
-        self._attach(config, adapter_dtype)
+    def freeze_base(self) -> None:
         for name in ("weight", "bias"):
             if isinstance(t := getattr(self, name, None), nn.Parameter):
                 t.requires_grad_(False)
@@ -174,7 +182,12 @@ class PeftLinear(Bound, nn.Linear):
     @property
     def adapters(self) -> dict[str, Bound]:
         """Every adapter of the layer by name, the layer's own first."""
-        return {DEFAULT: self, **self._modules.get("added", {})}
+        own = {} if self.method is None else {DEFAULT: self}
+        return {**own, **self._modules.get("added", {})}
+
+    @property
+    def active_names(self) -> tuple[str, ...]:
+        return (DEFAULT,) if self.active is None else self.active
 
     def active_adapters(self) -> tuple[Bound, ...]:
         """The active adapters in their order."""
@@ -185,18 +198,24 @@ class PeftLinear(Bound, nn.Linear):
 
         Raises ValueError for a name that is taken or holds a dot, and as from_linear does, with nothing changed.
         """
+        self.take_adapter(name, self.made_adapter(name, config, adapter_dtype))
+
+    def made_adapter(self, name: str, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> Adapter:
+        """The adapter that ``add_adapter`` would add."""
         if name in self.adapters or not name or "." in name:
             raise ValueError(f"adapter_name={name!r} is taken, empty or holds a dot; choose another name")
         if self.kind.opaque and method_of(config).needs_weight:
             raise TypeError(
                 f"{method_of(config).name} reads the weight, which {self.base_class.__name__} keeps to itself; take a "
-                "method such as LoRA"
+                "method that only adds or scales, such as LoRA"
             )
-        made = Adapter(self, config, adapter_dtype)
-        made.train(self.training)
+        return Adapter(self, config, adapter_dtype)
+
+    def take_adapter(self, name: str, adapter: Adapter) -> None:
+        adapter.train(self.training)
         if "added" not in self._modules:
             self.add_module("added", nn.ModuleDict())
-        self.added[name] = made
+        self.added[name] = adapter
 
     def set_adapter(self, names: Sequence[str]) -> None:
         """Make the named adapters active, in this order; an empty list leaves the base alone.
@@ -209,7 +228,7 @@ class PeftLinear(Bound, nn.Linear):
             raise ValueError(f"adapter_name={unknown[0]!r} is none of this layer's: {', '.join(self.adapters)}")
         if reason := why_not_together([self.adapters[name] for name in names]):
             raise ValueError(f"adapter_names={list(names)}: {reason}")
-        self.active = None if tuple(names) == (DEFAULT,) else tuple(names)
+        self.active = None if tuple(names) == (DEFAULT,) else tuple(names)  # None is what compose looks for first
 
     def delete_adapter(self, name: str) -> None:
         """Remove an added adapter. ValueError for the layer's own or an unknown name, RuntimeError while merged."""
@@ -222,7 +241,7 @@ class PeftLinear(Bound, nn.Linear):
         if not self.added:
             del self._modules["added"]
         if self.active is not None:
-            self.set_adapter([n for n in self.active if n != name] or [DEFAULT])
+            self.active = tuple(n for n in self.active if n != name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As nn.Module's; ValueError for an adapter tensor of another shape, which no optimizer built before knows."""
@@ -273,7 +292,7 @@ class PeftLinear(Bound, nn.Linear):
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if any(p.requires_grad for a in self.active_adapters() for p in a.adapter_tensors()):
                 warnings.warn(
-                    f"a merged {self.method.name} layer runs in training mode, where its adapter gets no gradient; "
+                    f"a merged {' + '.join(a.method.name for a in self.active_adapters())} layer runs in training mode, where its adapter gets no gradient; "
                     "unmerge(model) before training, or model.eval()",
                     stacklevel=2,
                 )
@@ -399,8 +418,8 @@ class PeftLinear(Bound, nn.Linear):
         self.awaits_weight = self.awaits_weight and (self.weight.is_meta or not whole)
 
     def extra_repr(self) -> str:
-        about = f"method={self.method.name}"
-        details = self.config.describe()
+        about = f"method={self.method.name}" if self.method else None
+        details = self.config.describe() if self.method else None
         flags = [flag for flag, on in (("merged", self.merged), ("disabled", not self.enabled)) if on]
         return ", ".join(filter(None, [super().extra_repr(), about, details, *flags]))
 

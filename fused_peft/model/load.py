@@ -16,6 +16,7 @@ from ..core.sharded import fill, reshard, shape_of, whole
 from ..methods import PeftConfig
 from . import prompt
 from .adapted import STATE, few, unwrap
+from .adapter import Bound
 from .adapter_config import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -24,10 +25,11 @@ from .adapter_config import (
 )
 from .checks import refuse_vanished
 from .convert import Holders, carry_out, plan
-from .layer import PeftLinear
+from .layer import DEFAULT, PeftLinear
+from .named import addition, put_addition
 from .renamed import renaming
 from .save import PREFIX, finder, layers_of, prompt_slot, refuse_method, refuse_settings, slots_of
-from .state import by_keyword, refuse_pefts, refuse_while_disabled, state_of
+from .state import AdapterState, by_keyword, refuse_pefts, refuse_while_disabled, state_of
 from .targets import resolve
 
 # with bias="all" PEFT stores the biases of modules_to_save a second and third time, under its wrapper's names
@@ -64,7 +66,7 @@ def _check(stored: dict[str, Tensor], slots: dict, path: Path) -> None:
             raise AdapterFormatError(f"{path / WEIGHTS_NAME}: {key} has dtype {stored[key].dtype}")
 
 
-def _take_shared(stored: dict[str, Tensor], layers: dict[str, PeftLinear]) -> list[tuple[Tensor, Tensor]]:
+def _take_shared(stored: dict[str, Tensor], layers: dict[str, Bound]) -> list[tuple[Tensor, Tensor]]:
     """Remove the tensors stored once for all layers; [(a layer's buffer, its corner of the stored tensor)]."""
     pairs = []
     for layer in layers.values():
@@ -82,7 +84,7 @@ def _take_shared(stored: dict[str, Tensor], layers: dict[str, PeftLinear]) -> li
     return pairs
 
 
-def _drop_remade(slots: dict, stored: dict, layers: dict[str, PeftLinear], config: PeftConfig, path: Path) -> None:
+def _drop_remade(slots: dict, stored: dict, layers: dict[str, Bound], config: PeftConfig, path: Path) -> None:
     """Leave alone the buffers that a file of PEFT's lacks, where init has made the same ones from the weight."""
     for name, layer in layers.items():
         own = {f"{PREFIX}{name}.{layer.method.disk_key(b)}" for b in layer.method.disk_buffers}
@@ -107,7 +109,7 @@ def _take_embeddings(
     stored: dict,
     slots: dict,
     model: nn.Module,
-    layers: dict[str, PeftLinear],
+    layers: dict[str, Bound],
     parameters: dict[str, Tensor],
     path: Path,
 ) -> dict[str, tuple[Tensor, Tensor]]:
@@ -158,15 +160,18 @@ def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
         return None
 
 
-@by_keyword("load_adapter replaces the model's one adapter, whatever its name")
-def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: bool = True) -> nn.Module:
+@by_keyword("give a name as adapter_name=...")
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike, *, adapter_name: str = DEFAULT, is_trainable: bool = True
+) -> nn.Module:
     """Load the adapter in the folder ``path``, written by this library or by PEFT, into ``model``; returns it.
 
     On a plain model the adapter is created first, as get_peft_model would; on a model adapted by the same method its
     values are replaced, if it has the settings that they were trained with. Embeddings that PEFT stored beside the
-    adapter replace the model's. is_trainable: whether the adapter trains. Everything is checked before anything
-    changes: raises TypeError, FileNotFoundError, AdapterFormatError (names the file and what is wrong in it) or
-    get_peft_model's errors with the model as it was.
+    adapter replace the model's. is_trainable: whether the adapter trains. adapter_name: a further adapter, which is
+    added, inactive, to a model that has its first one (see ``add_adapter``), or replaced. Everything is checked before
+    anything changes: raises TypeError, FileNotFoundError, AdapterFormatError (names the file and what is wrong in it)
+    or get_peft_model's errors with the model as it was.
     """
     if not isinstance(is_trainable, bool):
         raise TypeError(f"is_trainable={is_trainable!r} must be True or False")
@@ -178,9 +183,19 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: boo
     config = load_config(path)
     config.inference_mode = not is_trainable
     stored = _read(path)
-    adapted = hasattr(model, STATE)
-    if adapted:
-        state, layers = state_of(model), layers_of(model)
+    adapted, added = hasattr(model, STATE), None
+    if adapter_name != DEFAULT:
+        state = state_of(model, "load_adapter")
+        if adapter_name not in state.added:
+            named = config.renamed(renaming(model), {n for n, _ in model.named_modules()})
+            try:
+                added = addition(model, adapter_name, named)
+            except (ValueError, TypeError) as e:
+                raise AdapterFormatError(f"{path} does not fit model={type(model).__name__}: {e}") from e
+    if added:
+        state, layers = AdapterState(added.config), added.adapters
+    elif adapted:
+        state, layers = state_of(model).of(adapter_name), layers_of(model, adapter_name)
         refuse_method(state, config, path / CONFIG_NAME)
         merged = [name for name, layer in layers.items() if layer.merged]
         if merged:
@@ -206,7 +221,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: boo
     embeddings = _take_embeddings(stored, slots, model, layers, parameters, path)
     brought = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in before - stored.keys()}
     _check(stored, slots, path)
-    if adapted:
+    if added:
+        put_addition(model, added)
+    elif adapted:
         refuse_settings(layers, resolve(model, config), path / CONFIG_NAME)
     else:
         with torch.inference_mode(False):
@@ -228,7 +245,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, *, is_trainable: boo
         if value.dim() != tensor.dim():  # its shape is the one on disk, as checked
             value = value.reshape(shape_of(tensor))
         fill(tensor, value)
-        if tensor.requires_grad != is_trainable and isinstance(tensor, nn.Parameter):
+        if adapter_name == DEFAULT and tensor.requires_grad != is_trainable and isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(is_trainable)
     for tensor, value in shared:
         fill(tensor, value)

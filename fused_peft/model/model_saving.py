@@ -47,6 +47,8 @@ class _SavesAdapter:
         if not is_main_process and (state is not None or not any(map(is_spread, self.model.parameters()))):
             return
         save.save_pretrained(self.model, save_directory, state_dict=state)
+        for name in self.model.__dict__[STATE].added:  # PEFT's layout
+            save.save_pretrained(self.model, Path(save_directory) / name, adapter_name=name, state_dict=state)
         if "state_dict" in kwargs and is_main_process:
             trained = save.apart(_changing(self.model, self.model.state_dict() if state is None else state))
             trained[adapter_config.ENTRY] = adapter_config.packed(self.model.__dict__[STATE].config)
@@ -96,7 +98,7 @@ class _Refuses:
 
 def _changing(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The entries of a state_dict without the frozen base parameters."""
-    adapters = {id(p) for _, layer in layers(model) for p in layer.adapter_tensors()}
+    adapters = {id(p) for _, layer in layers(model) for a in layer.adapters.values() for p in a.adapter_tensors()}
     frozen = {
         name
         for name, p in model.named_parameters(remove_duplicate=False)

@@ -21,6 +21,7 @@ from ..core.sharded import gathered, is_spread, reshard, shape_of, whole
 from ..methods import PeftConfig
 from . import prompt
 from .adapted import few, layers, plain_name, unwrap
+from .adapter import Bound
 from .adapter_config import (
     NOTE,
     WEIGHTS_NAME,
@@ -31,7 +32,7 @@ from .adapter_config import (
     put_config,
 )
 from .checks import refuse_vanished
-from .layer import PeftLinear
+from .layer import DEFAULT
 from .state import AdapterState, refuse_while_disabled, state_of
 
 PREFIX = "base_model.model."
@@ -41,7 +42,7 @@ PREFIX = "base_model.model."
 _ELSEWHERE = {f.name for f in fields(PeftConfig)} | {"fan_in_fan_out", "projection_shape"}
 
 
-def slots_of(layers: dict[str, PeftLinear], state: AdapterState, find: Callable[[str], Tensor]) -> dict:
+def slots_of(layers: dict[str, Bound], state: AdapterState, find: Callable[[str], Tensor]) -> dict:
     """{key on disk: (tensor in the model, shape on disk)} of everything a checkpoint holds.
 
     ``find`` looks a parameter up by its name in the adapted model.
@@ -81,7 +82,7 @@ def prompt_slot(config: PeftConfig, weight: Tensor | None = None) -> dict:
     return {"prompt_embeddings": (torch.empty(shape, device="meta") if weight is None else weight, shape)}
 
 
-def _shared(layers: dict[str, PeftLinear]) -> dict[str, Tensor]:
+def _shared(layers: dict[str, Bound]) -> dict[str, Tensor]:
     """{key on disk: tensor stored once for all layers}: the layer that reads the largest corner reads all of it."""
     found = {}
     for layer in layers.values():
@@ -92,9 +93,10 @@ def _shared(layers: dict[str, PeftLinear]) -> dict[str, Tensor]:
     return {key: whole(t).detach().contiguous().cpu() for key, t in found.items()}
 
 
-def layers_of(model: nn.Module) -> dict[str, PeftLinear]:
-    """The adapted layers by the names that they had before activation checkpointing, FSDP or torch.compile."""
-    return {plain_name(name): layer for name, layer in layers(model)}
+def layers_of(model: nn.Module, adapter_name: str = DEFAULT) -> dict[str, Bound]:
+    """{layer: its adapter of that name}, by the names before activation checkpointing, FSDP or torch.compile."""
+    found = ((plain_name(name), layer.adapters.get(adapter_name)) for name, layer in layers(model))
+    return {name: adapter for name, adapter in found if adapter is not None}
 
 
 def finder(model: nn.Module) -> Callable[[str], Tensor]:
@@ -111,8 +113,15 @@ def finder(model: nn.Module) -> Callable[[str], Tensor]:
     return find
 
 
-def save_pretrained(model: nn.Module, path: str | os.PathLike, *, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write the adapter (never the base weights) into the folder ``path``, created if need be.
+def save_pretrained(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    adapter_name: str = DEFAULT,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write an adapter (never the base weights) into the folder ``path``, created if need be; adapter_name: which, of a
+    model that has several.
 
     Stock PEFT loads it for the methods it has. Raises ValueError when the model has no adapter, RuntimeError when an
     adapted layer has been replaced since, FileExistsError when ``path`` is a file and PermissionError when the folder
@@ -122,12 +131,12 @@ def save_pretrained(model: nn.Module, path: str | os.PathLike, *, state_dict: di
     or one process does, with the model's whole ``state_dict`` gathered before.
     """
     model = unwrap(model)
-    state = state_of(model)
+    state = state_of(model).of(adapter_name)
     refuse_while_disabled(model, "save_pretrained")
     refuse_vanished(model, "save_pretrained")
     path = _folder(path)
     reshard(model)
-    layers = layers_of(model)
+    layers = layers_of(model, adapter_name)
     slots = slots_of(layers, state, finder(model))
     _warn_unsaved(model, slots, state)
     if state_dict is not None:
@@ -181,6 +190,7 @@ def _warn_unsaved(model: nn.Module, slots: dict, state: AdapterState) -> None:
     """Name the parameters that train and do not go into the file: someone set requires_grad on them by hand."""
     soft = prompt.attached(model)
     kept = {id(t) for t, _ in slots.values()} | {id(p) for p in (soft.parameters() if soft else ())}
+    kept |= {id(p) for _, layer in layers(model) for a in layer.adapters.values() for p in a.adapter_tensors()}
     lost = [
         n
         for n, p in model.named_parameters()
@@ -194,7 +204,7 @@ def _warn_unsaved(model: nn.Module, slots: dict, state: AdapterState) -> None:
         )
 
 
-def _warn_residual(layers: dict[str, PeftLinear], config: PeftConfig) -> None:
+def _warn_residual(layers: dict[str, Bound], config: PeftConfig) -> None:
     """A and B of a method that trains on a residual mean nothing without it."""
     found = {layer.method.name for layer in layers.values() if layer.method.residual is not None}
     if found and in_peft(config):
@@ -231,7 +241,7 @@ def refuse_method(state: AdapterState, config: PeftConfig, where: Path | str) ->
         )
 
 
-def refuse_settings(layers: dict[str, PeftLinear], stored: PeftConfig, where: Path | str) -> None:
+def refuse_settings(layers: dict[str, Bound], stored: PeftConfig, where: Path | str) -> None:
     """Values are replaced, settings are not: AdapterFormatError where the ones that the values were trained with would
     compute something else, a warning where they only say how to train."""
     trains = {}

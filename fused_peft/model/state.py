@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..methods import PeftConfig
 from .adapted import STATE, few, is_adapted, is_pefts, unwrap
+from .layer import DEFAULT
 from .parts import about_parts, adapted_parts, guard
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
@@ -24,6 +25,9 @@ _PEFT_CALLS = {
     "disable_adapter": "disable_adapter()",
     "save_pretrained": "save_pretrained(path)",
     "load_adapter": "load_adapter(path, adapter_name)",
+    "add_adapter": "add_adapter(adapter_name, config)",
+    "set_adapter": "set_adapter(adapter_name)",
+    "delete_adapter": "delete_adapter(adapter_name)",
 }
 
 
@@ -38,6 +42,20 @@ class AdapterState:
     disabled: int = 0  # how many disable_adapter contexts are open
     layers: tuple[str, ...] = ()  # the names of the adapted layers, by which a vanished one is noticed
     told: tuple[str, ...] = ()  # the vanished ones that on_step has warned of
+    added: dict[str, PeftConfig] = field(default_factory=dict)  # further adapters: name -> config
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the model's adapters."""
+        return (DEFAULT, *self.added)
+
+    def of(self, name: str) -> AdapterState:
+        """What an adapter has to be saved and loaded by. ValueError for an unknown name."""
+        if name == DEFAULT:
+            return self
+        if name not in self.added:
+            raise ValueError(f"adapter_name={name!r} is none of the model's: {', '.join(self.names)}")
+        return AdapterState(self.added[name])
 
     def __getstate__(self) -> dict:
         self.refuse_while_exchanged("pickling the model")

@@ -132,8 +132,11 @@ def resolve(model: nn.Module, config: PeftConfig) -> PeftConfig:
     return config.resolved(**found)
 
 
-def find_targets(model: nn.Module, config: PeftConfig, asked: PeftConfig | None = None) -> dict[str, nn.Module]:
+def find_targets(
+    model: nn.Module, config: PeftConfig, asked: PeftConfig | None = None, again: bool = False
+) -> dict[str, nn.Module]:
     """{name: linear module} that a resolved config adapts. asked: the user's own config, which errors quote.
+    again: a layer that is adapted already is found too.
 
     Raises ValueError when nothing matches, naming near misses, and TypeError when a match cannot be adapted.
     """
@@ -145,7 +148,7 @@ def find_targets(model: nn.Module, config: PeftConfig, asked: PeftConfig | None 
     if not found:
         raise ValueError(_no_match(model, asked, config))
     for name, module in found.items():
-        reason = why_not_adaptable(module)
+        reason = None if again and isinstance(module, PeftLinear) else why_not_adaptable(module)
         parent, _, last = name.rpartition(".")
         if isinstance(modules[parent], nn.TransformerEncoderLayer) and last in ("linear1", "linear2"):
             reason = "nn.TransformerEncoderLayer reads its weight directly in eval mode, past any adapter; exclude it"
