@@ -24,6 +24,11 @@ def conv1d_type() -> type | None:
     return getattr(module, "Conv1D", None)
 
 
+# what a PeftLinear keeps on itself beside nn.Linear's attributes
+_OWN = ("method", "config", "merged", "enabled", "fan_in_fan_out", "_base_class")
+_OWN += ("adapter_names", "buffer_names", "awaits_weight")
+
+
 def is_linear(module: nn.Module) -> bool:
     conv1d = conv1d_type()
     return isinstance(module, nn.Linear) or (conv1d is not None and isinstance(module, conv1d))
@@ -67,6 +72,8 @@ def why_not_adaptable(module: nn.Module) -> str | None:
         return f"its weight has dtype {module.weight.dtype}, but a floating dtype is needed; dequantise it first"
     if hasattr(module, "parametrizations"):
         return "its weight is parametrized; remove the parametrization first"
+    if taken := [name for name in _OWN if hasattr(module, name)]:
+        return f"it has an attribute {taken[0]!r}, which an adapted layer uses for itself; rename it, or exclude it"
     return None
 
 
@@ -468,11 +475,7 @@ class PeftLinear(nn.Linear):
         plain.__dict__.update(self.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
             plain.__dict__[registry] = dict(self.__dict__[registry])
-        own = ["method", "config", "merged", "enabled", "fan_in_fan_out", "_base_class", "adapter_names"]
-        own += ["buffer_names", "awaits_weight"]
-        if self.fan_in_fan_out:
-            own += ["in_features", "out_features"]
-        for name in own:
+        for name in (*_OWN, *(("in_features", "out_features") if self.fan_in_fan_out else ())):
             del plain.__dict__[name]
         for name in self.adapter_names:
             del plain._parameters[name]
