@@ -189,6 +189,16 @@ def test_trainable_base_weight_gets_its_gradient():
     torch.testing.assert_close(layer.weight.grad, torch.ones(3, 10).T @ x)
 
 
+class Tagged(nn.Linear):
+    method = "mine"
+
+
+def with_attribute(name, value):
+    linear = nn.Linear(4, 4)
+    setattr(linear, name, value)
+    return linear
+
+
 @pytest.mark.parametrize(
     ("module", "message"),
     [
@@ -199,6 +209,10 @@ def test_trainable_base_weight_gets_its_gradient():
         (lambda: nn.Linear(4, 4).to(torch.complex64), "complex64"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), "parametriz"),
         (lambda: fp.PeftLinear(4, 4, config=CONFIG), "already carries an adapter"),
+        (lambda: with_attribute("config", {"name": "mine"}), "attribute 'config'.*rename it"),
+        (lambda: with_attribute("enabled", False), "attribute 'enabled'"),
+        (lambda: with_attribute("merged", torch.nn.Identity()), "attribute 'merged'"),
+        (lambda: Tagged(4, 4), "attribute 'method'"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused_and_unchanged(module, message):
@@ -378,3 +392,12 @@ def test_explain_says_which_layers_cannot_read_their_weight(name):
     assert row.backend == "none"
     with pytest.raises(RuntimeError, match=f"weight of a {name} layer.*Quantised.*keep this layer unquantised"):
         layer(torch.randn(2, 12))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_attribute_that_a_layer_sets_is_looked_for_on_the_users(name):
+    plain = nn.Linear(8, 8)
+    layer = fp.PeftLinear.from_linear(plain, METHODS[name].example(4))
+    for attribute in layer.__dict__.keys() - plain.__dict__.keys():
+        with pytest.raises(TypeError, match=f"attribute '{attribute}'"):
+            fp.PeftLinear.from_linear(with_attribute(attribute, 1), METHODS[name].example(4))

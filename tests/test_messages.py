@@ -279,7 +279,7 @@ ROWS = [
     Row("save a plain model", plain, fp.save_pretrained, ValueError,
         ("model=Sequential has no adapter", "get_peft_model or load_adapter")),
     Row("a name in place of a keyword", ours, lambda m: fp.get_peft_model(m, fp.LoraConfig(r=2), "second"), TypeError,
-        ("'second' as a third positional argument", "holds one adapter, which has no name")),
+        ("'second' as a third positional argument", "add_adapter(model, name, config)")),
     Row("a name for a loaded adapter", ours, lambda m, folder: fp.load_adapter(m, folder, "second"), TypeError,
         ("'second' as a third positional argument",)),
     Row("a name of the hub as folder", plain, lambda m: fp.load_adapter(m, "someone/adapter"), FileNotFoundError,

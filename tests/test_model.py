@@ -362,8 +362,8 @@ def test_encoder_layers_with_a_fast_path_are_refused():
 def test_all_layers_are_replaced_in_one_walk_over_the_model(net, monkeypatch):
     from fused_peft.model import convert
 
-    walks, right = [], convert._replace
-    monkeypatch.setattr(convert, "_replace", lambda model, new: (walks.append(len(new)), right(model, new)))
+    walks, right = [], convert.put
+    monkeypatch.setattr(convert, "put", lambda model, new: (walks.append(len(new)), right(model, new)))
     fp.get_peft_model(net, CONFIGS[0])
     fp.merge_and_unload(net)
     assert walks == [6, 6]

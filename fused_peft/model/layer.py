@@ -16,6 +16,9 @@ from ..core.sharded import fill, gathered, is_sharded, is_spread, placed_as, sha
 from ..methods import Method, PeftConfig, method_of
 from .adapter import Adapter, Bound, With, compose, merged, why_not_together
 
+# what a PeftLinear keeps on itself beside nn.Linear's attributes
+OWN = ("method", "config", "merged", "enabled", "active", "kind", "base_class")
+OWN += ("tensor_names", "buffer_names", "awaits_weight")
 DEFAULT = "default"  # the name of the adapter that a layer is made with
 
 
@@ -24,7 +27,11 @@ def why_not_adaptable(module: nn.Module) -> str | None:
     if isinstance(module, PeftLinear):
         return "it already carries an adapter; merge_and_unload it first"
     kind = kind_of(module)
-    return kind if isinstance(kind, str) else None
+    if isinstance(kind, str):
+        return kind
+    if taken := [name for name in OWN if hasattr(module, name)]:
+        return f"it has an attribute {taken[0]!r}, which an adapted layer uses for itself; rename it, or exclude it"
+    return None
 
 
 def readable(linear: nn.Module, method: Method) -> Frozen:
@@ -291,8 +298,9 @@ class PeftLinear(Bound, nn.Linear):
         """A merged layer computes from its weight alone, so its adapter gets no gradient."""
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if any(p.requires_grad for a in self.active_adapters() for p in a.adapter_tensors()):
+                names = " + ".join(a.method.name for a in self.active_adapters())
                 warnings.warn(
-                    f"a merged {' + '.join(a.method.name for a in self.active_adapters())} layer runs in training mode, where its adapter gets no gradient; "
+                    f"a merged {names} layer runs in training mode, where its adapter gets no gradient; "
                     "unmerge(model) before training, or model.eval()",
                     stacklevel=2,
                 )
@@ -389,9 +397,7 @@ class PeftLinear(Bound, nn.Linear):
         hooked = plain.__dict__.pop("_hooked", None)
         if hooked is not None:
             return hooked
-        own = {"method", "config", "merged", "enabled", "active", "kind", "base_class", "tensor_names", "buffer_names"}
-        own |= {"awaits_weight"} | ({"in_features", "out_features"} if _is_conv1d(self.base_class) else set())
-        for name in own:
+        for name in (*OWN, *(("in_features", "out_features") if _is_conv1d(self.base_class) else ())):
             plain.__dict__.pop(name, None)
         plain._modules.pop("added", None)
         for name in self.tensor_names:
