@@ -58,6 +58,7 @@ from .methods import (  # noqa: E402
 )
 from .methods import base as _base  # noqa: E402
 from .model import explain as _explain  # noqa: E402
+from .model import schedule as _schedule  # noqa: E402
 from .model.adapter_config import AdapterFormatError, load_config  # noqa: E402
 from .model.checks import check_training  # noqa: E402
 from .model.convert import (  # noqa: E402
@@ -94,8 +95,15 @@ def _peft_rows(model, tokens, dtype):
     return _bridge("explain").explanations(model, tokens, dtype) if "peft" in _sys.modules else []
 
 
+def _allocate_in_peft(model, step):
+    """on_step of a Hugging Face PEFT model."""
+    if "peft" in _sys.modules and hasattr(model, "peft_config"):
+        _bridge("on_step").allocate(model, step)
+
+
 _base.ON_USE.append(_register_with_peft)
 _explain.OF_PEFT.append(_peft_rows)
+_schedule.OF_PEFT.append(_allocate_in_peft)
 
 
 def _bridge(what: str):

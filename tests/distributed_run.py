@@ -328,7 +328,9 @@ def accelerated_peft():
     configs = {
         "lora": lambda: peft.LoraConfig(r=3, init_lora_weights=False, **names),
         "dora": lambda: peft.LoraConfig(r=3, use_dora=True, init_lora_weights=False, **names),
-        "adalora": lambda: peft.AdaLoraConfig(init_r=3, total_step=9, init_lora_weights=False, **names),
+        "adalora": lambda: peft.AdaLoraConfig(
+            init_r=3, target_r=2, tinit=5, total_step=9, init_lora_weights=False, **names
+        ),
         "ia3": lambda: peft.IA3Config(feedforward_modules=["2"], init_ia3_weights=False, **names),
         "ssb": lambda: fp.SSBConfig(**names),
         "flora": lambda: fp.FloraConfig(r=3, **names),

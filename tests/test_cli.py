@@ -32,7 +32,8 @@ print(fp.estimate(torch.nn.Sequential(torch.nn.Linear(12, 12)), config, tokens=6
 # a reason of the machine's own words
 FOREIGN = """
 import sys
-from fused_peft import __main__ as cli, dispatch
+from fused_peft import __main__ as cli
+from fused_peft.core import dispatch
 class Foreign:
     name, priority = "foreign", 1
     def available(self): return ["no kernel in C:/Users/J\\u00f6rg/\\u30ab"]

@@ -100,3 +100,11 @@ def fill(t: Tensor, value: Tensor, source: int | None = None) -> None:
     """Copy a value, whole or split as t is, into t, whoever holds it; ``source`` as for ``placed_as``."""
     with gathered([t], write=True):
         t.copy_(placed_as(value, t, source))
+
+
+def added_at(W: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """A copy of W (N, K) with values added at these positions of its flattened form, each of which occurs once."""
+    if is_sharded(W):  # formed whole and then split: flattening W, and index_add, fail on DTensors of PyTorch 2.11
+        change = values.new_zeros(W.numel()).scatter(0, index, values).view(W.shape)
+        return W + change.redistribute(W.device_mesh, W.placements)
+    return W.reshape(-1).index_add(0, index, values).view(W.shape)

@@ -339,3 +339,18 @@ def _explain(layer: nn.Module, tokens: int, dtype: torch.dtype | None) -> tuple[
     x = torch.empty(1, device="meta", dtype=dtype or weight.dtype).expand(tokens, weight.shape[1])
     choice = dispatch.choose(operands.foreseen(found[0], x, weight, bias, None, True, weight.device))
     return method, "factors", choice.backend.name, choice.why()
+
+
+def allocate(model: nn.Module, step: int) -> None:
+    """The rank allocator of PEFT's own AdaLoRA, where the model is one that trains."""
+    for tuner in (model, getattr(model, "base_model", None)):
+        if isinstance(tuner, adalora.AdaLoraModel) and hasattr(tuner, "rankallocator"):
+            try:
+                return tuner.update_and_allocate(step)
+            except TypeError as e:
+                if any(p.requires_grad and p.grad is None for p in tuner.parameters()):
+                    raise RuntimeError(
+                        "on_step needs the gradients, and PEFT's AdaLoRA has parameters without: call it after "
+                        "backward and before zero_grad"
+                    ) from e
+                raise

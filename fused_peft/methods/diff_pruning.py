@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..core.sharded import added_at
 from .base import Init, Method, PeftConfig, naming
 from .defaults import LORA_TARGETS
 
@@ -73,7 +74,7 @@ def init(W, bias, config, new):
 def weight(layer):
     W, values = layer.matrix, layer.values
     W = W.to(torch.promote_types(W.dtype, values.dtype))
-    return W.reshape(-1).index_add(0, layer.index, values.to(W.dtype)).view(W.shape)
+    return added_at(W, layer.index, values.to(W.dtype))
 
 
 DIFF_PRUNING = Method(

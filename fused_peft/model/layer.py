@@ -111,6 +111,7 @@ class PeftLinear(Bound, nn.Linear):
     ):
         method_of(config)
         super().__init__(in_features, out_features, bias, device, dtype)
+        self.merged, self.enabled, self.active = False, True, None
         self._attach(config, adapter_dtype)
         self.freeze_base()
 
@@ -148,6 +149,7 @@ class PeftLinear(Bound, nn.Linear):
                 layer.__dict__["_hooked"] = linear
         layer.kind, layer.base_class = kind, type(linear)
         layer.out_features, layer.in_features = kind.shape(linear)
+        layer.merged, layer.enabled = False, True
         layer.active = ()
         return layer
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
+from collections.abc import Callable
 
 from torch import nn
 
@@ -11,6 +11,8 @@ from ..core.sharded import is_sharded, reshard
 from . import checks
 from .adapted import active_layers, unwrap
 from .layer import Gathered
+
+OF_PEFT: list[Callable[[nn.Module, int], None]] = []  # what acts on Hugging Face PEFT's own models
 
 
 def on_step(model: nn.Module, step: int) -> None:
@@ -26,7 +28,8 @@ def on_step(model: nn.Module, step: int) -> None:
     if step < 0:
         raise ValueError(f"step={step} must not be negative; count training steps from 0")
     checks.warn_vanished(model, again=False)
-    _allocate_in_peft(model, step)
+    for act in OF_PEFT:
+        act(unwrap(model), step)
     scheduled = [(name, layer) for name, layer in active_layers(model) if layer.method.on_step is not None]
     checks.driven([layer for _, layer in scheduled])
     by_method = defaultdict(list)
@@ -43,22 +46,6 @@ def on_step(model: nn.Module, step: int) -> None:
         act(copies, step)
         for _, copy in copies:
             copy.put_back()
-
-
-def _allocate_in_peft(model: nn.Module, step: int) -> None:
-    """PEFT's own AdaLoRA, where the model is one that trains."""
-    peft, model = sys.modules.get("peft"), unwrap(model)
-    for tuner in (model, getattr(model, "base_model", None)) if peft else ():
-        if isinstance(tuner, peft.AdaLoraModel) and hasattr(tuner, "rankallocator"):
-            try:
-                return tuner.update_and_allocate(step)
-            except TypeError as e:
-                if any(p.requires_grad and p.grad is None for p in tuner.parameters()):
-                    raise RuntimeError(
-                        "on_step needs the gradients, and PEFT's AdaLoRA has parameters without: call it after "
-                        "backward and before zero_grad"
-                    ) from e
-                raise
 
 
 def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_decay: float = 0.0) -> list[dict]:

@@ -175,7 +175,13 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 def _kept(layer: PeftLinear, tokens: int) -> tuple[int, int]:
     """Bytes of x, and of everything else, that a layer on the meta device keeps: storages, the layer's own left out."""
-    x = torch.empty(tokens, layer.in_features, dtype=layer.weight.dtype, device="meta", requires_grad=True)
+    dtype = layer.kind.like(layer).dtype
+    if not dtype.is_floating_point:
+        raise ValueError(
+            f"model has a {layer.base_class.__name__}, whose weight is stored as {dtype}, and estimate does not know "
+            "what such a layer keeps; estimate the model before it is quantised"
+        )
+    x = torch.empty(tokens, layer.in_features, dtype=dtype, device="meta", requires_grad=True)
     kept: list[Tensor] = []
     layer.train()
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
