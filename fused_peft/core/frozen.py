@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .factors import NotMergeableError
-from .sharded import is_sharded, shape_of
+from .sharded import is_sharded, shape_of, whole
 from .torch_internals import is_traceable_wrapper_subclass
 
 
@@ -32,6 +32,7 @@ class Stored(NamedTuple):
     parts: tuple[Tensor, ...]
     spec: str
     shape: tuple[int, int]
+    dtype: torch.dtype  # that its values are read in, where no input says so
 
 
 # format -> (parts, the rest of the spec, dtype) -> W (N, K) in that dtype
@@ -80,8 +81,21 @@ class Frozen:
         """A stored weight as (N, K), or the other way round: its own inverse."""
         return t.t() if self.transposed else t
 
+    def device(self, module: nn.Module) -> torch.device:
+        """Where the module computes: of weights that hooks keep elsewhere between calls, where they bring them."""
+        device, hook = self.like(module).device, getattr(module, "_hf_hook", None)
+        where = [getattr(h, "execution_device", None) for h in getattr(hook, "hooks", (hook,))]
+        where = next((w for w in where if w is not None), None)
+        return torch.device(where) if device.type == "meta" and where is not None else device
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The floating dtype that W's values have; fp32 where nothing tells."""
+        W = None if self.opaque else self.matrix(module)
+        dtype = W.dtype if W is not None else self.like(module).dtype
+        return dtype if dtype.is_floating_point else torch.float32
+
     def like(self, module: nn.Module) -> Tensor:
-        """A tensor of the module that tells its device and dtype."""
+        """A tensor that the module holds, its weight where it has one of that name."""
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor):
             return weight
@@ -94,7 +108,12 @@ class Frozen:
     def dense(self, module: nn.Module) -> Tensor:
         """W (N, K) as a matrix, for who needs its values."""
         W = self.matrix(module)
-        return decode(W.spec, W.parts, module.weight.dtype) if isinstance(W, Stored) else W
+        return decode(W.spec, W.parts, W.dtype) if isinstance(W, Stored) else W
+
+    def values(self, module: nn.Module) -> Tensor:
+        """W (N, K), whole where several processes hold it, apart from autograd."""
+        W = self.matrix(module)
+        return decode(W.spec, W.parts, W.dtype) if isinstance(W, Stored) else self.placed(whole(module.weight).detach())
 
     def as_plain(self, module: nn.Module) -> Frozen | str:
         """The kind by which W's values are read, mostly this one; or why they cannot be."""
@@ -157,10 +176,10 @@ class Opaque(Frozen):
             return f"{kind} holds its weight in a form that cannot be read ({what})"
         if weight.is_meta:
             return f"the weight of {kind} is on the meta device (offloaded?)"
-        for kind in (DENSE, TRANSPOSED):
-            W = kind.placed(weight)
+        for plain in (DENSE, TRANSPOSED):
+            W = plain.placed(weight)
             if W.shape == self.shape(module) and _computes(module, W):
-                return kind
+                return plain
         return f"{kind} has a forward of its own, which does not compute x W^T + b with its weight"
 
     def why_unwritable(self, module: nn.Module) -> str | None:

@@ -50,9 +50,14 @@ class Bound:
         config = config.for_module("")
         refuse_inference([weight], config)
         if adapter_dtype is None:
-            wide = weight.dtype in HALF or not weight.dtype.is_floating_point
-            adapter_dtype = torch.float32 if wide else weight.dtype
+            dtype = self.kind.dtype(self)
+            adapter_dtype = torch.float32 if dtype in HALF else dtype
         start = self._start(method, config, adapter_dtype)
+        if taken := [name for name in start.params | start.buffers if hasattr(self, name)]:
+            raise ValueError(
+                f"the layer has an attribute {taken[0]!r} already, which {method.name} needs for a tensor of its own; "
+                "rename it, or exclude the layer"
+            )
         self.method, self.config = method, config.in_use()
         for name, value in start.params.items():
             self.register_parameter(name, nn.Parameter(value.to(adapter_dtype)))
@@ -64,13 +69,13 @@ class Bound:
     @torch.no_grad()
     def _start(self, method: Method, config: PeftConfig, dtype: torch.dtype) -> Init:
         """What the method starts this layer from; a new adapter and a reset one share it."""
-        weight = self.kind.like(self)
         bias = whole(self.bias) if isinstance(self.bias, Tensor) else None
-        if self.kind.opaque and not method.needs_weight:  # its shape is all that is read
-            W = torch.empty(self.kind.shape(self), device="meta", dtype=dtype)
+        device = self.kind.device(self.__dict__.get("_hooked", self))
+        if self.kind.opaque and not method.needs_weight:  # its shape, dtype and device are all that is read
+            W = torch.empty(1, dtype=dtype, device=device).expand(self.kind.shape(self))
         else:
-            W = self.kind.placed(whole(weight).detach())
-        return method.start(W, bias, config, lambda *shape: torch.empty(shape, dtype=dtype, device=weight.device))
+            W = self.kind.values(self)
+        return method.start(W, bias, config, lambda *shape: torch.empty(shape, dtype=dtype, device=device))
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
@@ -167,6 +172,12 @@ def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor) -> Tensor:
     bias = layer.bias
     if kind.opaque:
         z = _own(layer, before_all, adapters[0].method.name)
+        if any(f.d_out is not None and not f.scale_bias for f in found):  # the bias stays outside d_out: what is it?
+            with torch.no_grad():
+                held = layer.base_forward(x.new_zeros(1, x.shape[-1]))[0].detach()
+            more = held if bias is None else held - bias.to(held.dtype)
+            steps = [(a, f if f.bias is None else replace(f, bias=f.bias + more), at) for a, f, at in steps]
+            bias = held
     else:
         (adapter, f, x), *steps = steps
         z = _first(adapter, x, kind.matrix(layer), bias, layer.training, f)

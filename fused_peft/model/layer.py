@@ -63,12 +63,10 @@ class Gathered(With):
         copy.grad = whole_grad(t)
         return copy
 
-    def stored_weight(self) -> Tensor:
-        return self._whole(self._adapter.weight).detach()
-
     @property
     def matrix(self) -> Tensor:
-        return self._adapter.kind.placed(self.stored_weight())
+        kind, layer = self._adapter.kind, self._adapter
+        return kind.values(layer) if self._values else kind.placed(self._whole(layer.weight))
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -138,7 +136,7 @@ class PeftLinear(Bound, nn.Linear):
             raise TypeError(f"linear={type(linear).__name__}(...) cannot be adapted: {reason}")
         if kind.opaque and method.needs_weight:
             kind = readable(linear, method)
-        layer = cls.__new__(_also(type(linear), cls) if kind.opaque else cls)
+        layer = cls.__new__(cls if kind in (DENSE, TRANSPOSED) else _also(type(linear), cls))
         layer.__dict__.update(linear.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
             layer.__dict__[registry] = dict(linear.__dict__[registry])
@@ -319,8 +317,7 @@ class PeftLinear(Bound, nn.Linear):
             raise NotMergeableError(f"{plain}; keep the layer unmerged")
         dtype, found = self.weight.dtype, [Gathered(adapter) for adapter in self.active_adapters()]
         wide = torch.promote_types(dtype, torch.float32)
-        gathered_base = Gathered(self)
-        W, bias = plain.placed(gathered_base.stored_weight()).to(wide), gathered_base.bias
+        W, bias = plain.values(self).to(wide), Gathered(self).bias
         for adapter in found:
             W, bias = merged(adapter, W, bias)
         if bias is not None and self.bias is None and is_sharded(self.weight):
