@@ -1,4 +1,4 @@
-"""The README's figures, drawn from the committed results: docs/NAME.svg and docs/NAME.png.
+"""The figures of docs/, drawn from the committed results: docs/NAME.svg.
 
     python bench/plot.py
 
@@ -214,7 +214,7 @@ def draw(figure: Callable[[], Drawn], *files: Path) -> None:
 def main() -> None:
     DOCS.mkdir(exist_ok=True)
     for name, figure in FIGURES.items():
-        draw(figure, DOCS / f"{name}.svg", DOCS / f"{name}.png")
+        draw(figure, DOCS / f"{name}.svg")
 
 
 if __name__ == "__main__":

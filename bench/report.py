@@ -1,4 +1,4 @@
-"""Rewrites the README's tables from the committed results: `make report`.
+"""Rewrites the tables of docs/ from the committed results: `make report`.
 
 A table stands between `<!-- name -->` and `<!-- /name -->`; nothing between the marks is written by hand.
 """
@@ -247,21 +247,26 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def render(readme: str) -> str:
-    """The README with every marked table made anew; ValueError for a mark without a table."""
+def pages() -> list[Path]:
+    """The Markdown files that tables may stand in."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def render(text: str) -> str:
+    """A page with every marked table made anew; ValueError for a mark without a table."""
 
     def fill(match: re.Match) -> str:
         name = match[1]
         if name not in TABLES:
-            raise ValueError(f"README marks a table {name!r}, known: {', '.join(TABLES)}")
+            raise ValueError(f"a page marks a table {name!r}, known: {', '.join(TABLES)}")
         return f"<!-- {name} -->\n{TABLES[name]()}\n<!-- /{name} -->"
 
-    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", fill, readme, flags=re.S)
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", fill, text, flags=re.S)
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(render(readme.read_text()))
+    for page in pages():
+        page.write_text(render(page.read_text()))
 
 
 if __name__ == "__main__":

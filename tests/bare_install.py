@@ -1,4 +1,4 @@
-"""What works where torch and this library alone are installed: commands, checkpoints, kernels, the README's core.
+"""What works where torch and this library alone are installed: commands, checkpoints, kernels, the pages' core.
 
 `make bare` runs it in such an environment, which has no test runner. Exit status 1 when a check fails.
 """
@@ -67,9 +67,10 @@ def checks():
         yield f"python -m fused_peft {command}", ["-m", "fused_peft", *command.split()], {}
     yield "an adapter comes back from disk", ["-c", SMALL + CHECKPOINT], {}
     yield "Triton's kernels, interpreted, agree with eager", ["-c", SMALL + TRITON], {"TRITON_INTERPRET": "1"}
-    for block in snippets((ROOT / "README.md").read_text("utf-8"))[0]:
+    pages = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page, block in ((p.name, block) for p in pages for block in snippets(p.read_text("utf-8"))[0]):
         first = next(line for line in block.splitlines() if line and not line.startswith(("import", "from", "#")))
-        yield f"README: {first[:60]}", ["-c", block], {}
+        yield f"{page}: {first[:60]}", ["-c", block], {}
 
 
 def main() -> int:

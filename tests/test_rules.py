@@ -128,27 +128,48 @@ def test_no_unused_module():
         assert entry or name in used or name.endswith("distributed.parallel"), file
 
 
-def _readme_blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+PAGES = {str(page.relative_to(ROOT)): page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 
 
-def test_every_path_in_the_readme_exists():
-    words = re.findall(r"`([\w./-]+(?:\.(?:py|md|csv|png|sh|cuh|cu|toml)|/))`", README)
-    words += re.findall(r"\]\(([^)#:]+)\)", README)
-    assert len(words) > 10
-    missing = [w for w in words if not (ROOT / w).exists() and not any(ROOT.glob(f"*/{w}"))]
+def _blocks(language: str) -> list[str]:
+    return [block for text in PAGES.values() for block in re.findall(rf"```{language}\n(.*?)```", text, re.S)]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 170
+
+
+def test_every_page_opens_with_words():
+    for page, text in PAGES.items():
+        first = [line for line in text.splitlines() if line][1]
+        assert text.startswith("# "), page
+        assert re.match(r"[A-Z`]", first), f"{page}: {first}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_path_in_a_page_exists(page):
+    text = re.sub(r"```.*?```", "", PAGES[page], flags=re.S)
+    words = [w for w in re.findall(r"`([\w./-]+(?:\.(?:py|csv|sh|cuh|cu|toml)|/))`", text) if "NAME" not in w]
+    missing = [w for w in words if not (ROOT / w).exists() and not (PACKAGE / w).exists()]
+    links = [w.partition("#")[0] for w in re.findall(r"\]\(([^):]+)\)", text)]
+    missing += [w for w in links if w and not (ROOT / page).parent.joinpath(w).exists()]
     assert not missing
 
 
-@pytest.mark.parametrize("recipe", _readme_blocks("python"), ids=lambda r: r.strip().splitlines()[0][:40])
-def test_every_python_recipe_in_the_readme_runs(recipe, tmp_path):
+def test_every_page_is_linked_from_the_readme():
+    linked = set(re.findall(r"\]\((docs/\w[\w-]*\.md)", README))
+    assert linked == set(PAGES) - {"README.md"}
+
+
+@pytest.mark.parametrize("recipe", _blocks("python"), ids=lambda r: r.strip().splitlines()[-1][:40])
+def test_every_python_recipe_in_the_pages_runs(recipe, tmp_path):
     run = subprocess.run([sys.executable, "-c", recipe], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 
 
-def test_every_command_in_the_readme_is_known():
+def test_every_command_in_the_pages_is_known():
     makefile = (ROOT / "Makefile").read_text()
-    for line in filter(None, "\n".join(_readme_blocks("bash")).splitlines()):
+    for line in filter(None, "\n".join(_blocks("bash")).splitlines()):
         command = line.partition("#")[0].split()
         if command[0] == "make":
             assert re.search(rf"^{command[1]}:", makefile, re.M), line
@@ -165,8 +186,17 @@ def test_every_command_in_the_readme_is_known():
             assert command[:2] == ["pip", "install"], line
 
 
-def test_tables_in_the_readme_come_from_the_results():
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_come_from_the_results(page):
     sys.path.insert(0, str(ROOT / "bench"))
     import report
 
-    assert report.render(README) == README, "run `make report`"
+    assert report.render(PAGES[page]) == PAGES[page], "run `make report`"
+
+
+def test_every_table_stands_in_a_page():
+    sys.path.insert(0, str(ROOT / "bench"))
+    import report
+
+    marked = [name for text in PAGES.values() for name in re.findall(r"<!-- ([\w-]+) -->", text)]
+    assert sorted(marked) == sorted(report.TABLES)
