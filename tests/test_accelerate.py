@@ -544,3 +544,41 @@ print(*(type(m).__name__ for m in model.base_model.model))
 """
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, capture_output=True, text=True)
     assert run.stdout.split() == ["FusedLoraLinear"] * 2
+
+
+def test_dora_keeps_the_norm_of_a_weight_that_stays(monkeypatch):
+    model = fp.accelerate(
+        peft.get_peft_model(nn.Sequential(nn.Linear(8, 6)), peft.LoraConfig(**R, use_dora=True, target_modules=["0"]))
+    )
+    stock = copy.deepcopy(fp.restore(copy.deepcopy(model)))
+    layer, counted = model.base_model.model[0], []
+    norm2 = bridge._row_norm2
+    monkeypatch.setattr(bridge, "_row_norm2", lambda w: (counted.append(1), norm2(w))[1])
+    x = torch.randn(3, 8)
+
+    def agrees(made):
+        counted.clear()
+        for _ in range(2):
+            torch.testing.assert_close(model(x), stock(x), rtol=1e-5, atol=1e-6)
+        assert len(counted) == made
+
+    agrees(1)
+    agrees(0)
+    for each in (model, stock):  # in place
+        with torch.no_grad():
+            each.base_model.model[0].base_layer.weight.mul_(2)
+    agrees(1)
+    for each in (model, stock):  # another storage
+        each.base_model.model[0].base_layer.weight.data = 3 * torch.ones(6, 8)
+    agrees(1)
+    for each in (model, stock):  # without a trace, as merging writes
+        each.merge_adapter()
+        each.unmerge_adapter()
+    agrees(1)
+    for each in (model, stock):
+        each.base_model.model[0].base_layer.weight.data.mul_(2)
+        each.train()
+    agrees(1)
+    assert not any("norm2" in name for name in pickle.loads(pickle.dumps(layer)).__dict__)
+    assert not any("norm2" in name for name in model.state_dict())
+    assert not any("norm2" in name for name in fp.restore(model).base_model.model[0].__dict__)

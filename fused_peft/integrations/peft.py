@@ -22,12 +22,13 @@ from torch import Tensor, nn
 
 from ..core import dispatch, operands, ops, versions
 from ..core.factors import Factors
-from ..core.frozen import conv1d_type, is_linear
+from ..core.frozen import DENSE, TRANSPOSED, conv1d_type, is_linear
 from ..core.torch_internals import is_traceable_wrapper_subclass
 from ..model.adapted import is_adapted
 from ..model.explain import explain_layer
 from .tuners import FusedTunerLayer
 
+_KEPT = "_fused_peft_norm2"  # where an accelerated DoRA layer keeps its ‖W‖², and of which weight
 _NAMED = 3  # reasons that a warning spells out
 
 
@@ -62,9 +63,8 @@ class _Fused:
         return y
 
     def base_matrix(self) -> Tensor:
-        """The base weight as (out, in); Conv1D stores it the other way round."""
-        base = self.base_layer
-        return base.weight if isinstance(base, nn.Linear) else base.weight.t()
+        """The base weight as (out, in)."""
+        return (DENSE if isinstance(self.base_layer, nn.Linear) else TRANSPOSED).matrix(self.base_layer)
 
     def unfused(self, x: Tensor | None = None, adapters: list[str] | None = None) -> str | None:
         """Why a call, on x where one is given, takes PEFT's forward with these adapters (default: the active ones);
@@ -141,13 +141,45 @@ class FusedLoraLinear(_Fused, lora.Linear):
         if name not in self.lora_variant:
             return Factors(A=A, B=B, bias=bias, s=s, p=p)
         with torch.no_grad():
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            squared = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
-            norm = ops.row_norm(weight, squared, A, B, s)
+            norm = ops.row_norm(weight, self._squared(weight), A, B, s)
         magnitude, p = self.lora_magnitude_vector[name], p if self.training else 0.0
         if magnitude._dora_cache:  # PEFT's call empties it while DoraCaching is off
             magnitude._cache_clear()
         return Factors(A=A, B=B, d_out=magnitude.weight / norm, s=s, p=p, drop_base=True)
+
+    def _squared(self, weight: Tensor) -> Tensor:
+        """‖W‖² per row, kept until the weight is another tensor or was written to."""
+        if torch.compiler.is_compiling() or weight.is_inference():  # neither tells of writes
+            return _row_norm2(weight)
+        known = (weight.data_ptr(), weight._version, weight.dtype, weight.device, weight.shape)
+        kept = self.__dict__.get(_KEPT)
+        if kept is None or kept[0] != known:
+            kept = self.__dict__[_KEPT] = (known, _row_norm2(weight))
+        return kept[1]
+
+    def _forget(self) -> None:
+        self.__dict__.pop(_KEPT, None)
+
+    # writing through weight.data leaves no trace; what does so (merging, loaders) comes with one of these
+    def train(self, mode: bool = True):
+        self._forget()
+        return super().train(mode)
+
+    def merge(self, *args, **kwargs) -> None:
+        self._forget()
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        self._forget()
+        super().unmerge()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name != _KEPT}
+
+
+def _row_norm2(weight: Tensor) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
 
 
 class FusedSVDLinear(_Fused, adalora.SVDLinear):
@@ -215,6 +247,7 @@ def restore(model: nn.Module) -> nn.Module:
     for _, layer in _layers(model):
         if type(layer) in back:
             layer.__class__ = back[type(layer)]
+            layer.__dict__.pop(_KEPT, None)
     return model
 
 
