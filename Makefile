@@ -1,4 +1,4 @@
-# make test: everything CI checks.  make gate, make cuda-check: compile every kernel.  make bare: torch and this alone.
+# make check: lint, rules and the fast tests.  make test: everything CI checks.  make gate, make cuda-check: compile every kernel.  make bare: torch and this alone.
 # make demo: a fine-tuning run on real weights.  make bench: CPU figures, tables and plots.
 PYTHON ?= python3
 VENV := .venv
@@ -40,13 +40,17 @@ $(VENV)/deepspeed: $(VENV)/dev
 	  "hjson==3.1.0" "einops==0.8.1" "msgpack==1.1.2" "py-cpuinfo==9.0.0" \
 	  || { rm -rf $@; echo "NOT CHECKED: ZeRO-3, since DeepSpeed does not install"; }
 
-.PHONY: lint test bare gate cuda-check without-nvcc demo bench bench-gpu report clean
+.PHONY: lint check test bare gate cuda-check without-nvcc demo bench bench-gpu report clean
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
+
+# a worker a core, each with one thread of PyTorch's; the tests of a file stay together, and share what they build
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile -m "not slow"
 
 test: lint bare gate $(if $(NVCC),cuda-check,without-nvcc) $(VENV)/cutlass $(VENV)/deepspeed
 	$(BIN)/python -m pytest

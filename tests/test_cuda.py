@@ -26,7 +26,7 @@ from fused_peft.backends import triton as backend_file
 from fused_peft.backends.extension import PLANS, Call, Plan
 from fused_peft.backends.triton import _kernels
 from fused_peft.core import dispatch, operands
-from fused_peft.tools import verify
+from fused_peft.tools import compile_csrc, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = fp.source_dir("csrc")
@@ -480,8 +480,9 @@ def test_without_compilers(workshop):
     )
     with pytest.raises(extension.BuildError, match="nvcc is not on the PATH"):
         extension.library()
+    workshop.monkeypatch.setattr(compile_csrc, "nvcc", lambda: None)
     with pytest.raises(RuntimeError, match="nvcc is not on the PATH; install"):
-        next(extension.compile_all(workshop.folder))
+        next(compile_csrc.compile_all(workshop.folder))
 
 
 @pytest.mark.skipif(not extension.nvcc(), reason="needs nvcc")
@@ -501,7 +502,7 @@ def test_nvcc_builds_a_library_that_loads(workshop):
 # The check
 
 
-CLEAN = extension.Report("plan", 168, 0, 230_000, 5, 8, 8, 0, 3, ())
+CLEAN = compile_csrc.Report("plan", 168, 0, 230_000, 5, 8, 8, 0, 3, ())
 
 
 @pytest.mark.parametrize(
@@ -531,7 +532,7 @@ def test_asserts_in_device_code_are_refused(tmp_path, monkeypatch):
     end = "        ptx::products_commit();\n        ptx::products_wait<1>();"
     text = source.read_text().replace(end, "assert(k < 1 << 20);\n" + end, 1)
     source.write_text("#include <cassert>\n" + text)
-    monkeypatch.setattr(extension, "source_dir", lambda name: folder)
-    monkeypatch.setattr(extension, "FLAGS", ("-std=c++17", "-O3"))
-    report = extension.compiled(PLANS[0], tmp_path, 1000)
+    monkeypatch.setattr(compile_csrc, "source_dir", lambda name: folder)
+    monkeypatch.setattr(compile_csrc, "FLAGS", ("-std=c++17", "-O3"))
+    report = compile_csrc.compiled(PLANS[0], tmp_path, 1000)
     assert any("C75" in fault for fault in report.faults()), report

@@ -257,7 +257,7 @@ def launches(config, M, backward=False, K=4096, N=4096):
     f = layer.factors()
     x = torch.empty(M, K, device="meta", dtype=torch.bfloat16)
     seed = torch.empty(2, device="meta", dtype=torch.int32) if f.p else None
-    o = operands.Operands(x, layer.weight, None, None, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed, f.s, f.p, f.h)
+    o = operands.call_of(x, layer.weight, f, None, None, seed, f.p)
     need = tuple(
         t is not None and n not in ("w", "seed") for n, t in zip(o._fields, o[: operands.TENSORS], strict=False)
     )
@@ -367,9 +367,8 @@ def test_compiles_as_one_graph(config):
 def test_opcheck(hadamard):
     f = _factors(11, 7, 3, ("A", "B"), torch.float32)
     x, w = torch.randn(4, 11, requires_grad=True), torch.randn(7, 11)
-    scalars = (1.5, 0.0, "identity", False, False, hadamard, False)
-    args = (x, w, None, None, None, None, f.A, None, None, f.B, None, *scalars)
-    torch.library.opcheck(torch.ops.fused_peft.linear.default, args)
+    o = operands.Operands(x, w, A=f.A, B=f.B, s=1.5, hadamard=hadamard)
+    torch.library.opcheck(torch.ops.fused_peft.linear.default, (*o, False))
 
 
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
