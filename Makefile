@@ -50,7 +50,7 @@ NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc /usr/loca
 
 # a worker a core, each with one thread of PyTorch's; the tests of a file stay together, and share what they build
 check: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile -m "not slow"
+	OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile -m "not slow"
 
 test: lint bare gate $(if $(NVCC),cuda-check,without-nvcc) $(VENV)/cutlass $(VENV)/deepspeed
 	$(BIN)/python -m pytest

@@ -14,6 +14,18 @@ if not torch.cuda.is_available():
 import fused_peft
 from fused_peft.core import dispatch
 
+# what compiles, starts processes or trains for long: `make check` leaves it out
+SLOW = """accelerate accelerate_api aot bench checks compile cuda distributed estimate examples h200 kernel_mutations
+layers messages methods ops packaging peft_files peft_interop peft_methods plot prompt reads register roofline
+round_trip schedule trainable_copies trainer triton zero3"""
+SLOW_FILES = {f"test_{name}" for name in SLOW.split()}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW_FILES or "recipe" in item.name or "command" in item.name:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def _clean_state():
