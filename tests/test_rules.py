@@ -200,3 +200,58 @@ def test_every_table_stands_in_a_page():
 
     marked = [name for text in PAGES.values() for name in re.findall(r"<!-- ([\w-]+) -->", text)]
     assert sorted(marked) == sorted(report.TABLES)
+
+
+INTERNALS = PACKAGE / "core/torch_internals.py"
+PRIVATE = r"torch\._[A-Za-z]\w*|torch\.utils\._\w+|torch\.ops\.aten\._\w+|_aten\._\w+"
+
+
+def test_private_names_of_torch_stand_in_one_file():
+    for file in PACKAGE.rglob("*.py"):
+        assert file == INTERNALS or not re.findall(PRIVATE, file.read_text()), file
+
+
+def test_private_names_of_torch_are_still_there():
+    """Where one is gone its stand-in runs, slower: this test is how that is noticed."""
+    import torch
+
+    for name in ("_are_functorch_transforms_active", "_is_tracing", "_is_any_autocast_enabled"):
+        assert hasattr(torch._C, name), name
+    assert hasattr(torch.ops.aten, "_unsafe_view")
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    assert is_traceable_wrapper_subclass
+
+
+def test_the_stand_ins_for_private_names_work():
+    """A layer trains to the same gradients in a process where those names are gone."""
+    code = """
+import torch
+class Gone:
+    def __init__(self, own, names): self.own, self.names = own, names
+    def __getattr__(self, name):
+        if name in self.names: raise AttributeError(name)
+        return getattr(self.own, name)
+if {gone}:
+    real = torch._C
+    torch._C = Gone(real, ("_are_functorch_transforms_active", "_is_tracing", "_is_any_autocast_enabled"))
+    import fused_peft.core.torch_internals
+    torch._C = real
+import fused_peft as fp
+torch.manual_seed(0)
+layer = fp.PeftLinear(8, 6, config=fp.LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False))
+y = layer(torch.randn(3, 8))
+y.square().sum().backward()
+print([p.grad.sum().item() for p in layer.adapter_tensors()])
+"""
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code.replace("{gone}", str(gone))],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        )
+        for gone in (False, True)
+    ]
+    assert runs[0].stdout == runs[1].stdout
