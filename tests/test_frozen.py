@@ -1,6 +1,7 @@
 """What a layer's base can be: a forward of its own, hooks, a weight in parts; and several adapters on it."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -14,8 +15,14 @@ from torch import nn
 import fused_peft as fp
 from fused_peft.core import frozen
 from fused_peft.methods import METHODS
+from fused_peft.model import adapter as adapters
+from fused_peft.model import layer as layers
 
 ATOL = 1e-10
+
+
+def test_every_method_has_a_case():
+    assert {case.method for case in CASES} == set(METHODS)
 
 
 class Doubling(nn.Linear):
@@ -82,13 +89,17 @@ def test_beside_a_product_of_its_own(case, bias):
     assert all(torch.equal(t, before[n]) for n, t in layer.state_dict().items())
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_a_forward_of_its_own_that_is_the_plain_product(case):
-    """Every method; where it can be merged, merged as the plain layer is."""
-    layer, reference = adapted(made(Written, True), case), adapted(made(nn.Linear, True), case)
+def test_a_forward_of_its_own_that_is_the_plain_product(case, bias):
+    """Every method; where it can be merged, merged and unmerged as the plain layer is."""
+    layer, reference = adapted(made(Written, bias), case), adapted(made(nn.Linear, bias), case)
+    assert isinstance(layer, Written)
     x, dy = inputs(SMALL)
     same(layer_results(layer, x, dy), layer_results(reference, x, dy))
     assert layer.state_dict().keys() == reference.state_dict().keys()
+    layer.eval(), reference.eval()
+    before = layer(x)
     try:
         reference.merge()
     except fp.NotMergeableError:
@@ -96,10 +107,43 @@ def test_a_forward_of_its_own_that_is_the_plain_product(case):
             layer.merge()
         return
     layer.merge()
+    same(dict(layer.named_parameters()), dict(reference.named_parameters()))
     torch.testing.assert_close(layer(x), reference(x), rtol=ATOL, atol=ATOL)
+    layer.unmerge()
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer.weight, made(Written, bias).weight)
     plain = layer.unload()
     assert type(plain) is Written
     torch.testing.assert_close(plain(x), reference(x), rtol=ATOL, atol=ATOL)
+
+
+@pytest.mark.parametrize("kind", [Doubling, Written])
+def test_a_model_of_them_is_copied_pickled_and_unloaded(kind):
+    torch.manual_seed(0)
+    base = nn.Sequential(kind(6, 8), nn.Tanh(), kind(8, 4)).double()
+    config = fp.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    model = fp.get_peft_model(copy.deepcopy(base), config)
+    plain = fp.get_peft_model(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), config)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    memory = io.BytesIO()
+    torch.save(model, memory)
+    memory.seek(0)
+    want = model(x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(memory, weights_only=False)):
+        assert torch.equal(twin(x), want)
+        assert isinstance(twin[0], kind)
+        twin[0].lora_B.data.zero_()
+        assert torch.equal(model(x), want)
+    if kind is Doubling:
+        with pytest.raises(fp.NotMergeableError, match="Doubling has a forward of its own"):
+            fp.merge_and_unload(model)
+        assert torch.equal(model(x), want)
+        return
+    unloaded = fp.merge_and_unload(model)
+    assert [type(m) for m in unloaded] == [Written, nn.Tanh, Written]
+    assert unloaded.state_dict().keys() == base.state_dict().keys()
+    torch.testing.assert_close(unloaded(x), want, rtol=ATOL, atol=ATOL)
 
 
 @pytest.mark.parametrize("kind", [Doubling, Written])
@@ -154,7 +198,7 @@ def test_what_is_no_map_of_x_is_refused_at_the_first_call(kind, message):
         assert layer(x.detach()).requires_grad  # the first layer of a model needs no gradient of its input
 
 
-def test_falcon():
+def test_falcon(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.FalconConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20, new_decoder_architecture=False
@@ -170,6 +214,13 @@ def test_falcon():
         optimizer.step()
     want = model(ids).logits
     assert (want - base(ids).logits).abs().max() > 1e-4
+    fp.save_pretrained(model, tmp_path)
+    loaded = fp.load_adapter(copy.deepcopy(base), tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, want)
+    fp.merge(model)
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-5)
+    fp.unmerge(model)
+    assert torch.equal(model(ids).logits, want)
     torch.testing.assert_close(fp.merge_and_unload(model)(ids).logits, want, rtol=1e-4, atol=1e-5)
 
 
@@ -183,38 +234,67 @@ class Around(nn.Module):
         return self.last(torch.tanh(self.first(x)))
 
 
-@pytest.mark.parametrize("where", ["dispatched", "offloaded"])
-def test_under_accelerates_hooks(where, tmp_path):
+def hooked(where, folder):
+    """The model under accelerate's hooks, and the names of its layers whose weights lie elsewhere between calls."""
     accelerate = pytest.importorskip("accelerate")
+    model, cpu = Around(), torch.device("cpu")
+    if where == "dispatched":
+        return accelerate.dispatch_model(
+            model, {"first": "cpu", "last": "cpu"}, main_device="cpu", force_hooks=True
+        ), []
+    if where == "in part":
+        places = {"first": "cpu", "last": "disk"}
+        return accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=folder), ["last"]
+    if where == "in memory":
+        accelerate.cpu_offload(model, execution_device=cpu)
+    else:
+        accelerate.disk_offload(model, folder, execution_device=cpu)
+    return model, ["first", "last"]
+
+
+@pytest.mark.parametrize("where", ["dispatched", "in part", "in memory", "on disk"])
+def test_under_accelerates_hooks(where, tmp_path):
+    """Forward, backward, saving and loading as without hooks; merged only where the weight stays."""
     config = fp.LoraConfig(r=2, target_modules=["first", "last"], init_lora_weights=False)
     torch.manual_seed(5)
     plain = fp.get_peft_model(Around(), config)
-    model = Around()
-    if where == "dispatched":
-        accelerate.dispatch_model(model, {"first": "cpu", "last": "cpu"}, main_device="cpu", force_hooks=True)
-    else:
-        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-        assert model.first.weight.is_meta
-    torch.manual_seed(5)
+    model, away = hooked(where, tmp_path / "weights")
+    assert [name for name in ("first", "last") if getattr(model, name).weight.is_meta] == away
+    torch.manual_seed(6)
     fp.get_peft_model(model, config)
-    fp.save_pretrained(plain, tmp_path)
-    fp.load_adapter(model, tmp_path)
+    fp.save_pretrained(model, tmp_path / "hooked")
+    fp.load_adapter(plain, tmp_path / "hooked")
     x = torch.randn(3, 6)
+    torch.testing.assert_close(model(x), plain(x))
+    plain.first.lora_B.data.mul_(2)
+    fp.save_pretrained(plain, tmp_path / "plain")
+    fp.load_adapter(model, tmp_path / "plain")
     for _ in range(2):
         results = []
         for each in (model, plain):
             each.zero_grad()
-            y = each(x)
+            leaf = x.clone().requires_grad_()
+            y = each(leaf)
             y.square().sum().backward()
-            results.append([y, *(p.grad for p in each.parameters() if p.requires_grad)])
+            results.append([y, leaf.grad, *(p.grad for p in each.parameters() if p.requires_grad)])
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want)
-    if where == "offloaded":
+    model.eval()
+    y = model(x)
+    if away:
         with pytest.raises(fp.NotMergeableError, match="meta device"):
             fp.merge(model)
-        return
-    fp.merge(model.eval())
-    torch.testing.assert_close(model(x), plain(x))
+        assert torch.equal(model(x), y)
+        assert not model.first.merged
+    if where == "in part":
+        model.first.merge()
+        torch.testing.assert_close(model(x), y)
+        model.first.unmerge()
+    if not away:
+        fp.merge(model)
+        torch.testing.assert_close(model(x), y)
+        fp.unmerge(model)
+    assert torch.equal(model(x), y)
 
 
 def test_an_attribute_where_a_tensor_would_lie_is_refused():
@@ -226,7 +306,8 @@ def test_an_attribute_where_a_tensor_would_lie_is_refused():
     assert linear.weight.requires_grad
 
 
-# A kind of one's own: a class that reads its modules, and a decoder. Nothing else in the library knows of it.
+# The recipe for a weight stored in another format: one subclass of Frozen, in front of KINDS, whose ``matrix`` is a
+# Stored with the parts, and one decoder under the name in its spec. Nothing else in the library knows of the format.
 
 
 class Rows(nn.Module):
@@ -270,10 +351,9 @@ class RowCodes(frozen.Frozen):
 @pytest.fixture
 def rows():
     frozen.KINDS.insert(0, RowCodes())
-    if "test_rows" not in frozen._DECODERS:
-        frozen.register_decoder("test_rows", decoded)
+    frozen.register_decoder("test_rows", decoded)
     yield
-    del frozen.KINDS[0]
+    del frozen.KINDS[0], frozen._DECODERS["test_rows"]
 
 
 def pair(case):
@@ -315,6 +395,26 @@ def test_a_weight_in_parts_compiles(name, rows):
         torch.testing.assert_close(got, want, rtol=ATOL, atol=ATOL)
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_a_weight_in_parts_under_autocast(case, rows):
+    """Codes of 7 bits times a power of two are exact in bf16, so what is decoded in it equals the matrix cast to it."""
+    linear = made(nn.Linear, True).float()
+    packed = Rows(linear)
+    packed.scales.copy_(packed.scales.log2().round().exp2())
+    plain = nn.Linear(SMALL.K, SMALL.N)
+    with torch.no_grad():
+        plain.weight.copy_(decoded((packed.codes, packed.scales), "", torch.float32))
+        plain.bias.copy_(linear.bias)
+    x, dy = inputs(SMALL, torch.float32)
+    results = []
+    for base in (packed, plain):
+        layer = adapted(base, case)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(layer_results(layer, x, dy.bfloat16()))
+    assert results[0]["y"].dtype == torch.bfloat16
+    same(*results, atol=1e-6)
+
+
 def test_a_format_has_one_decoder(rows):
     with pytest.raises(ValueError, match="name='test_rows' has a decoder already"):
         frozen.register_decoder("test_rows", decoded)
@@ -327,47 +427,207 @@ for _case in CASES:
     ONE_EACH.setdefault(_case.method, _case)
 
 
-@pytest.mark.parametrize("second", ONE_EACH)
-@pytest.mark.parametrize("first", ["lora", "ssb", "dora", "sam_parser", "houlsby", "pissa", "bitfit", "liera"])
-def test_adapters_act_in_their_order(first, second):
-    layer = adapted(made(nn.Linear, True), ONE_EACH[first])
+def merges(name, bias):
+    """Whether an adapter alone can be merged."""
+    try:
+        adapted(made(nn.Linear, bias), ONE_EACH[name]).merge()
+    except fp.NotMergeableError:
+        return False
+    return True
+
+
+def add_second(layer, name):
     torch.manual_seed(6)
-    layer.add_adapter("second", ONE_EACH[second].make(SMALL.r))
+    layer.add_adapter("second", ONE_EACH[name].make(SMALL.r))
     with torch.no_grad():
         for p in layer.added["second"].adapter_tensors():
             p.add_(0.3 * torch.randn_like(p))
-    x, dy = inputs(SMALL)
-    alone = layer(x)
-    if METHODS[second].stands_alone:
-        with pytest.raises(ValueError, match=f"{second} reads the frozen weight itself"):
-            layer.set_adapter(["default", "second"])
-        assert torch.equal(layer(x), alone)
-        return
+    return layer.eval()
+
+
+def two(kind, first, second, bias=True):
+    layer = add_second(adapted(made(kind, bias), ONE_EACH[first]), second)
     layer.set_adapter(["default", "second"])
-    layer.eval()
-    leaf = x.requires_grad_()
+    return layer
+
+
+def gradients_of(layer, x, dy):
+    """[y, dx and the gradient of every active adapter's tensors]"""
+    leaf = x.detach().requires_grad_()
     y = layer(leaf)
-    trained = [p for a in layer.adapters.values() for p in a.adapter_tensors()]
-    grads = torch.autograd.grad(y, [leaf, *trained], dy, allow_unused=True)
-    step = 1e-6  # along a random direction of everything: the derivative by differences
+    trained = [p for a in layer.active_adapters() for p in a.adapter_tensors()]
+    return [y, *torch.autograd.grad(y, [leaf, *trained], dy, allow_unused=True)]
+
+
+@pytest.mark.parametrize("second", ONE_EACH)
+@pytest.mark.parametrize("first", ONE_EACH)
+def test_adapters_act_in_their_order(first, second):
+    """y as merging them in that order gives, for every pair of methods; a second that reads the weight is refused."""
+    x, _ = inputs(SMALL)
+    for bias in (True, False):
+        layer = add_second(adapted(made(nn.Linear, bias), ONE_EACH[first]), second)
+        alone = layer(x)
+        if METHODS[second].stands_alone:
+            with pytest.raises(ValueError, match=f"{second} reads the frozen weight itself"):
+                layer.set_adapter(["default", "second"])
+        else:
+            layer.set_adapter(["default", "second"])
+            y = layer(x)
+            if merges(first, bias) and merges(second, bias):
+                layer.merge()
+                torch.testing.assert_close(layer(x), y, rtol=1e-9, atol=1e-9)
+                layer.unmerge()
+                assert torch.equal(layer(x), y)
+            else:
+                with pytest.raises(fp.NotMergeableError):
+                    layer.merge()
+                assert torch.equal(layer(x), y)
+            layer.delete_adapter("second")
+        assert torch.equal(layer(x), alone)
+
+
+SLOPED = [name for name in ONE_EACH if name not in ("dora", "delora")]  # the others' norms are not differentiated
+
+
+@pytest.mark.parametrize("second", [name for name in SLOPED if not METHODS[name].stands_alone])
+@pytest.mark.parametrize("first", SLOPED)
+def test_gradients_of_two_adapters(first, second):
+    """The derivative along a random direction of x and every tensor, against differences."""
+    layer = two(nn.Linear, first, second)
+    x, dy = inputs(SMALL)
+    _, *grads = gradients_of(layer, x, dy)
+    moved = [x, *(p.data for a in layer.active_adapters() for p in a.adapter_tensors())]
     torch.manual_seed(8)
-    directions = [torch.randn_like(t) for t in (leaf, *trained)]
+    directions = [torch.randn_like(t) for t in moved]
+    step, ends = 1e-6, []
     with torch.no_grad():
-        ends = []
         for sign in (1, -1):
-            for t, d in zip((leaf, *trained), directions, strict=True):
+            for t, d in zip(moved, directions, strict=True):
                 t.add_(d, alpha=sign * step)
-            ends.append((layer(leaf) * dy).sum())
-            for t, d in zip((leaf, *trained), directions, strict=True):
+            ends.append((layer(x) * dy).sum())
+            for t, d in zip(moved, directions, strict=True):
                 t.sub_(d, alpha=sign * step)
-    if "dora" not in (first, second) and "delora" not in (first, second):  # their norms are not differentiated
-        slope = sum((g * d).sum() for g, d in zip(grads, directions, strict=True) if g is not None)
-        torch.testing.assert_close(slope, (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-5)
-    try:
-        layer.merge()
-    except fp.NotMergeableError:
-        return
-    torch.testing.assert_close(layer(x), y, rtol=1e-9, atol=1e-9)
-    layer.unmerge()
+    slope = sum((g * d).sum() for g, d in zip(grads, directions, strict=True) if g is not None)
+    torch.testing.assert_close(slope, (ends[0] - ends[1]) / (2 * step), rtol=1e-5, atol=1e-5)
+
+
+PAIRS = [
+    ("lora", "lora"),
+    ("ssb", "ssb"),
+    ("ia3", "lora"),
+    ("pissa", "adalora"),
+    ("bitfit", "ssb"),
+    ("houlsby", "lora"),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_gradcheck_of_two_adapters(first, second):
+    layer = two(nn.Linear, first, second)
+    x = inputs(SMALL)[0][:2].requires_grad_()
+    trained = [p for a in layer.active_adapters() for p in a.adapter_tensors()]
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *trained))
+
+
+ADDING = [name for name in ONE_EACH if not METHODS[name].needs_weight]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("second", ADDING)
+@pytest.mark.parametrize("first", ADDING)
+def test_two_adapters_beside_a_product_of_its_own(first, second, bias):
+    layer, plain = two(Doubling, first, second, bias), made(nn.Linear, bias)
+    own = None if plain.bias is None else plain.bias.detach().clone()
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.mul_(2)
+    reference = add_second(adapted(plain, ONE_EACH[first]), second)
+    reference.set_adapter(["default", "second"])
+    for mine, its in zip(layer.active_adapters(), reference.active_adapters(), strict=True):
+        if mine.method.name == "bitfit" and bias:
+            its.bitfit_bias.data.copy_(mine.bitfit_bias + own)
+    x, dy = inputs(SMALL)
+    for got, want in zip(gradients_of(layer, x, dy), gradients_of(reference, x, dy), strict=True):
+        torch.testing.assert_close(got, want, rtol=ATOL, atol=ATOL)
+
+
+LEAVING = ("lora+bias", "parallel_adapter+all", "bitfit", "ia3", "ia3+unscaled_bias", "ssb", "houlsby")
+
+
+@pytest.mark.parametrize("second", LEAVING)
+@pytest.mark.parametrize("first", LEAVING)
+@pytest.mark.parametrize("kind", [nn.Linear, Doubling])
+def test_a_second_adapter_starts_from_what_the_first_made(kind, first, second):
+    """One just made changes nothing, whatever the first did to the bias."""
+    cases = {c.name: c for c in CASES}
+    x, _ = inputs(SMALL)
+    for bias in (True, False):
+        layer = adapted(made(kind, bias), cases[first]).eval()
+        y = layer(x)
+        layer.add_adapter("second", cases[second].make(SMALL.r))
+        layer.set_adapter(["default", "second"])
+        torch.testing.assert_close(layer.eval()(x), y, rtol=ATOL, atol=ATOL)
+
+
+def test_inactive_adapters_change_nothing_and_get_no_gradient():
+    x, dy = inputs(SMALL)
+    layer = add_second(adapted(made(nn.Linear, True), ONE_EACH["lora"]), "ssb")
+    alone = adapted(made(nn.Linear, True), ONE_EACH["lora"]).eval()
+    assert torch.equal(layer(x), alone(x))
+    for active in (["default"], ["second"], []):
+        layer.zero_grad()
+        layer.set_adapter(active)
+        y = layer(x.requires_grad_())
+        y.backward(dy)
+        for name, each in layer.adapters.items():
+            assert all((p.grad is not None) == (name in active) for p in each.adapter_tensors()), (name, active)
+    assert torch.equal(y, made(nn.Linear, True)(x))
     layer.delete_adapter("second")
-    torch.testing.assert_close(layer(x), adapted(made(nn.Linear, True), ONE_EACH[first]).eval()(x), rtol=0, atol=ATOL)
+    layer.set_adapter(["default"])
+    assert torch.equal(layer(x), alone(x))
+    assert layer.state_dict().keys() == alone.state_dict().keys()
+
+
+# What these tests must notice
+
+
+def rewritten(function, old, new):
+    """The function with one piece of its source replaced."""
+    source = inspect.getsource(function)
+    assert source.count(old) == 1, old
+    scope = dict(vars(inspect.getmodule(function)))
+    exec(source.replace(old, new), scope)
+    return scope[function.__name__]
+
+
+def test_a_bias_inside_d_out_is_noticed(monkeypatch):
+    wrong = rewritten(adapters.beside, "own - f.d_out * bias", "own - bias")
+    monkeypatch.setattr(adapters, "beside", wrong)
+    with pytest.raises(AssertionError):
+        test_adapters_act_in_their_order("lora", "ssb")
+    with pytest.raises(AssertionError):
+        test_beside_a_product_of_its_own(next(c for c in CASES if c.name == "ssb"), True)
+
+
+def test_a_later_d_in_that_is_dropped_is_noticed(monkeypatch):
+    wrong = rewritten(adapters.compose, "inputs[-1] * f.d_in.to(x.dtype) if scales else inputs[-1]", "inputs[-1]")
+    monkeypatch.setattr(layers, "compose", wrong)
+    with pytest.raises(AssertionError):
+        test_adapters_act_in_their_order("lora", "ssb")
+
+
+@pytest.mark.parametrize("name", ["lora", "ssb", "dora"])
+@pytest.mark.parametrize("calls", ["every", "backward's"])
+def test_a_wrong_scale_is_noticed(name, calls, rows, monkeypatch):
+    layer, reference = pair(next(c for c in CASES if c.name == name))
+    x, dy = inputs(SMALL)
+    want = layer_results(reference, x, dy)
+    same(layer_results(layer, x, dy), want)
+
+    def wrong(parts, rest, dtype):
+        backward = any(f.function == "backward" for f in inspect.stack(0))
+        return decoded(parts, rest, dtype) * (1.001 if calls == "every" or backward else 1)
+
+    monkeypatch.setitem(frozen._DECODERS, "test_rows", wrong)
+    with pytest.raises(AssertionError, match="^y" if calls == "every" else "^x"):
+        same(layer_results(layer, x, dy), want)

@@ -5,6 +5,7 @@ the first beside the base in one fused call, every later one on the outcome z (w
 
     y = d_out ⊙ (z − b + s·h(drop(x ⊙ d_in) Aᵀ + a) Gᵀ Bᵀ) + b        z made from x ⊙ d_in
 
+What a method gives as its bias is the layer's own and a change; a later one makes that change to the b it finds.
 A base that computes C by itself (kind Opaque) is such a z from the start.
 """
 
@@ -174,18 +175,26 @@ def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor) -> Tensor:
         z = _own(layer, before_all, adapters[0].method.name)
         if any(f.d_out is not None and not f.scale_bias for f in found):  # the bias stays outside d_out: what is it?
             with torch.no_grad():
-                held = layer.base_forward(x.new_zeros(1, x.shape[-1]))[0].detach()
-            more = held if bias is None else held - bias.to(held.dtype)
-            steps = [(a, f if f.bias is None else replace(f, bias=f.bias + more), at) for a, f, at in steps]
-            bias = held
+                bias = layer.base_forward(x.new_zeros(1, x.shape[-1]))[0].detach()
     else:
         (adapter, f, x), *steps = steps
         z = _first(adapter, x, kind.matrix(layer), bias, layer.training, f)
-        bias = bias if f is None else f.merged_bias(bias)
+        bias = bias if f is None or adapter.method.output is not None else f.merged_bias(bias)
     for adapter, f, x in steps:
+        if adapter.method.output is not None:  # its bias is no change of the layer's
+            z = ops.linear(z, None, f, None, z, layer.training)
+            continue
+        f = moved(f, bias, layer.bias)
         z = _beside(adapter, f, x, z, bias, layer.training)
         bias = f.merged_bias(bias)
     return z
+
+
+def moved(f: Factors, bias: Tensor | None, own: Tensor | None) -> Factors:
+    """Factors whose bias was made from the layer's ``own``, for a ``bias`` that other adapters left in its place."""
+    if f.bias is None or bias is None or bias is own:
+        return f
+    return replace(f, bias=f.bias + (bias if own is None else bias - own))
 
 
 def _first(adapter: Bound, x: Tensor, weight, bias: Tensor | None, training: bool, f: Factors | None = None) -> Tensor:
@@ -211,8 +220,6 @@ def _first(adapter: Bound, x: Tensor, weight, bias: Tensor | None, training: boo
 
 def _beside(adapter: Bound, f: Factors, x: Tensor, z: Tensor, bias: Tensor | None, training: bool) -> Tensor:
     """An adapter on what is there already; x before this adapter's d_in."""
-    if adapter.method.output is not None:
-        return ops.linear(z, None, f, None, z, training)
     if adapter.method.residual is not None:
         z = ops.linear(x, None, adapter.method.residual(adapter), None, z)
     return beside(f, x, z, bias, training)
@@ -298,4 +305,5 @@ def merged(adapter: Bound, base: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     f = method.factors(adapter).to(base.dtype)
     if method.residual is not None:
         base = method.residual(adapter).to(base.dtype).merged(base)
+    f = moved(f, bias, adapter.bias)
     return f.merged(base), f.merged_bias(bias)

@@ -134,9 +134,9 @@ class PeftLinear(Bound, nn.Linear):
         kind = kind_of(linear)
         if reason := why_not_adaptable(linear):
             raise TypeError(f"linear={type(linear).__name__}(...) cannot be adapted: {reason}")
+        layer = cls.__new__(cls if kind in (DENSE, TRANSPOSED) else _also(type(linear), cls))
         if kind.opaque and method.needs_weight:
             kind = readable(linear, method)
-        layer = cls.__new__(cls if kind in (DENSE, TRANSPOSED) else _also(type(linear), cls))
         layer.__dict__.update(linear.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
             layer.__dict__[registry] = dict(linear.__dict__[registry])
