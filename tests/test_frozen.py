@@ -569,6 +569,26 @@ def test_a_second_adapter_starts_from_what_the_first_made(kind, first, second):
         torch.testing.assert_close(layer.eval()(x), y, rtol=ATOL, atol=ATOL)
 
 
+@pytest.mark.parametrize("name", ["bitfit", "ssb"])
+def test_peft_merges_two_at_once_as_one_by_one(name):
+    peft = pytest.importorskip("peft")
+    config = METHODS[name].config(target_modules=["0"])
+    model = peft.get_peft_model(nn.Sequential(made(nn.Linear, True)), config).eval()
+    model.add_adapter("other", config)
+    for n, t in model.named_parameters():
+        if t.requires_grad or "other" in n:
+            t.data.add_(0.3 * torch.randn_like(t))
+    model.base_model.set_adapter(["default", "other"])
+    x, _ = inputs(SMALL)
+    layer, y = model.base_model.model[0], model(x)
+    for parts in ([["default", "other"]], [["default"], ["other"]]):
+        for part in parts:
+            layer.merge(adapter_names=part)
+        torch.testing.assert_close(model(x), y, rtol=ATOL, atol=ATOL)
+        layer.unmerge()
+        assert torch.equal(model(x), y)
+
+
 def test_inactive_adapters_change_nothing_and_get_no_gradient():
     x, dy = inputs(SMALL)
     layer = add_second(adapted(made(nn.Linear, True), ONE_EACH["lora"]), "ssb")

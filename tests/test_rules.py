@@ -203,7 +203,7 @@ def test_every_table_stands_in_a_page():
 
 
 INTERNALS = PACKAGE / "core/torch_internals.py"
-PRIVATE = r"torch\._[A-Za-z]\w*|torch\.utils\._\w+|torch\.ops\.aten\._\w+|_aten\._\w+"
+PRIVATE = r"torch\._[A-Za-z]\w*|torch\.utils\._\w+|torch\.ops\.aten\._\w+|_aten\._\w+|from torch import.* _[A-Za-z]"
 
 
 def test_private_names_of_torch_stand_in_one_file():
@@ -218,6 +218,7 @@ def test_private_names_of_torch_are_still_there():
     for name in ("_are_functorch_transforms_active", "_is_tracing", "_is_any_autocast_enabled"):
         assert hasattr(torch._C, name), name
     assert hasattr(torch.ops.aten, "_unsafe_view")
+    assert hasattr(super(torch.autograd.Function, torch.autograd.Function), "apply")
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
     assert is_traceable_wrapper_subclass
@@ -226,6 +227,7 @@ def test_private_names_of_torch_are_still_there():
 def test_the_stand_ins_for_private_names_work():
     """A layer trains to the same gradients in a process where those names are gone."""
     code = """
+import importlib.util, sys, types
 import torch
 class Gone:
     def __init__(self, own, names): self.own, self.names = own, names
@@ -235,18 +237,34 @@ class Gone:
 if {gone}:
     real = torch._C
     torch._C = Gone(real, ("_are_functorch_transforms_active", "_is_tracing", "_is_any_autocast_enabled"))
-    import fused_peft.core.torch_internals
-    torch._C = real
+    torch.ops.aten = Gone(torch.ops.aten, ("_unsafe_view",))
+    wrapped = sys.modules["torch.utils._python_dispatch"]
+    sys.modules["torch.utils._python_dispatch"] = Gone(wrapped, ("is_traceable_wrapper_subclass",))
+    spec = importlib.util.spec_from_file_location("fused_peft.core.torch_internals", {internals})
+    internals = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(internals)
+    torch._C, torch.ops.aten = real, torch.ops.aten.own
+    sys.modules["torch.utils._python_dispatch"] = wrapped
+    base = types.SimpleNamespace(Function=real._FunctionBase)  # as if nothing above Function had apply
+    internals.torch = types.SimpleNamespace(autograd=base)
+    assert internals.unsafe_view is torch.ops.aten.view
+    assert internals.tracing is torch.jit.is_tracing
+    assert internals.is_traceable_wrapper_subclass.__module__ == spec.name
+    assert not internals.is_traceable_wrapper_subclass(torch.ones(1))
 import fused_peft as fp
 torch.manual_seed(0)
 layer = fp.PeftLinear(8, 6, config=fp.LoraConfig(r=2, lora_dropout=0.5, init_lora_weights=False))
 y = layer(torch.randn(3, 8))
 y.square().sum().backward()
+if {gone}:
+    from fused_peft.core import ops
+    assert ops.tracing is internals.tracing
+    assert ops._apply.__func__ is torch.autograd.Function.apply.__func__
 print([p.grad.sum().item() for p in layer.adapter_tensors()])
 """
     runs = [
         subprocess.run(
-            [sys.executable, "-c", code.replace("{gone}", str(gone))],
+            [sys.executable, "-c", code.replace("{gone}", str(gone)).replace("{internals}", repr(str(INTERNALS)))],
             capture_output=True,
             text=True,
             check=True,

@@ -79,6 +79,11 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
         return self.kind.dense(self.get_base_layer())
 
     @property
+    def bias(self) -> Tensor | None:
+        """The base's own bias, merged or not: what an adapter's bias is a change of."""
+        return self.get_base_layer().bias if self._unmerged is None else self._unmerged[1]
+
+    @property
     def enabled(self) -> bool:
         return not self.disable_adapters
 
