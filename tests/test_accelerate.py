@@ -582,3 +582,41 @@ def test_dora_keeps_the_norm_of_a_weight_that_stays(monkeypatch):
     assert not any("norm2" in name for name in pickle.loads(pickle.dumps(layer)).__dict__)
     assert not any("norm2" in name for name in model.state_dict())
     assert not any("norm2" in name for name in fp.restore(model).base_model.model[0].__dict__)
+
+
+def replaced(base, weight):
+    base.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def put_in_data(base, weight):
+    base.weight.data = weight
+
+
+def assigned(base, weight):
+    base.load_state_dict({"weight": weight, "bias": base.bias}, assign=True)
+
+
+@pytest.mark.parametrize("change", [replaced, put_in_data, assigned])
+def test_dora_s_kept_norm_is_of_no_weight_that_had_the_address_before(change):
+    """Freed memory comes back, so another weight's address and version are often the same: here always."""
+    model = fp.accelerate(
+        peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(**R, use_dora=True, target_modules=["0"]))
+    )
+    base, x, memory, seen = model.base_model.model[0].base_layer, torch.randn(3, 8), bytearray(4 * 64), []
+    for i in range(3):
+        weight = torch.frombuffer(memory, dtype=torch.float32).view(8, 8)
+        torch.frombuffer(memory, dtype=torch.float32).copy_(torch.randn(64) * (i + 1))  # the version stays
+        change(base, weight)
+        seen.append((base.weight.data_ptr(), base.weight._version))
+        torch.testing.assert_close(model(x), fp.restore(copy.deepcopy(model))(x), rtol=1e-5, atol=1e-6)
+    assert len(set(seen)) == 1
+
+
+def test_loading_a_state_dict_forgets_the_norm():
+    model = fp.accelerate(
+        peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(**R, use_dora=True, target_modules=["0"]))
+    )
+    x, layer = torch.randn(3, 8), model.base_model.model[0]
+    model(x)
+    model.load_state_dict(model.state_dict())
+    assert not any("norm2" in name for name in layer.__dict__)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterable
 from functools import reduce, wraps
 from operator import mul
+from weakref import ref
 
 import torch
 from peft.tuners import adalora, ia3, lora
@@ -19,6 +20,7 @@ from peft.tuners.lora import dora
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..core import dispatch, operands, ops, versions
 from ..core.factors import Factors
@@ -151,11 +153,14 @@ class FusedLoraLinear(_Fused, lora.Linear):
         """‖W‖² per row, kept until the weight is another tensor or was written to."""
         if torch.compiler.is_compiling() or weight.is_inference():  # neither tells of writes
             return _row_norm2(weight)
-        known = (weight.data_ptr(), weight._version, weight.dtype, weight.device, weight.shape)
+        own = self.base_layer.weight
+        # the storage too: a weight that comes after another may have its address
+        storage = StorageWeakRef(own.untyped_storage())
+        known = (storage, weight.data_ptr(), weight._version, weight.dtype, weight.device, weight.shape)
         kept = self.__dict__.get(_KEPT)
-        if kept is None or kept[0] != known:
-            kept = self.__dict__[_KEPT] = (known, _row_norm2(weight))
-        return kept[1]
+        if kept is None or kept[0]() is not own or kept[1] != known:
+            kept = self.__dict__[_KEPT] = (ref(own), known, _row_norm2(weight))
+        return kept[2]
 
     def _forget(self) -> None:
         self.__dict__.pop(_KEPT, None)
@@ -172,6 +177,10 @@ class FusedLoraLinear(_Fused, lora.Linear):
     def unmerge(self) -> None:
         self._forget()
         super().unmerge()
+
+    def _load_from_state_dict(self, *args) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != _KEPT}
