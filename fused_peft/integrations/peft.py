@@ -68,11 +68,11 @@ class _Fused:
         if args or kwargs or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
-        kind = kind_of(base)
-        used = self._used()
-        if self._unfused(kind, x, used):
+        kind, used = kind_of(base), self._used()
+        plain = _replaceable(kind, base)
+        if self._unfused(base, kind, plain, x, used):
             return super().forward(x)
-        if not _replaceable(kind, base):
+        if not plain:
             found = self.fused_factors(used, None, None)
             # of a bias that nothing needs hooks may hold no values
             bias = base.bias if any(f.d_out is not None and not f.scale_bias for f in found) else None
@@ -94,20 +94,23 @@ class _Fused:
     def unfused(self, x: Tensor | None = None, adapters: list[str] | None = None) -> str | None:
         """Why a call, on x where one is given, takes PEFT's forward with these adapters (default: the active ones);
         None where it is fused."""
-        return self._unfused(kind_of(self.base_layer), x, self._used(adapters))
-
-    def _unfused(self, kind: Frozen | str, x: Tensor | None, used: list[str]) -> str | None:
         base = self.base_layer
-        weight = getattr(base, "weight", None)
-        if is_sharded(weight):
-            return f"its base weight is a {type(weight).__name__}"
-        if isinstance(kind, str):
-            return f"its base is a {type(base).__module__}.{type(base).__name__}: {kind}"
-        if not _replaceable(kind, base):
+        kind = kind_of(base)
+        return self._unfused(base, kind, _replaceable(kind, base), x, self._used(adapters))
+
+    def _unfused(
+        self, base: nn.Module, kind: Frozen | str, plain: bool, x: Tensor | None, used: list[str]
+    ) -> str | None:
+        if not plain:
+            weight = getattr(base, "weight", None)
+            if is_sharded(weight):
+                return f"its base weight is a {type(weight).__name__}"
+            if isinstance(kind, str):
+                return f"its base is a {type(base).__module__}.{type(base).__name__}: {kind}"
             if is_partitioned(weight):
                 return "its base weight is partitioned by DeepSpeed ZeRO-3"
-        elif x is not None and x.dtype != weight.dtype and not ops.autocasting(x):
-            return f"x has dtype {x.dtype}, the weight {weight.dtype}"
+        elif x is not None and x.dtype != (dtype := base.weight.dtype) and not ops.autocasting(x):
+            return f"x has dtype {x.dtype}, the weight {dtype}"
         return self._adapters_unfused(used, kind)
 
     def _readable(self, kind: Frozen) -> Frozen | str:
@@ -137,9 +140,10 @@ class _Fused:
         return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
 
     def _dropout_unfused(self, name: str) -> str | None:
-        if self._dropped(name) == 1:
+        drop = self.lora_dropout[name]
+        if isinstance(drop, nn.Dropout) and drop.training and drop.p == 1:
             return "its dropout drops everything"
-        return _called(self.lora_dropout[name], (nn.Identity, nn.Dropout), "dropout")
+        return _called(drop, (nn.Identity, nn.Dropout), "dropout")
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name not in (_KEPT, _TRIED)}
@@ -168,9 +172,10 @@ class FusedLoraLinear(_Fused, lora.Linear):
                         return f"adapter {name!r} is DoRA, which reads the weight, and {reason}"
                     if self.training and self._dropped(name):
                         return f"adapter {name!r} is DoRA with dropout, which multiplies by the weight once more"
-            if self.lora_A[name].bias is not None:
+            A = self.lora_A[name]
+            if A.bias is not None:
                 return f"the A of adapter {name!r} has a bias"
-            for part in (self.lora_A[name], self.lora_B[name]):
+            for part in (A, self.lora_B[name]):
                 if reason := _called(part, (nn.Linear,), "A or B"):
                     return reason
             if reason := self._dropout_unfused(name):
