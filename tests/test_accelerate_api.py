@@ -293,3 +293,25 @@ def test_a_language_model_generates_and_trains_with_checkpointing(name, calls):
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert len(calls) == 8  # four layers, each once more in backward
     close(grads[1], grads[0], 1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "adalora", "ia3"])
+def test_falcon_s_own_linear_layers(name, calls):
+    config = transformers.FalconConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                       hidden_dropout=0.0, attention_dropout=0.0, eos_token_id=1)  # fmt: skip
+    on = {"target_modules": ["query_key_value", "dense_4h_to_h"]}
+    own = peft.IA3Config(**on, feedforward_modules=["dense_4h_to_h"]) if name == "ia3" else CONFIGS[name](**on)
+    models = twice(lambda: peft.get_peft_model(transformers.FalconForCausalLM(config), own))
+    rows = fp.explain(models[1])
+    assert len(rows) == 4
+    assert all(row.why.startswith("beside the product of a FalconLinear") for row in rows)
+    ids = torch.randint(2, 32, (2, 6))
+    assert torch.equal(*each(models, "generate", input_ids=ids, max_new_tokens=8, do_sample=False))
+    grads = []
+    for model in models:
+        model.train()
+        calls.clear()
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert len(calls) == (0 if name == "ia3" else 4)
+    close(grads[1], grads[0], 1e-4)

@@ -224,14 +224,19 @@ def is_linear(module: nn.Module) -> bool:
 
 def is_foreign(t: Tensor | None) -> bool:
     """Whether a tensor is of a class that stores its values in a way of its own (torchao's quantised ones)."""
-    return t is not None and not is_sharded(t) and is_traceable_wrapper_subclass(t)
+    plain = t is None or type(t) in (
+        Tensor,
+        nn.Parameter,
+    )  # the common ones first: asking the class takes a microsecond
+    return not plain and not is_sharded(t) and is_traceable_wrapper_subclass(t)
 
 
 def _plain(module: nn.Module, kind: type) -> bool:
     """Whether nothing but the class's own forward, on a floating weight, computes the module's output."""
     if type(module).forward is not kind.forward or "forward" in module.__dict__:
         return False
-    return module.weight.dtype.is_floating_point and not is_foreign(module.weight)
+    weight = module.weight
+    return weight.dtype.is_floating_point and not is_foreign(weight)
 
 
 DENSE, TRANSPOSED, OPAQUE = Dense(), Transposed(), Opaque()
@@ -244,13 +249,13 @@ def kind_of(module: nn.Module) -> Frozen | str:
         return "nn.MultiheadAttention reads its weight and never calls it, so an adapter would do nothing; exclude it"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "its shape is not known yet; run one batch through the model first"
-    if hasattr(module, "parametrizations"):
+    if "parametrizations" in module._modules:  # where a hasattr that fails takes a microsecond
         return "its weight is parametrized; remove the parametrization first"
     if is_linear(module) and module._parameters.get("weight") is None:
         return "a hook computes its weight (pruning, weight_norm); make that permanent first, e.g. by prune.remove"
-    if is_sharded(getattr(module, "weight", None)):
-        return "its weight is sharded over several processes; adapt the model before parallelising or sharding it"
     weight = getattr(module, "weight", None)
+    if is_sharded(weight):
+        return "its weight is sharded over several processes; adapt the model before parallelising or sharding it"
     if type(module).forward is nn.Linear.forward and "forward" not in module.__dict__ and not is_foreign(weight):
         if not weight.dtype.is_floating_point:
             return f"its weight has dtype {weight.dtype}, but a floating dtype is needed; dequantise it first"

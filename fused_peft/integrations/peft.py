@@ -9,9 +9,11 @@ model later are accelerated as they come: PEFT makes them all in ``BaseTuner.inj
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable
-from functools import reduce, wraps
+from functools import partial, reduce, wraps
 from operator import mul
+from weakref import ref
 
 import torch
 from peft.tuners import adalora, ia3, lora
@@ -19,16 +21,19 @@ from peft.tuners.lora import dora
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..core import dispatch, operands, ops, versions
 from ..core.factors import Factors
-from ..core.frozen import DENSE, TRANSPOSED, conv1d_type, is_linear
-from ..core.torch_internals import is_traceable_wrapper_subclass
+from ..core.frozen import Dense, Frozen, Transposed, kind_of, own_forward
+from ..core.sharded import is_partitioned, is_sharded
 from ..model.adapted import is_adapted
+from ..model.adapter import in_turn
 from ..model.explain import explain_layer
 from .tuners import FusedTunerLayer
 
 _KEPT = "_fused_peft_norm2"  # where an accelerated DoRA layer keeps its ‖W‖², and of which weight
+_TRIED = "_fused_peft_tried"  # and how a base with a forward of its own holds W, of which base
 _NAMED = 3  # reasons that a warning spells out
 
 
@@ -47,40 +52,82 @@ def _called(module: nn.Module, kinds: tuple[type, ...], what: str) -> str | None
     return None
 
 
+def _replaceable(kind: Frozen, base: nn.Module) -> bool:
+    """Whether the fused call may take the place of the base's own; otherwise adapters act beside its product."""
+    return isinstance(kind, (Dense, Transposed)) and not _hooked(base)
+
+
+def _with_base(weight: Tensor, f: Factors, bias: Tensor | None, x: Tensor) -> Tensor:
+    return ops.linear(x, weight, f, bias)
+
+
 class _Fused:
     """PEFT's layer with a fused forward. Subclasses say what the active adapters are in terms of ``Factors``."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        if args or kwargs or self.disable_adapters or self.merged or self.unfused(x):
+        if args or kwargs or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
-        weight, bias = self.base_matrix(), self.base_layer.bias
-        found = self.fused_factors(weight)
+        base = self.base_layer
+        kind, used = kind_of(base), self._used()
+        plain = _replaceable(kind, base)
+        if self._unfused(base, kind, plain, x, used):
+            return super().forward(x)
+        if not plain:
+            found = self.fused_factors(used, None, None)
+            # of a bias that nothing needs hooks may hold no values
+            bias = base.bias if any(f.d_out is not None and not f.scale_bias for f in found) else None
+            return in_turn(base, [(f, False) for f in found], x, bias)
+        weight, bias = kind.matrix(base), base.bias
+        found = self.fused_factors(used, weight, bias)
         if not found:
             return ops.plain_linear(x, weight, bias)
-        y = ops.linear(x, weight, found[0], bias)
-        for f in found[1:]:
-            y = ops.linear(x, None, f, None, y)
-        return y
+        if len(found) == 1:
+            return ops.linear(x, weight, found[0], bias)
+        first, *later = found
+        start = partial(_with_base, weight, first, bias)
+        return in_turn(start, [(f, False) for f in later], x, first.merged_bias(bias))
 
     def base_matrix(self) -> Tensor:
         """The base weight as (out, in)."""
-        return (DENSE if isinstance(self.base_layer, nn.Linear) else TRANSPOSED).matrix(self.base_layer)
+        return self._readable(kind_of(self.base_layer)).matrix(self.base_layer)
 
     def unfused(self, x: Tensor | None = None, adapters: list[str] | None = None) -> str | None:
         """Why a call, on x where one is given, takes PEFT's forward with these adapters (default: the active ones);
         None where it is fused."""
         base = self.base_layer
-        if not is_linear(base):
-            return f"its base is a {type(base).__module__}.{type(base).__name__}, not a plain linear layer"
-        reason = _called(base, (nn.Linear, conv1d_type()), "base")
-        weight = base.weight
-        if reason is None and not weight.dtype.is_floating_point:
-            reason = f"its base weight has dtype {weight.dtype}"
-        if reason is None and type(weight) is not nn.Parameter and is_traceable_wrapper_subclass(weight):
-            reason = f"its base weight is a {type(weight).__name__}"  # quantised, or sharded over processes
-        if reason is None and x is not None and x.dtype != weight.dtype and not ops.autocasting(x):
-            reason = f"x has dtype {x.dtype}, the weight {weight.dtype}"
-        return reason or self._adapters_unfused(self._used(adapters))
+        kind = kind_of(base)
+        return self._unfused(base, kind, _replaceable(kind, base), x, self._used(adapters))
+
+    def _unfused(
+        self, base: nn.Module, kind: Frozen | str, plain: bool, x: Tensor | None, used: list[str]
+    ) -> str | None:
+        if not plain:
+            weight = getattr(base, "weight", None)
+            if is_sharded(weight):
+                return f"its base weight is a {type(weight).__name__}"
+            if isinstance(kind, str):
+                return f"its base is a {type(base).__module__}.{type(base).__name__}: {kind}"
+            if is_partitioned(weight):
+                return "its base weight is partitioned by DeepSpeed ZeRO-3"
+        elif x is not None and x.dtype != (dtype := base.weight.dtype) and not ops.autocasting(x):
+            return f"x has dtype {x.dtype}, the weight {dtype}"
+        return self._adapters_unfused(used, kind)
+
+    def _readable(self, kind: Frozen) -> Frozen | str:
+        """The kind by which W's values are read, or why they cannot be; found by a trial that is made once a base."""
+        base = self.base_layer
+        if isinstance(kind, (Dense, Transposed)):
+            return kind
+        if not kind.opaque:
+            return f"{type(base).__name__} holds it in parts"
+        weight = getattr(base, "weight", None)
+        known = (type(base), base.__dict__.get("forward"), type(weight), getattr(weight, "is_meta", None))
+        kept = self.__dict__.get(_TRIED)
+        if kept is None or kept[0]() is not base or kept[1] != known:
+            if torch.compiler.is_compiling():
+                return f"{type(base).__name__} has not been tried; call explain before compiling"
+            kept = self.__dict__[_TRIED] = (ref(base), known, kind.as_plain(base))
+        return kept[2]
 
     def _used(self, adapters: list[str] | None = None) -> list[str]:
         """Those of the adapters (default: the active ones) that this layer has."""
@@ -93,9 +140,13 @@ class _Fused:
         return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
 
     def _dropout_unfused(self, name: str) -> str | None:
-        if self._dropped(name) == 1:
+        drop = self.lora_dropout[name]
+        if isinstance(drop, nn.Dropout) and drop.training and drop.p == 1:
             return "its dropout drops everything"
-        return _called(self.lora_dropout[name], (nn.Identity, nn.Dropout), "dropout")
+        return _called(drop, (nn.Identity, nn.Dropout), "dropout")
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in (_KEPT, _TRIED)}
 
     def _get_name(self) -> str:
         return peft_class(self).__name__  # the repr is PEFT's
@@ -104,7 +155,7 @@ class _Fused:
 class FusedLoraLinear(_Fused, lora.Linear):
     """LoRA, rsLoRA, lora_bias and DoRA."""
 
-    def _adapters_unfused(self, used: list[str]) -> str | None:
+    def _adapters_unfused(self, used: list[str], kind: Frozen) -> str | None:
         for name in used:
             variant = self.lora_variant.get(name)
             if variant is not None and not isinstance(variant, DoraLinearVariant):
@@ -116,30 +167,39 @@ class FusedLoraLinear(_Fused, lora.Linear):
                     return f"adapter {name!r} is DoRA, and PEFT's DoraCaching is on"
                 if reason := _called(self.lora_magnitude_vector[name], (dora.DoraLinearLayer,), "magnitude"):
                     return reason
-            if self.lora_A[name].bias is not None:
+                if not _replaceable(kind, self.base_layer):
+                    if isinstance(reason := self._readable(kind), str):
+                        return f"adapter {name!r} is DoRA, which reads the weight, and {reason}"
+                    if self.training and self._dropped(name):
+                        return f"adapter {name!r} is DoRA with dropout, which multiplies by the weight once more"
+            A = self.lora_A[name]
+            if A.bias is not None:
                 return f"the A of adapter {name!r} has a bias"
-            for part in (self.lora_A[name], self.lora_B[name]):
+            for part in (A, self.lora_B[name]):
                 if reason := _called(part, (nn.Linear,), "A or B"):
                     return reason
             if reason := self._dropout_unfused(name):
                 return reason
         return None
 
-    def fused_factors(self, weight: Tensor) -> list[Factors]:
-        return [self._one(name, weight, i == 0) for i, name in enumerate(self._used())]
+    def fused_factors(self, used: list[str], weight: Tensor | None, bias: Tensor | None) -> list[Factors]:
+        found = []
+        for name in used:
+            found.append(f := self._one(name, weight, bias))
+            bias = f.merged_bias(bias)
+        return found
 
-    def _one(self, name: str, weight: Tensor, first: bool) -> Factors:
+    def _one(self, name: str, weight: Tensor | None, base: Tensor | None) -> Factors:
         A, B, s = self.lora_A[name].weight, self.lora_B[name], self.scaling[name]
         bias = None
         if B.bias is not None:
-            bias = s * B.bias
-            base = self.base_layer.bias if first else None
-            bias = bias if base is None else bias + base
+            bias = s * B.bias if base is None else s * B.bias + base
         p, B = self._dropped(name), B.weight
         if isinstance(s, Tensor):  # PEFT makes it one for hot-swapping in a compiled model
             B, s = B * s, 1.0
         if name not in self.lora_variant:
             return Factors(A=A, B=B, bias=bias, s=s, p=p)
+        weight = self.base_matrix() if weight is None else weight
         with torch.no_grad():
             norm = ops.row_norm(weight, self._squared(weight), A, B, s)
         magnitude, p = self.lora_magnitude_vector[name], p if self.training else 0.0
@@ -151,11 +211,14 @@ class FusedLoraLinear(_Fused, lora.Linear):
         """‖W‖² per row, kept until the weight is another tensor or was written to."""
         if torch.compiler.is_compiling() or weight.is_inference():  # neither tells of writes
             return _row_norm2(weight)
-        known = (weight.data_ptr(), weight._version, weight.dtype, weight.device, weight.shape)
+        own = self.base_layer.weight
+        # the storage too: a weight that comes after another may have its address
+        storage = StorageWeakRef(own.untyped_storage())
+        known = (storage, weight.data_ptr(), weight._version, weight.dtype, weight.device, weight.shape)
         kept = self.__dict__.get(_KEPT)
-        if kept is None or kept[0] != known:
-            kept = self.__dict__[_KEPT] = (known, _row_norm2(weight))
-        return kept[1]
+        if kept is None or kept[0]() is not own or kept[1] != known:
+            kept = self.__dict__[_KEPT] = (ref(own), known, _row_norm2(weight))
+        return kept[2]
 
     def _forget(self) -> None:
         self.__dict__.pop(_KEPT, None)
@@ -173,8 +236,9 @@ class FusedLoraLinear(_Fused, lora.Linear):
         self._forget()
         super().unmerge()
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != _KEPT}
+    def _load_from_state_dict(self, *args) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args)
 
 
 def _row_norm2(weight: Tensor) -> Tensor:
@@ -185,12 +249,12 @@ def _row_norm2(weight: Tensor) -> Tensor:
 class FusedSVDLinear(_Fused, adalora.SVDLinear):
     """AdaLoRA."""
 
-    def _adapters_unfused(self, used: list[str]) -> str | None:
+    def _adapters_unfused(self, used: list[str], kind: Frozen) -> str | None:
         return next(filter(None, map(self._dropout_unfused, used)), None)
 
-    def fused_factors(self, weight: Tensor) -> list[Factors]:
+    def fused_factors(self, used: list[str], weight: Tensor | None, bias: Tensor | None) -> list[Factors]:
         found = []
-        for name in self._used():
+        for name in used:
             E = self.lora_E[name].flatten() * (self.scaling[name] / (self.ranknum[name] + 1e-5))
             found.append(Factors(A=self.lora_A[name], B=self.lora_B[name], G=E, p=self._dropped(name)))
         return found
@@ -199,11 +263,11 @@ class FusedSVDLinear(_Fused, adalora.SVDLinear):
 class FusedIA3Linear(_Fused, ia3.Linear):
     """(IA)³, on the output or, in feed-forward layers, on the input."""
 
-    def _adapters_unfused(self, used: list[str]) -> str | None:
+    def _adapters_unfused(self, used: list[str], kind: Frozen) -> str | None:
         return None
 
-    def fused_factors(self, weight: Tensor) -> list[Factors]:
-        scales = [self.ia3_l[name].flatten() for name in self._used()]
+    def fused_factors(self, used: list[str], weight: Tensor | None, bias: Tensor | None) -> list[Factors]:
+        scales = [self.ia3_l[name].flatten() for name in used]
         if not scales:
             return []
         scale = reduce(mul, scales)
@@ -247,7 +311,8 @@ def restore(model: nn.Module) -> nn.Module:
     for _, layer in _layers(model):
         if type(layer) in back:
             layer.__class__ = back[type(layer)]
-            layer.__dict__.pop(_KEPT, None)
+            for kept in (_KEPT, _TRIED):
+                layer.__dict__.pop(kept, None)
     return model
 
 
@@ -303,9 +368,12 @@ def _report(layers: list[tuple[str, nn.Module]], adapter: str | None = None) -> 
     """One warning that counts, by reason, the layers that keep PEFT's forward (with the adapter, where one is named);
     none where all are fused."""
     reasons: dict[str, list[str]] = {}
+    beside: Counter[str] = Counter()
     for name, layer in layers:
         if reason := _keeps_peft_s(layer, None if adapter is None else [adapter]):
             reasons.setdefault(reason, []).append(name)
+        elif isinstance(layer, _Fused) and not _replaceable(kind_of(layer.base_layer), layer.base_layer):
+            beside[type(layer.base_layer).__name__] += 1
     if not reasons:
         return
     kept = sum(map(len, reasons.values()))
@@ -314,6 +382,7 @@ def _report(layers: list[tuple[str, nn.Module]], adapter: str | None = None) -> 
     if len(most) > _NAMED:
         listed.append(f"{len(most) - _NAMED} further reasons")
     of = "" if adapter is None else f" of adapter {adapter!r}"
+    of += "".join(f", {count} of them beside the product of a {name}" for name, count in beside.items())
     warnings.warn(
         f"accelerate fused {len(layers) - kept} of {len(layers)} PEFT layers{of}; {kept} keep PEFT's forward: "
         f"{'; '.join(listed)}. fused_peft.explain(model) lists them all",
@@ -365,13 +434,34 @@ def _explain(layer: nn.Module, tokens: int, dtype: torch.dtype | None) -> tuple[
         state = "disabled" if layer.disable_adapters else "merged" if layer.merged else None
     if reason := state or _keeps_peft_s(layer):
         return method, "PEFT's", "peft", reason
-    weight, bias = layer.base_matrix(), layer.base_layer.bias
-    found = layer.fused_factors(weight)
+    base, kind = layer.base_layer, kind_of(layer.base_layer)
+    like, plain = kind.like(base), _replaceable(kind, base)
+    N, K = kind.shape(base)
+    weight, bias = (kind.matrix(base), base.bias) if plain else (None, None)
+    found, who = layer.fused_factors(layer._used(), weight, bias), "" if plain else _beside_what(base, kind, dtype)
     if not found:
         return method, "plain", "torch", "no adapter of this layer is active"
-    x = torch.empty(1, device="meta", dtype=dtype or weight.dtype).expand(tokens, weight.shape[1])
-    choice = dispatch.choose(operands.foreseen(found[0], x, weight, bias, None, True, weight.device))
-    return method, "factors", choice.backend.name, choice.why()
+    if not plain and found[0].A is None:
+        return method, "beside", "torch", who
+    x = torch.empty(1, device="meta", dtype=dtype or kind.dtype(base)).expand(tokens, K)
+    c = None if plain else x[:, :1].expand(tokens, N)
+    choice = dispatch.choose(operands.foreseen(found[0], x, weight, bias, c, True, like.device))
+    return method, "factors" if plain else "beside", choice.backend.name, f"{who}{'; ' * bool(who)}{choice.why()}"
+
+
+def _beside_what(base: nn.Module, kind: Frozen, dtype: torch.dtype | None) -> str:
+    """Whose product the adapters act beside, and whether it gives x a gradient, by one row."""
+    who, device = f"beside the product of a {type(base).__name__}", kind.device(base)
+    if device.type != "meta":
+        x = torch.zeros(1, kind.shape(base)[1], device=device, dtype=dtype or kind.dtype(base), requires_grad=True)
+        try:
+            with torch.enable_grad():
+                z = own_forward(base, x)
+            if not z.requires_grad or torch.autograd.grad(z.sum(), x, allow_unused=True)[0] is None:
+                return f"{who}, which passes no gradient on to the layers before it"
+        except Exception:  # what it takes is not this row; the call itself will tell
+            return who
+    return who
 
 
 def allocate(model: nn.Module, step: int) -> None:

@@ -11,7 +11,7 @@ A base that computes C by itself (kind Opaque) is such a z from the start.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -164,28 +164,51 @@ def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor) -> Tensor:
     if len(adapters) == 1 and not kind.opaque:
         return _first(adapters[0], x, kind.matrix(layer), layer.bias, layer.training)
     found = [(a.method.output or a.method.factors)(a) if a.method.beside else None for a in adapters]
-    inputs = [x]  # of each adapter, the last one first: a later one's d_in scales what every earlier one reads
-    for adapter, f in zip(reversed(adapters), reversed(found), strict=True):
-        scales = f is not None and f.d_in is not None and adapter.method.output is None
-        inputs.append(inputs[-1] * f.d_in.to(x.dtype) if scales else inputs[-1])
-    *_, before_all = inputs
-    steps = list(zip(adapters, found, reversed(inputs[:-1]), strict=True))
-    bias = layer.bias
+    first, bias = adapters[0], layer.bias
     if kind.opaque:
-        z = _own(layer, before_all, adapters[0].method.name)
         if any(f.d_out is not None and not f.scale_bias for f in found):  # the bias stays outside d_out: what is it?
             with torch.no_grad():
                 bias = layer.base_forward(x.new_zeros(1, x.shape[-1]))[0].detach()
+        start, rest = lambda x: _own(layer, x, first.method.name), zip(adapters, found, strict=True)
     else:
-        (adapter, f, x), *steps = steps
-        z = _first(adapter, x, kind.matrix(layer), bias, layer.training, f)
-        bias = bias if f is None or adapter.method.output is not None else f.merged_bias(bias)
-    for adapter, f, x in steps:
-        if adapter.method.output is not None:  # its bias is no change of the layer's
-            z = ops.linear(z, None, f, None, z, layer.training)
+        start = lambda x: _first(first, x, kind.matrix(layer), layer.bias, layer.training, found[0])  # noqa: E731
+        behind = found[0] is None or first.method.output is not None  # whose bias is no change of the layer's
+        bias = bias if behind else found[0].merged_bias(bias)
+        rest = zip(adapters[1:], found[1:], strict=True)
+    steps, held = [], bias
+    for adapter, f in rest:
+        if adapter.method.residual is not None:
+            steps.append((adapter.method.residual(adapter), False))
+        behind = adapter.method.output is not None
+        if not behind:
+            f = moved(f, held, layer.bias)
+            held = f.merged_bias(held)
+        steps.append((f, behind))
+    return in_turn(start, steps, x, bias, layer.training)
+
+
+def in_turn(
+    start: Callable[[Tensor], Tensor],
+    steps: Sequence[tuple[Factors, bool]],
+    x: Tensor,
+    bias: Tensor | None,
+    training: bool = True,
+) -> Tensor:
+    """y (..., N): z = start(x with every d_in), which holds ``bias`` (N,), then factors on z in turn; x (..., K).
+
+    A step is (factors, whether they read z in place of x).
+    """
+    inputs = [x]  # of each step, the last one first: a later one's d_in scales what every earlier one reads
+    for f, behind in reversed(steps):
+        scales = f.d_in is not None and not behind
+        inputs.append(inputs[-1] * f.d_in.to(x.dtype) if scales else inputs[-1])
+    z = start(inputs.pop())
+    for f, behind in steps:
+        read = inputs.pop()
+        if behind:  # its bias is no change of the layer's
+            z = ops.linear(z, None, f, None, z, training)
             continue
-        f = moved(f, bias, layer.bias)
-        z = _beside(adapter, f, x, z, bias, layer.training)
+        z = beside(f, read, z, bias, training)
         bias = f.merged_bias(bias)
     return z
 
@@ -218,13 +241,6 @@ def _first(adapter: Bound, x: Tensor, weight, bias: Tensor | None, training: boo
     return ops.linear(x, weight, method.factors(adapter) if f is None else f, bias, c, training)
 
 
-def _beside(adapter: Bound, f: Factors, x: Tensor, z: Tensor, bias: Tensor | None, training: bool) -> Tensor:
-    """An adapter on what is there already; x before this adapter's d_in."""
-    if adapter.method.residual is not None:
-        z = ops.linear(x, None, adapter.method.residual(adapter), None, z)
-    return beside(f, x, z, bias, training)
-
-
 def beside(f: Factors, x: Tensor, z: Tensor, bias: Tensor | None, training: bool = True) -> Tensor:
     """y (..., N) of the expression with C + bias = z (..., N) already there, made from x ⊙ d_in; x (..., K)."""
     own = bias if f.bias is None else f.bias
@@ -235,7 +251,8 @@ def beside(f: Factors, x: Tensor, z: Tensor, bias: Tensor | None, training: bool
     f = replace(f, bias=None, d_in=None if f.A is None else f.d_in)
     if f.A is None:
         return f.to(z.dtype).expression(x, None, None if extra is None else extra.to(z.dtype), z)
-    return ops.linear(x, None, f, extra, z, training)
+    with ops.no_autocast(z.device.type):  # which z's dtype has settled
+        return ops.linear(x.to(z.dtype), None, f, extra, z, training)
 
 
 def _own(layer: nn.Module, x: Tensor, method: str) -> Tensor:
