@@ -16,7 +16,6 @@ import fused_peft as fp
 from fused_peft.core import frozen
 from fused_peft.methods import METHODS
 from fused_peft.model import adapter as adapters
-from fused_peft.model import layer as layers
 
 ATOL = 1e-10
 
@@ -380,6 +379,13 @@ def test_a_weight_in_parts_is_decoded_each_way_and_not_kept(case, rows):
         layer.merge()
 
 
+def test_a_kind_that_says_nothing_of_writing_refuses_a_merge(rows, monkeypatch):
+    monkeypatch.delattr(RowCodes, "why_unwritable")
+    layer, _ = pair(next(c for c in CASES if c.name == "lora"))
+    with pytest.raises(fp.NotMergeableError, match="Rows is stored in parts"):
+        layer.merge()
+
+
 @pytest.mark.parametrize("name", ["lora", "ssb", "dora", "lora+dropout"])
 def test_a_weight_in_parts_compiles(name, rows):
     layer, reference = pair(next(c for c in CASES if c.name == name))
@@ -630,8 +636,8 @@ def test_a_bias_inside_d_out_is_noticed(monkeypatch):
 
 
 def test_a_later_d_in_that_is_dropped_is_noticed(monkeypatch):
-    wrong = rewritten(adapters.compose, "inputs[-1] * f.d_in.to(x.dtype) if scales else inputs[-1]", "inputs[-1]")
-    monkeypatch.setattr(layers, "compose", wrong)
+    wrong = rewritten(adapters.in_turn, "inputs[-1] * f.d_in.to(x.dtype) if scales else inputs[-1]", "inputs[-1]")
+    monkeypatch.setattr(adapters, "in_turn", wrong)
     with pytest.raises(AssertionError):
         test_adapters_act_in_their_order("lora", "ssb")
 

@@ -192,6 +192,8 @@ def test_sdist_is_complete(dist):
         "tests/paper.py",
         "bench/bench_layers.py",
         "README.md",
+        "docs/methods.md",
+        "docs/speed.svg",
     ):
         assert name in names
 

@@ -151,9 +151,51 @@ def test_every_path_in_a_page_exists(page):
     text = re.sub(r"```.*?```", "", PAGES[page], flags=re.S)
     words = [w for w in re.findall(r"`([\w./-]+(?:\.(?:py|csv|sh|cuh|cu|toml)|/))`", text) if "NAME" not in w]
     missing = [w for w in words if not (ROOT / w).exists() and not (PACKAGE / w).exists()]
-    links = [w.partition("#")[0] for w in re.findall(r"\]\(([^):]+)\)", text)]
-    missing += [w for w in links if w and not (ROOT / page).parent.joinpath(w).exists()]
+    for link in re.findall(r"\]\(([^):]+)\)", text):
+        target, _, anchor = link.partition("#")
+        file = (ROOT / page).parent / target if target else ROOT / page
+        if not file.exists() or (anchor and anchor not in _anchors(file.read_text())):
+            missing.append(link)
     assert not missing
+
+
+def _anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readmes_figures_come_from_the_results():
+    import csv
+
+    def rows(name: str, **chosen: str) -> list[dict[str, str]]:
+        with (ROOT / "bench/results/cpu" / name).open() as file:
+            return [r for r in csv.DictReader(file) if all(r[k] == v for k, v in chosen.items())]
+
+    def time(method: str, who: str) -> str:
+        (row,) = rows("layers.csv", shape="2048x768x3072 r=8", dtype="fp32", step="forward + backward", method=method,
+                      contender=who, threads="2")  # fmt: skip
+        return f"{float(row['ratio_p50']):.2f}"
+
+    def kept(method: str, who: str) -> str:
+        (row,) = rows("memory.csv", method=method, contender=who)
+        return f"{int(row['kept_bytes']) / int(row['x_bytes']):.2f}"
+
+    trained = rows("training.csv", contender="accelerated", threads="1")
+    saved = [100 * (1 - float(r["vs_peft_p50"])) for r in trained if r["method"] != "ia3"]
+    lora, lora_dropout, dora = ((time(m, "ours"), time(m, "peft")) for m in ("lora", "lora+dropout", "dora"))
+    text = " ".join(README.split())
+    for said in (
+        f"takes {lora[0]} of the frozen layer's time forward and backward where HF PEFT's takes {lora[1]}",
+        f"with dropout {lora_dropout[0]} against {lora_dropout[1]}",
+        f"DoRA {dora[0]} against {dora[1]}",
+        f"takes {min(saved):.0f} to {max(saved):.0f} % less time",
+        f"keeps {kept('lora', 'ours')} of that input",
+        f"HF PEFT's keeps {kept('lora', 'peft')}, and {kept('lora+dropout', 'peft')} with dropout",
+        f"{len(METHODS)} methods",
+    ):
+        assert said in text, said
+    assert kept("lora", "ours") == kept("lora+dropout", "ours")  # "with dropout too"
 
 
 def test_every_page_is_linked_from_the_readme():

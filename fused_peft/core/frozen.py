@@ -121,6 +121,8 @@ class Frozen:
 
     def why_unwritable(self, module: nn.Module) -> str | None:
         """Why a merged W cannot be written in its place, or None."""
+        if not self.opaque and isinstance(self.matrix(module), Stored):
+            return f"the weight of {type(module).__name__} is stored in parts, and its kind says no way to write it"
         if hasattr(module, "parametrizations") or module.weight.is_meta:
             why = "is on the meta device (offloaded?)" if module.weight.is_meta else "is parametrized"
             return f"its weight {why}, so what merging writes would not stay"
