@@ -23,23 +23,24 @@ from ..core.eager import norm_of
 from ..core.factors import Factors
 from ..model.layer import PeftLinear
 
-_PROBES = ((1_000_003, 2_000_003), (2_000_003, 1_000_003))  # (out, in) that no rank comes near
-
 
 def sides(layer: PeftLinear) -> dict[str, tuple[str | None, ...]]:
     """Parameter and buffer names of a layer -> for each dimension "out" or "in" where it has that length, else None.
 
-    Read off the method's own ``init`` on two weights of other shapes, so that no method declares it.
+    Compared are the shapes that the method's ``init`` gives for a weight of this shape and for its transpose: what is
+    out long for the one and in long for the other lies along out. A square weight says nothing: then one twice as wide.
     """
+    out, into = layer.out_features, layer.in_features
+    into = 2 * out if into == out else into
     starts = []
-    for shape in _PROBES:
+    for shape in ((out, into), (into, out)):
         meta = torch.empty(shape, device="meta", dtype=torch.float32)
         start = layer.method.start(meta, meta[:, 0], layer.config, meta.new_empty)
         starts.append({n: t.shape for n, t in (start.params | start.buffers).items()})
     found = {}
     for name, first in starts[0].items():
         pairs = zip(first, starts[1][name], strict=True)
-        found[name] = tuple({_PROBES[0]: "out", _PROBES[1]: "in"}.get(pair) for pair in pairs)
+        found[name] = tuple({(out, into): "out", (into, out): "in"}.get(pair) for pair in pairs)
     weight = ("in", "out") if layer.fan_in_fan_out else ("out", "in")
     return {**found, "weight": weight, "bias": ("out",)}
 
