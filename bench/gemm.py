@@ -10,7 +10,7 @@ import torch
 from clock import quantile
 from timing import DEVICE, INTERPRETING, Step, Table, copies_of, interleaved
 
-from fused_peft.backends.triton import _kernels
+from fused_peft.backends.triton import kernels
 from fused_peft.core.dispatch import backends
 
 COLUMNS = "M K N contender ms_p20 ms_p50 ms_p80 tflops ratio_p20 ratio_p50 ratio_p80 gpu driver torch triton commit"
@@ -23,15 +23,15 @@ R = 16
 
 def contenders(M: int, K: int, N: int, left: list[str]) -> dict[str, Step]:
     """{name: step}; what cannot run here is told in ``left``."""
-    k, copies = _kernels(), copies_of((M * (K + N) + K * N) * DTYPE.itemsize)
+    k, copies = kernels(), copies_of((M * (K + N) + K * N) * DTYPE.itemsize)
     draw = lambda *shape: [torch.randn(*shape, device=DEVICE, dtype=DTYPE) for _ in range(copies)]  # noqa: E731
     xs, ws, ss, bs = draw(M, K), draw(N, K), draw(M, R), draw(N, R)
 
     def own(name: str, updated: bool) -> Callable[[int], None]:
         def step(i: int) -> None:
             i %= copies
-            update = k.gemm.Update(ss[i], bs[i], 1.0) if updated else None
-            backends()[name].gemm(k, xs[i], ws[i], (M, N), update)
+            update = k.gemm_lowrank.Update(ss[i], bs[i], 1.0) if updated else None
+            backends()[name].gemm(xs[i], ws[i], (M, N), update)
 
         return step
 

@@ -24,7 +24,7 @@ from fused_peft.__main__ import main
 from fused_peft.backends import cuda, extension
 from fused_peft.backends import triton as backend_file
 from fused_peft.backends.extension import PLANS, Call, Plan
-from fused_peft.backends.triton import _kernels
+from fused_peft.backends.triton import kernels
 from fused_peft.core import dispatch, operands
 from fused_peft.tools import compile_csrc, verify
 
@@ -234,7 +234,7 @@ def test_methods(case, forced):
     ids=lambda v: type(v).__name__ if isinstance(v, fp.methods.PeftConfig) else None,
 )
 def test_what_is_launched(config, used, forced, monkeypatch):
-    k, seen, submit = _kernels(), [], _kernels().launch.submit
+    k, seen, submit = kernels(), [], kernels().launch.submit
 
     def watched(kernel, grid, args, *rest):
         if kernel.__name__ not in ("outer", "back", "add_up"):
@@ -296,7 +296,7 @@ def test_off_until_it_is_proven_and_measured(hopper):
     hopper.setattr(extension, "proven", lambda arch: arch == (9, 0))
     dispatch.choose.cache_clear()
     assert dispatch.choose(PROBLEM).why() == "cuda: not measured fastest on this shape"
-    key = _kernels().configs.key("cuda low rank", (9, 0), 16, 8192, 4096, 4096, 16)
+    key = kernels().configs.key("cuda low rank", (9, 0), 16, 8192, 4096, 4096, 16)
     hopper.setattr(backend_file, "_table", lambda: {key: 1.01})
     dispatch.choose.cache_clear()
     assert dispatch.choose(PROBLEM).why() == "cuda: not measured fastest on this shape"
@@ -319,7 +319,7 @@ def test_info_says_how_it_stands(capsys, monkeypatch):
 
 
 def test_it_is_chosen_where_eager_beats_triton_only(hopper):
-    key = lambda what: _kernels().configs.key(f"{what}low rank", (9, 0), 16, 8192, 4096, 4096, 16)  # noqa: E731
+    key = lambda what: kernels().configs.key(f"{what}low rank", (9, 0), 16, 8192, 4096, 4096, 16)  # noqa: E731
     hopper.setattr(extension, "proven", lambda arch: True)
     hopper.setattr(backend_file, "_table", lambda: {key(""): 1.2, key("cuda "): 0.8})
     assert dispatch.choose(PROBLEM).backend.name == "cuda"

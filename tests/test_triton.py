@@ -22,7 +22,7 @@ pytest.importorskip("triton", reason="Triton runs on Linux")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 interpreted = pytest.mark.skipif(GPU, reason="fp64 runs in the interpreter only")
-k = backend_file._kernels()
+k = backend_file.kernels()
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ class _Gemm:
         call = Call(
             **args, **vectors, **rows, dtype=KINDS[x.dtype], cluster_m=cluster_m, cluster_n=cluster_n,
             processors=grid[0], flags=flags, seed_of_order=EMULATOR["seed"],
-            stream=base._kernels().launch.stream(x.device),
+            stream=base.kernels().launch.stream(x.device),
         )  # fmt: skip
         extension.call(plan.name, call, not x.is_cuda)
 
@@ -61,7 +61,7 @@ class _Gemm:
         n = -(-x.shape[0] // BM) + 1  # a cluster may reach one past the edge
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return torch.zeros(n, dtype=torch.int32, device=x.device)
-        key = x.device, base._kernels().launch.stream(x.device)
+        key = x.device, base.kernels().launch.stream(x.device)
         if key not in self._flags or self._flags[key].numel() < n:
             self._flags[key] = torch.zeros(max(n, 1024), dtype=torch.int32, device=x.device)
         return self._flags[key]
@@ -83,12 +83,12 @@ def _broken(emulated: bool) -> str | None:
 
 def _rows(t: Tensor) -> bool:
     """Whether TMA can address it row by row."""
-    return base._kernels().gemm._describable(t)
+    return base.kernels().gemm_lowrank._describable(t)
 
 
 def fits(x, w, N: int, update, c, d_in, d_out, bias, mask, dual: bool, u) -> bool:
     """Whether csrc/ takes the GEMM that ``kernels.gemm_lowrank.gemm`` is asked for."""
-    k = base._kernels()
+    k = base.kernels()
     if x is None or w is None or c is not None or dual or u is not None or x.dtype not in HALF or w.dtype != x.dtype:
         return False
     if min(x.shape[0], N, x.shape[1]) < LEAST or N % 8 or not _rows(x) or not (_rows(w) or _rows(w.t())):
@@ -97,7 +97,7 @@ def fits(x, w, N: int, update, c, d_in, d_out, bias, mask, dual: bool, u) -> boo
         return False
     if update is None:
         return True
-    inline = isinstance(update, k.gemm.Inline)
+    inline = isinstance(update, k.gemm_lowrank.Inline)
     if update.B.shape[1] % 8 or (not inline and not _rows(update.S)):
         return False
     if inline:
@@ -107,7 +107,7 @@ def fits(x, w, N: int, update, c, d_in, d_out, bias, mask, dual: bool, u) -> boo
 
 def _cast(x: Tensor, *factors: tuple[Tensor, float]) -> list[Tensor]:
     """Each factor times its scale as contiguous rows of x's dtype, rounded once; one that is so already as it is."""
-    launch, found, jobs = base._kernels().launch, [], []
+    launch, found, jobs = base.kernels().launch, [], []
     for t, scale in factors:
         fine = t.dtype == x.dtype and scale == 1 and _rows(t)
         found.append(t if fine else torch.empty(t.shape, dtype=x.dtype, device=x.device))
@@ -192,8 +192,8 @@ class Cuda(base.Triton):
             return B, scale
         return _cast(x, (B, scale))[0], 1.0
 
-    def inlines(self, k, o, x: Tensor, mask) -> bool:
-        if super().inlines(k, o, x, mask):
+    def inlines(self, o, x: Tensor, mask) -> bool:
+        if super().inlines(o, x, mask):
             return True
         r = o.A.shape[0]
         return (
@@ -205,13 +205,13 @@ class Cuda(base.Triton):
         )
 
     def gemm(
-        self, k, x, w, like, update=None, c=None, d_in=None, d_out=None, bias=None, bias_inside=True, mask=None,
+        self, x, w, like, update=None, c=None, d_in=None, d_out=None, bias=None, bias_inside=True, mask=None,
         dual=False, u=None, want_y=True, want_z=False,
     ):  # fmt: skip
-        M, N = like
+        k, (M, N) = base.kernels(), like
         if not fits(x, w, N, update, c, d_in, d_out, bias, mask, dual, u):
-            return super().gemm(k, x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
-        inline, across = isinstance(update, k.gemm.Inline), not _rows(w)
+            return super().gemm(x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
+        inline, across = isinstance(update, k.gemm_lowrank.Inline), not _rows(w)
         R = 0 if update is None else update.B.shape[1]
         arch, K = k.launch.arch_of(x.device), x.shape[1]
         config = k.configs.choose("gemm_cuda", arch, 16, M, N, K, R)
@@ -238,4 +238,4 @@ class Cuda(base.Triton):
         }  # fmt: skip
         processors = k.launch.processors(x.device) if x.is_cuda else EMULATOR["processors"]
         k.launch.submit(GEMM, (processors,), args, config, x.device)
-        return k.gemm.Result(y, z, None, T)
+        return k.gemm_lowrank.Result(y, z, None, T)

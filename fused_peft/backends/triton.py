@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from types import SimpleNamespace
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -29,20 +29,11 @@ _aten = torch.ops.aten
 
 
 @cache
-def _kernels() -> SimpleNamespace:
-    """The kernel modules, imported on first use: Triton reads TRITON_INTERPRET then."""
-    from ..kernels import configs, down, dropout, gemm_lowrank, hadamard, launch, outer, row_norm
+def kernels() -> ModuleType:
+    """``kernel_modules``, imported on first use."""
+    from . import kernel_modules
 
-    return SimpleNamespace(
-        configs=configs,
-        down=down,
-        dropout=dropout,
-        gemm=gemm_lowrank,
-        hadamard=hadamard,
-        launch=launch,
-        outer=outer,
-        row_norm=row_norm,
-    )
+    return kernel_modules
 
 
 @cache
@@ -94,12 +85,12 @@ class Triton:
             return [_missing()]
         if torch.version.hip:
             return ["the kernels are tuned and tested for NVIDIA GPUs; this PyTorch is built for AMD"]
-        if not torch.cuda.is_available() and not _kernels().launch.interpreting():
+        if not torch.cuda.is_available() and not kernels().launch.interpreting():
             return ["no CUDA device is available"]
         return []
 
     def reasons(self, problem: Problem) -> list[str]:
-        interpreting = not _missing() and _kernels().launch.interpreting()
+        interpreting = not _missing() and kernels().launch.interpreting()
         found = []
         if problem.device != "cuda" and not (interpreting and problem.device == "cpu"):
             found.append(f"x is on {problem.device}, the kernels run on cuda; move the model and its inputs with .to()")
@@ -127,23 +118,24 @@ class Triton:
         ratio = measured(problem)
         return f"eager was measured {ratio:.2f} times as fast on this shape" if ratio and ratio > MARGIN else None
 
-    def inlines(self, k, o: Operands, x: Tensor, mask) -> bool:
+    def inlines(self, o: Operands, x: Tensor, mask) -> bool:
         """Whether one launch makes S and y."""
-        return x.shape[0] <= k.configs.INLINE_ROWS and o.A.shape[0] <= k.gemm.INLINE_RANK
+        k = kernels()
+        return x.shape[0] <= k.configs.INLINE_ROWS and o.A.shape[0] <= k.gemm_lowrank.INLINE_RANK
 
     def factor(self, B: Tensor, scale: float, x: Tensor) -> tuple[Tensor, float]:
         """scale·B as the GEMM for x reads it: a tensor and the scale that is left to apply."""
         return B, scale
 
-    def gemm(self, k, *args, **options):
+    def gemm(self, *args, **options):
         """``kernels.gemm_lowrank.gemm``."""
-        return k.gemm.gemm(*args, **options)
+        return kernels().gemm_lowrank.gemm(*args, **options)
 
     def forward(self, o: Operands, keep_z: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if _plain(o):
             return _eager.forward(o, keep_z)
         _fits(o)
-        k, o = _kernels(), _dense(o)
+        k, o = kernels(), _dense(o)
         x, c = _rows(o.x), _rows(o.c)
         lead = (x if c is None else c).shape[0] if o.x.dim() == 2 else o.x.shape[:-1]
         if o.hadamard:
@@ -152,22 +144,22 @@ class Triton:
         N = next(t for t in (o.w, o.B) if t is not None).shape[0] if c is None else c.shape[1]
         mask, rest, T, update = None, None, None, None
         if o.seed is not None:
-            mask = k.gemm.Mask(o.seed, dropout.threshold(o.p), 1 / (1 - o.p))
+            mask = k.gemm_lowrank.Mask(o.seed, dropout.threshold(o.p), 1 / (1 - o.p))
             if o.drop_base and o.w is not None:  # two GEMMs: what is kept goes on, what is dropped joins at the end
                 x = x if o.d_in is None else x * o.d_in.to(x.dtype)
                 x, rest = k.dropout.parts(x.contiguous(), *mask)
                 o, mask = o._replace(d_in=None, seed=None), None
         if o.A is not None:
-            if o.w is not None and rest is None and self.inlines(k, o, x, mask):
-                update = k.gemm.Inline(o.A, o.a, o.G, o.h, o.B, o.s)
+            if o.w is not None and rest is None and self.inlines(o, x, mask):
+                update = k.gemm_lowrank.Inline(o.A, o.a, o.G, o.h, o.B, o.s)
             else:
                 threshold, rescale = (0, 1.0) if mask is None else mask[1:]
                 B, scale = self.factor(o.B, o.s, x)
                 T, S = k.down.project(x, o.d_in, o.A, o.a, o.G, o.h, o.seed, threshold, rescale, self.overlaps)
-                update = k.gemm.Update(S, B, scale)
+                update = k.gemm_lowrank.Update(S, B, scale)
         result = self.gemm(
-            k, x, o.w, (x.shape[0], N), update, c, o.d_in, o.d_out, o.bias, o.d_out is None or o.scale_bias,
-            mask if isinstance(update, k.gemm.Inline) else None, want_z=keep_z,
+            x, o.w, (x.shape[0], N), update, c, o.d_in, o.d_out, o.bias, o.d_out is None or o.scale_bias,
+            mask if isinstance(update, k.gemm_lowrank.Inline) else None, want_z=keep_z,
         )  # fmt: skip
         if rest is not None:
             result.y.add_(F.linear(rest, o.w))
@@ -179,7 +171,7 @@ class Triton:
     ) -> tuple[Tensor | None, ...]:
         if _plain(o):
             return _eager.backward(dy, o, T, z, need)
-        k, o, want = _kernels(), _dense(o), Operands(*need)
+        k, o, want = kernels(), _dense(o), Operands(*need)
         lead, dy, x = dy.shape[:-1], _rows(dy), _rows(o.x)
         into_x = want.x or want.d_in
         grads = Operands()
@@ -190,11 +182,11 @@ class Triton:
             dc = dy if o.d_out is None else dy * o.d_out.to(dy.dtype)
             grads = grads._replace(c=dc.view(*lead, dc.shape[1]))
         if o.hadamard:
-            return self._hadamard_backward(k, dy, lead, x, o, want, grads)[: len(need)]
+            return self._hadamard_backward(dy, lead, x, o, want, grads)[: len(need)]
 
         M, mask, dual, dT = dy.shape[0], None, False, None
         if o.seed is not None:
-            mask = k.gemm.Mask(o.seed, dropout.threshold(o.p), 1 / (1 - o.p))
+            mask = k.gemm_lowrank.Mask(o.seed, dropout.threshold(o.p), 1 / (1 - o.p))
             dual = o.drop_base and o.w is not None
         parts: dict[str, Tensor] = {}  # partial sums, (shares, n): what each becomes
         if o.A is not None and (into_x or want.A or want.a):
@@ -208,22 +200,22 @@ class Triton:
         if into_x and (o.w is not None or dT is not None):
             update = None
             if dT is not None:
-                update = k.gemm.Update(dT, A, rescale, masked)
+                update = k.gemm_lowrank.Update(dT, A, rescale, masked)
             K = (o.w if o.w is not None else o.A).shape[1]
             result = self.gemm(
-                k, dy, None if o.w is None else o.w.t(), (M, K), update, None, o.d_out, o.d_in, None, True, mask, dual,
+                dy, None if o.w is None else o.w.t(), (M, K), update, None, o.d_out, o.d_in, None, True, mask, dual,
                 x if want.d_in else None, want_y=want.x,
             )  # fmt: skip
             if want.x:
                 grads = grads._replace(x=result.y.view(*lead, K))
             if want.d_in:
                 parts["d_in"] = result.sums if M else dy.new_zeros(1, K)
-        return self._reductions(k, dy, x, o, T, z, dT, mask, want, grads, parts)[: len(need)]
+        return self._reductions(dy, x, o, T, z, dT, mask, want, grads, parts)[: len(need)]
 
     @staticmethod
-    def _reductions(k, dy, x, o, T, z, dT, mask, want, grads, parts) -> Operands:
+    def _reductions(dy, x, o, T, z, dT, mask, want, grads, parts) -> Operands:
         """The gradients that are sums over rows."""
-        first = second = None
+        k, first, second = kernels(), None, None
         into_b = want.B or want.G
         into_dy = into_b and "dB" not in parts
         if into_dy or want.bias or want.d_out:
@@ -253,7 +245,8 @@ class Triton:
         return grads._replace(**{n: t.to(getattr(o, n).dtype) for n, t in wanted.items()})
 
     @staticmethod
-    def _hadamard_backward(k, dy, lead, x, o, want, grads) -> Operands:
+    def _hadamard_backward(dy, lead, x, o, want, grads) -> Operands:
+        k = kernels()
         if want.x:
             dx = k.hadamard.product(dy, o.w.t(), o.A.t(), o.B.t(), o.s, None)
             grads = grads._replace(x=dx.view(*lead, dx.shape[1]))
@@ -267,7 +260,7 @@ class Triton:
         return grads
 
     def row_norm(self, W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-        k = _kernels()
+        k = kernels()
         if A.shape[0] > k.row_norm.MAX_RANK:
             return eager.row_norm(W, squared, A, B, s)
         return k.row_norm.norm(W, squared, A, B, s)
@@ -276,7 +269,7 @@ class Triton:
 @cache
 def _table() -> dict[str, float]:
     """Written by bench/h200.py on the GPU it names."""
-    file = _kernels().configs.MEASURED
+    file = kernels().configs.MEASURED
     return json.loads(file.read_text()) if file.exists() else {}
 
 
@@ -285,6 +278,6 @@ def measured(p: Problem, what: str = "") -> float | None:
     "cuda ", the time of csrc/ as a multiple of the faster of the two. None if never."""
     if p.arch is None:
         return None
-    configs = _kernels().configs
+    configs = kernels().configs
     kind = "hadamard" if p.hadamard else "low rank" if p.r else "scales"
     return _table().get(configs.key(what + kind, p.arch, 8 * p.dtype.itemsize, p.M, p.N, p.K, p.r))

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from ..backends.cuda import Cuda
-from ..backends.triton import Triton, _kernels, _missing
+from ..backends.triton import Triton, _missing, kernels
 from ..core.operands import TENSORS, Operands
 
 ARCHES = {"sm_80": (8, 0), "sm_90": (9, 0)}
@@ -52,7 +52,7 @@ class Report:
 
     def faults(self) -> list[str]:
         """What the gate refuses: spills, too much shared memory, a half-precision product without tensor cores."""
-        limit = _kernels().configs.shared_kib(ARCHES[self.arch]) * 1024
+        limit = kernels().configs.shared_kib(ARCHES[self.arch]) * 1024
         found = []
         if self.stack or self.local:
             found.append(f"{self.stack} bytes of stack and {self.local} local loads and stores: registers spill")
@@ -121,9 +121,9 @@ def problems(arch: str) -> Iterator[tuple[str, Operands]]:
         yield f"{label}-one-in", _variant(label, 70, 1, 33, 1, fp16, fp16)
     yield "lora-tf32", _variant("lora", 8192, 4096, 4096, 16, fp32, fp32)
     made_by = dict.fromkeys(("hadamard", "form", "hadamard_grads"), "hadamard") | {"row_norm": "dora"}
-    for entry in _kernels().configs.tuned():
+    for entry in kernels().configs.tuned():
         kind, where, bits, M, N, K, r = entry.split()
-        if where == arch and kind in _kernels().configs.KINDS:
+        if where == arch and kind in kernels().configs.KINDS:
             label, dtype = made_by.get(kind, "lora"), {"16": bf16, "32": fp32}[bits]
             yield f"{label}-tuned", _variant(label, int(M), int(K) or 4096, int(N), int(r), dtype, fp32)
 
@@ -154,7 +154,7 @@ def launches(arch: str) -> dict[str, object]:
 
 
 def _recorded(backend: Triton, o: Operands, arch: tuple[int, int], tf32: bool = False) -> Iterator[tuple[str, object]]:
-    k, before = _kernels(), torch.backends.cuda.matmul.fp32_precision
+    k, before = kernels(), torch.backends.cuda.matmul.fp32_precision
     need = tuple(t is not None and n not in ("w", "seed", "c") for n, t in zip(o._fields, o[:TENSORS], strict=False))
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     try:
@@ -280,7 +280,7 @@ def compile_all(arch: str, folder: Path, jobs: int | None = None, only: str = ""
         raise ValueError(f"arch={arch!r} is not one of {', '.join(ARCHES)}")
     if _missing():
         raise RuntimeError(_missing())
-    if _kernels().launch.interpreting():
+    if kernels().launch.interpreting():
         raise RuntimeError("TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it")
     folder.mkdir(parents=True, exist_ok=True)
     _pending.clear()

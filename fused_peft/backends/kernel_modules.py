@@ -1,0 +1,9 @@
+"""The kernel modules, by name.
+
+Import this inside a function, through ``triton.kernels()``: the modules need Triton, which may be missing, and Triton
+reads TRITON_INTERPRET when they are imported.
+"""
+
+from ..kernels import configs, down, dropout, gemm_lowrank, hadamard, launch, outer, row_norm
+
+__all__ = ["configs", "down", "dropout", "gemm_lowrank", "hadamard", "launch", "outer", "row_norm"]
