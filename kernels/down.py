@@ -6,11 +6,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import configs, launch
 from .dropout import keep_tile
 from .tile import activate, dot, gate, matrix, put, slope, vector
+from .triton_internals import gdc_launch_dependents
 
 
 @triton.jit

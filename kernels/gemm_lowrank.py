@@ -16,11 +16,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import configs, launch
 from .dropout import keep_tile
 from .tile import activate, dot, gate, matrix, place, put, vector
+from .triton_internals import TensorDescriptor
 
 INLINE_RANK = 64  # above it the extra accumulator costs more than a launch
 
@@ -212,7 +212,9 @@ def _aligned(t: Tensor) -> bool:
 
 def fits_tma(x: Tensor, w: Tensor | None, c: Tensor | None, N: int) -> bool:
     """Whether the TMA kernel can take the operands: 16-bit, aligned, on sm_90, at least 64 rows."""
-    if w is None or c is not None or x.dtype not in (torch.float16, torch.bfloat16) or x.shape[0] < 64:
+    if TensorDescriptor is None or w is None or c is not None or x.shape[0] < 64:
+        return False
+    if x.dtype not in (torch.float16, torch.bfloat16):
         return False
     arch = launch.arch_of(x.device)
     if arch != (9, 0) or N * x.element_size() % 16 or min(N, x.shape[1]) < 64:

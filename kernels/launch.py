@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
 
 from .configs import Config
+from .triton_internals import arg_names, interpreted
 
 TL = {
     torch.float16: tl.float16,
@@ -37,7 +37,7 @@ _arch: tuple[int, int] | None = None
 
 def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
-    return isinstance(_probe, InterpretedFunction)
+    return interpreted(_probe)
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def strides(t: torch.Tensor | None) -> tuple[int, int]:
 def submit(kernel, grid: tuple[int, ...], args: dict[str, Any], config: Config, device: torch.device) -> None:
     """Start the kernel on the current stream of ``device``, or write the launch down while recording. Of ``args`` the
     kernel takes those it names."""
-    args = {name: args[name] for name in kernel.arg_names}
+    args = {name: args[name] for name in arg_names(kernel)}
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, config))
         return

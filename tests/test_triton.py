@@ -4,7 +4,11 @@ The interpreter computes in fp64 as well, so the kernels' algebra is held to the
 kernel in fp32, which bounds the agreement at 2e-7. Without a GPU bf16 is checked loosely: the interpreter truncates.
 """
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -388,3 +392,40 @@ def test_graph_capture():
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+_WITHOUT = """
+import sys
+for module in ("triton.language.extra.cuda", "triton.tools.tensor_descriptor", "triton.compiler"):
+    if REMOVED:
+        __import__(module)
+        for name in ("gdc_launch_dependents", "TensorDescriptor", "ASTSource"):
+            vars(sys.modules[module]).pop(name, None)
+import torch
+import fused_peft
+from fused_peft.backends.triton import Triton, kernels
+from fused_peft.core.operands import Operands
+k = kernels()
+print(*k.triton_internals.MISSING)
+half = lambda *shape: torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+with k.launch.record((9, 0)) as found:
+    Triton().forward(Operands(x=half(128, 64), w=half(64, 64), A=half(8, 64), B=half(64, 8), s=1.0), False)
+print(*(launch.kernel.__name__ for launch in found))
+"""
+_OLDER = Path(__file__).resolve().parent.parent / ".venv/triton-3.6"
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["installed", "oldest"])
+@pytest.mark.parametrize("removed", [False, True], ids=["whole", "without"])
+def test_private_names_of_triton(older, removed):
+    """Those we use are there in this Triton and the oldest we take, and what stands in for them runs."""
+    if older and not _OLDER.is_dir():
+        pytest.skip("make gate installs Triton 3.6")
+    env = {**os.environ, **({"PYTHONPATH": f"{_OLDER}:{os.environ.get('PYTHONPATH', '')}"} if older else {})}
+    code = _WITHOUT.replace("REMOVED", str(removed))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    missing, started = (run.stdout + "\n\n").split("\n")[:2]
+    assert run.returncode == 0, run.stderr
+    names = "triton.language.extra.cuda.gdc_launch_dependents triton.tools.tensor_descriptor.TensorDescriptor"
+    assert missing == (f"{names} triton.compiler.ASTSource" if removed else "")
+    assert started == ("down gemm_lowrank" if removed else "down gemm_lowrank_tma")

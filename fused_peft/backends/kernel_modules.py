@@ -4,6 +4,6 @@ Import this inside a function, through ``triton.kernels()``: the modules need Tr
 reads TRITON_INTERPRET when they are imported.
 """
 
-from ..kernels import configs, down, dropout, gemm_lowrank, hadamard, launch, outer, row_norm
+from ..kernels import configs, down, dropout, gemm_lowrank, hadamard, launch, outer, row_norm, triton_internals
 
-__all__ = ["configs", "down", "dropout", "gemm_lowrank", "hadamard", "launch", "outer", "row_norm"]
+__all__ = ["configs", "down", "dropout", "gemm_lowrank", "hadamard", "launch", "outer", "row_norm", "triton_internals"]

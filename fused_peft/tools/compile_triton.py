@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from ..backends.cuda import Cuda
+from ..backends.cuda import GEMM, Cuda
 from ..backends.triton import Triton, _missing, kernels
 from ..core.operands import TENSORS, Operands
 
@@ -139,7 +139,7 @@ def launches(arch: str) -> dict[str, object]:
                   for n, r in (("dora", 16), ("lora-bias-dropout", 16), ("lora", 64), ("adapter", 16))]  # fmt: skip
     for label, backend, o in asked:
         for phase, launch in _recorded(backend, o, ARCHES[arch], "tf32" in label):
-            if not hasattr(launch.kernel, "params"):
+            if launch.kernel is GEMM:
                 continue  # csrc/'s: ``extension`` compiles it
             signature = _signature(launch)
             identity = (launch.kernel.__name__, launch.config, repr(signature))
@@ -186,8 +186,9 @@ def _signature(launch) -> tuple[dict, dict, dict]:
     """(signature, constants, attributes) as a call with these arguments would compile: one becomes a constant,
     multiples of 16 are known as such."""
     signature, constants, attributes = {}, {}, {}
-    for i, (param, (name, value)) in enumerate(zip(launch.kernel.params, launch.args.items(), strict=True)):
-        if param.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+    constexpr = kernels().triton_internals.is_constexpr(launch.kernel)
+    for i, (name, value) in enumerate(launch.args.items()):
+        if constexpr[name] or value is None or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -206,10 +207,7 @@ def _signature(launch) -> tuple[dict, dict, dict]:
 
 def _ptxas(ptx: str) -> str:
     """What the ptxas in Triton's wheel says about sm_90a code; the newer of its two knows every PTX version."""
-    import triton
-
-    folder = Path(triton.__file__).parent / "backends/nvidia/bin"
-    tool = folder / ("ptxas-blackwell" if "\n.version 9" in ptx else "ptxas")
+    tool = kernels().triton_internals.tool("ptxas-blackwell" if "\n.version 9" in ptx else "ptxas")
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
@@ -226,9 +224,7 @@ def _multiplies(launch) -> bool:
 
 def dumped(file: Path, what: str) -> str:
     """What the cuobjdump in Triton's wheel prints about a cubin."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = kernels().triton_internals.tool("cuobjdump")
     return subprocess.run([tool, what, file], capture_output=True, text=True, check=True).stdout
 
 
@@ -240,15 +236,9 @@ def instructions(code: str) -> dict[str, int]:
 
 def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report:
     """Compile one launch for arch; write NAME.cubin into folder if one is given."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     signature, constants, attributes = _signature(launch)
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    major, minor = ARCHES[arch]
     options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages, "enable_fp_fusion": True}
-    result = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=options)
+    result = kernels().triton_internals.compiled(launch.kernel, signature, constants, attributes, ARCHES[arch], options)
     with tempfile.TemporaryDirectory() as scratch:
         file = (folder or Path(scratch)) / f"{name}.cubin"
         file.write_bytes(result.asm["cubin"])

@@ -1,0 +1,77 @@
+"""What this project uses of Triton beyond its documented names, and what is done instead where a release lacks one.
+
+``MISSING`` lists the names that this Triton lacks; a test keeps it empty for the installed one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import shutil
+from pathlib import Path
+from typing import Any
+
+import triton
+
+MISSING: list[str] = []
+
+
+def _found(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        MISSING.append(f"{module}.{name}")
+        return None
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+# lets the next launch begin early; without it that begins when this one has ended
+gdc_launch_dependents = _found("triton.language.extra.cuda", "gdc_launch_dependents") or _nothing
+# a tensor as TMA reads it; None: the kernels that take pointers run instead
+TensorDescriptor = _found("triton.tools.tensor_descriptor", "TensorDescriptor")
+_ASTSource = _found("triton.compiler", "ASTSource")
+_GPUTarget = _found("triton.backends.compiler", "GPUTarget")
+
+
+def interpreted(kernel) -> bool:
+    """Whether a kernel runs in Triton's interpreter; its class is not imported, since that imports numpy."""
+    return not isinstance(kernel, triton.JITFunction)
+
+
+def arg_names(kernel) -> list[str]:
+    """A kernel's arguments in order."""
+    return getattr(kernel, "arg_names", None) or list(inspect.signature(kernel.fn).parameters)
+
+
+def is_constexpr(kernel) -> dict[str, bool]:
+    """For each argument of a kernel, in order, whether it is a tl.constexpr."""
+    if hasattr(kernel, "params"):
+        return {p.name: p.is_constexpr for p in kernel.params}
+    return {n: "constexpr" in str(p.annotation) for n, p in inspect.signature(kernel.fn).parameters.items()}
+
+
+def compiled(kernel, signature: dict, constants: dict, attributes: dict, arch: tuple[int, int], options: dict):
+    """A kernel compiled ahead of time: ``asm`` holds its ptx and cubin, ``metadata.shared`` its shared memory.
+
+    Raises RuntimeError where this Triton has no such compiler interface.
+    """
+    if _ASTSource is None or _GPUTarget is None:
+        raise RuntimeError(f"Triton {triton.__version__} cannot compile ahead of time: it has no {', '.join(MISSING)}")
+    source = _ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=_GPUTarget("cuda", 10 * arch[0] + arch[1], 32), options=options)
+
+
+def tool(name: str) -> str:
+    """The path of ptxas, ptxas-blackwell or cuobjdump: the one in Triton's wheel, else CUDA's own on PATH.
+
+    Raises RuntimeError where there is neither.
+    """
+    ours = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    found = str(ours) if ours.exists() else shutil.which(name)
+    if found is None:
+        raise RuntimeError(f"{name} is neither in {ours.parent} nor on PATH; install CUDA's command-line tools")
+    return found
