@@ -41,12 +41,12 @@ from baselines import Shape as Layer
 from baselines import linear_for
 from clock import quantile
 from correctness import DTYPES, config, ready, shaken
-from fused_peft.kernels import configs, launch
 from timing import DEVICE, GPU, GRACE, INTERPRETING, Step, Table, captured, copies_of, each, interleaved, pool
 from torch import Tensor, nn
 
 import fused_peft as fp
 from fused_peft.backends import extension
+from fused_peft.backends.kernel_modules import configs, launch
 from fused_peft.core import dispatch, operands
 from fused_peft.core.dispatch import backends
 

@@ -28,11 +28,12 @@ from pathlib import Path
 
 import tables
 from baselines import Shape
-from fused_peft.kernels import configs, gemm_lowrank, hadamard, row_norm
+
+from fused_peft.backends.kernel_modules import configs, gemm_lowrank, hadamard, outer, row_norm
 
 GEMM, FP32, MEMORY = 790e12, 54e12, 4.3e12  # FLOP/s achieved in bf16, and in fp32 without tf32; bytes/s
 PROCESSORS, MATRIX_GATE = 132, 128  # streaming multiprocessors; the largest G (r, r) our kernels take
-KERNELS = {*configs.KINDS, "add_up", "split"}
+KERNELS = {*configs.CLOSED_FORMS, "add_up", "split"}
 ROWS, RANKS = (1, 16, 128, 1024, 8192), (8, 16, 64, 256)
 WIDTHS = ((4096, 4096), (4096, 14336), (14336, 4096), (1024, 1024))  # K, N
 # method: its operands beside x and W, and options, both as tools.compile_triton writes them
@@ -75,7 +76,7 @@ class Schedule(list[Launch]):
         self.s, self.has, self.parts, options = s, set(names.split()), [], options or {}
         M, K, N, k, r = s.M, s.K, s.N, min(s.K, s.N), s.r if "A" in self.has else 0
         self.relu, self.dual, self.hadamard = (bool(options.get(n)) for n in ("h", "drop_base", "hadamard"))
-        self.inline_rows = options.get("inline_rows", configs.INLINE_ROWS)
+        self.inline_rows = options.get("inline_rows", gemm_lowrank.INLINE_ROWS)
         self.r, self.low, self.formed = r, r > 0 and not self.hadamard, "k" in self.has
         self.dora = self.low and "d_out" in self.has
         self.S = "S" if self.relu or self.has & {"G", "M"} else "T"  # what B multiplies
@@ -147,7 +148,7 @@ def _ours_forward(q: Schedule) -> None:
         q.torch(NORM)
     q.torch("randint -> seed")
     if q.low and not q.dual and q.inline_rows >= M and r <= gemm_lowrank.INLINE_RANK:
-        tiles = ceil(N / configs.narrow(q.tile("gemm_lowrank", M, N, K), 64).BN)  # each makes S
+        tiles = ceil(N / gemm_lowrank.narrow(q.tile("gemm_lowrank", M, N, K), 64).BN)  # each makes S
         flops = q.base + tiles * (q.down + q.gate) + q.up
         return q.fused("gemm_lowrank", "x w A a G M B d_out seed -> y z T", flops)
     if q.dual:
@@ -167,7 +168,7 @@ def _ours_backward(q: Schedule) -> None:
         parts = (ceil(N / grads.BN), r * K), (ceil(K / grads.BK), N * r)
         q.fused("hadamard_grads", "dy x w A B ->", q.base + 4 * N * K * r, *parts)
         return q.add_up()
-    one_read = q.low and "d_out" not in q.has and configs.one_read(M, N, r, PROCESSORS)
+    one_read = q.low and "d_out" not in q.has and outer.one_read(M, N, r, PROCESSORS)
     if one_read:
         q.fused("back", "dy B G M T -> dT", 2 * q.up + q.gate, (ceil(M / q.tile("back", M, N, 0).BM), N * r))
     elif q.low:

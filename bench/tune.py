@@ -26,12 +26,13 @@ from unittest.mock import patch
 import torch
 from correctness import config as config_of
 from correctness import ready, shaken
-from fused_peft.kernels import configs, launch
 from fused_peft.kernels.configs import Config
 from timing import DEVICE, GPU, INTERPRETING, Table, captured, copies_of, each, interleaved, pool
 from torch import Tensor
 
 import fused_peft as fp
+from fused_peft.backends.extension import TILES as TILES_OF_CSRC
+from fused_peft.backends.kernel_modules import configs, launch
 from fused_peft.core import dispatch
 
 GAIN = 0.98  # a config is kept below this multiple of the closed form's time
@@ -70,7 +71,7 @@ def fields(kind: str, c: Config) -> list[str]:
 def legal(kind: str, c: Config, rows: int) -> bool:
     """Whether the accumulator fits the registers, the stages fit shared memory, and the rows are not mostly padding."""
     if kind == "gemm_cuda":
-        return (c.BM, c.BN) in configs.CUDA_TILES
+        return (c.BM, c.BN) in TILES_OF_CSRC
     if c.BN == 192:  # no power of two
         return False
     by_rows = {"outer": (c.BN, R, c.BM), "hadamard_grads": (c.BN, c.BK, c.BM), "back": (c.BM, R, c.BN)}
@@ -98,7 +99,7 @@ def using(kind: str, key: str = "", config: Config | None = None) -> Iterator[Si
         seen.at = configs.key(k, arch, bits, M, N, K, r)
         if k != kind:
             return choose_(k, arch, bits, M, N, K, r)
-        form = seen.asked[seen.at] = configs.default(k, arch, bits, M, N, K, r)
+        form = seen.asked[seen.at] = configs.CLOSED_FORMS[k](arch, bits, M, N, K, r)
         return config if config and seen.at == key else form
 
     def submit(kernel, *args):
@@ -185,7 +186,7 @@ def tune(target: tuple, key: str, form: Config, table: Table, workers, deadline:
     return best
 
 
-def sweep(seconds: float, out: Path, kinds=(*configs.KINDS, "gemm_cuda"), workers=None) -> list[str]:
+def sweep(seconds: float, out: Path, kinds=tuple(configs.CLOSED_FORMS), workers=None) -> list[str]:
     """Tune for so many seconds: winners to ``out``, every candidate to tuning.csv beside it; what was left out."""
     ready()
     deadline, table, done, left = time.time() + seconds, Table(out.with_name("tuning.csv"), COLUMNS), {}, []

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, launch
+from .configs import Config
 from .dropout import keep_tile
 from .tile import activate, dot, gate, matrix, put, slope, vector
 from .triton_internals import gdc_launch_dependents
@@ -50,6 +51,16 @@ def down(
         if out_ptr is not None:
             u = gate(activate(acc, H), g_ptr, r, R, g_in, g_out, GATE, DTYPE, PRECISION, BR)
             put(out_ptr, u.to(DTYPE), m, r, M, R, R, 1, BM, BR)
+
+
+@configs.closed_form("down")
+def config_of_down(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
+    """The closed form."""
+    wide = bits > 16  # fp32 runs without wgmma, or through tf32
+    depth = 32 if wide and r > 64 else 64 if wide or r > 32 else 128
+    few = M < 4096 or (wide and r > 64)  # short tiles, so that there are programs enough for the memory
+    tall = 16 if few else 32 if wide or r > 32 or M < 8192 else 64
+    return Config(tall, 0, depth, 8 if wide and r > 64 else 4, 2 if wide or r > 64 else 3)
 
 
 def _submit(x, d, A, bias, G, T, out, seed, threshold, scale, h, backward, trigger):

@@ -10,6 +10,7 @@ update alone, and the column sums of x ⊙ dx̂ (the gradient of d_in) taken fro
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,11 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, launch
+from .configs import Config, tiles
 from .dropout import keep_tile
 from .tile import activate, dot, gate, matrix, place, put, vector
 from .triton_internals import TensorDescriptor
 
+INLINE_ROWS = 64  # up to here one launch, S made inside the GEMM, beats two
 INLINE_RANK = 64  # above it the extra accumulator costs more than a launch
+UNALIGNED = Config(64, 64, 32, 4, 2)  # rows that vector loads and asynchronous copies cannot take
 
 
 @triton.jit
@@ -199,6 +203,30 @@ class Result(NamedTuple):
     T: Tensor | None
 
 
+@configs.closed_form("gemm_lowrank_tma")
+def config_of_tma(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
+    if M > 64 and N >= 256 and r <= 16 and tiles(M, 128) * tiles(N, 256) >= 132:
+        return Config(128, 256, 64, 8, 3, late=True, flatten=True)
+    return Config(128 if M > 64 else 64, 128, 64, 8 if M > 64 else 4, 4, late=True, flatten=True)
+
+
+@configs.closed_form("gemm_lowrank")
+def config_of_gemm(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
+    """With as many stages as shared memory holds."""
+    if bits > 16:
+        return UNALIGNED
+    tall = configs.bucket(M) if M <= 64 else 64 if tiles(M, 128) * tiles(N, 128) < 64 else 128
+    config = Config(tall, 128 if tall >= 64 else 64, 64 if tall < 128 else 32, 8 if tall >= 64 else 4, 4)
+    stage = (config.BM + config.BN) * config.BK * bits // 8
+    most = (configs.shared_kib(arch) * 1024 - 16384) // stage
+    return replace(config, stages=max(2, min(config.stages, most)))
+
+
+def narrow(config: Config, most: int) -> Config:
+    """The config for a tile that makes two results: at most 128 columns, ``most`` from 64 rows on."""
+    return replace(config, BN=min(config.BN, most if config.BM >= 64 else 128))
+
+
 def _describable(t: Tensor) -> bool:
     """Whether TMA can address a matrix: rows contiguous, 16-byte aligned."""
     row = t.stride(0)
@@ -252,11 +280,11 @@ def gemm(
     tma = not dual and not inline and fits_tma(x, w, c, N)
     kind = "gemm_lowrank_tma" if tma else "gemm_lowrank"
     aligned = all(_aligned(t) for t in (x if K else None, w) if t is not None)
-    config = configs.choose(kind, arch, bits, M, N, K, R) if aligned else configs.UNALIGNED
+    config = configs.choose(kind, arch, bits, M, N, K, R) if aligned else UNALIGNED
     if inline or dual or u is not None or (want_z and update is not None):
-        config = configs.narrow(config, 128 if tma else 64)
+        config = narrow(config, 128 if tma else 64)
     BR = configs.rank_tile(R, INLINE_RANK if inline or bits == 16 else 32)
-    tiles_m, tiles_n = configs.tiles(M, config.BM), configs.tiles(N, config.BN)
+    tiles_m, tiles_n = tiles(M, config.BM), tiles(N, config.BN)
     sums = None if u is None else torch.empty(tiles_m, N, dtype=torch.promote_types(base.dtype, torch.float32),
                                               device=base.device)  # fmt: skip
     T = base.new_empty(M, R) if inline else None
@@ -281,12 +309,12 @@ def gemm(
         stored = w.t() if transposed else w
         programs = min(launch.processors(base.device), tiles_m * tiles_n)
         block = [config.BK, config.BN] if transposed else [config.BN, config.BK]
-        tiles = [config.BM, config.BN]
+        block_y = [config.BM, config.BN]
         describe = TensorDescriptor.from_tensor
         special = {
             "x_desc": describe(x, [config.BM, config.BK]), "w_desc": describe(stored, block),
-            "y_desc": describe(result.y, tiles) if want_y else None,
-            "z_desc": describe(result.z, tiles) if want_z else None,
+            "y_desc": describe(result.y, block_y) if want_y else None,
+            "z_desc": describe(result.z, block_y) if want_z else None,
             "TRANSPOSED": transposed, "LATE": config.late and not masked,
             # with d_in, whose tile passes through registers, Triton 3.6 serialises the flattened loop's wgmma (C7515)
             "FLATTEN": config.flatten and d_in is None,

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, launch
+from .configs import Config
 from .outer import added_up
 from .tile import dot, matrix, place, put, vector
 
@@ -97,6 +98,24 @@ def hadamard_grads(
         a = matrix(a_ptr, k, r0, K, R, a_k, a_r, BK, BR).to(DTYPE)
         db = dot(e, a, tl.zeros((BN, BR), ACC), PRECISION) * scale
         put(db_ptr + (wide + i_k) * N * R, db, n, r0, N, R, R, 1, BN, BR)
+
+
+@configs.closed_form("hadamard")
+def config_of_hadamard(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
+    return Config(min(configs.bucket(M), 64), 64, 32, 4, 2)
+
+
+@configs.closed_form("form")
+def config_of_form(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
+    return Config(0, 32 if bits > 16 else 64, 64, 4, 1)
+
+
+@configs.closed_form("hadamard_grads")
+def config_of_grads(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
+    """BM: rows summed over."""
+    if bits > 16 or arch < (9, 0):
+        return Config(64, 64, 32 if bits > 16 else 64, 8, 2)
+    return Config(64, 128, 128, 8, 3)
 
 
 def _common(x: Tensor, w: Tensor, scale: float, M: int, R: int, kind: str):

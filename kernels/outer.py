@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, launch
+from .configs import Config
 from .dropout import keep_tile
 from .tile import activate, dot, gate, matrix, put, slope, vector
 from .triton_internals import gdc_launch_dependents
@@ -152,6 +153,25 @@ def back(
     put(dt_ptr, acc.to(DTYPE), m, 0, M, R, R, 1, BM, BR)
 
 
+@configs.closed_form("outer")
+def config_of_outer(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
+    wide = bits > 16
+    if arch < (9, 0) and not wide:
+        return Config(64, 64, 0, 8, 3)
+    return Config(32 if wide or r > 32 else 64, 64, 0, 4, 2 if wide or r > 64 else 3)
+
+
+@configs.closed_form("back")
+def config_of_back(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
+    return Config(128, 128 if arch >= (9, 0) and bits <= 16 else 64, 0, 8, 3)
+
+
+def one_read(M: int, N: int, r: int, processors: int) -> bool:
+    """Whether dT and dB in one read of dy beat two: their slots, written and read, must cost fewer bytes than dy, and
+    their row tiles keep a good third of the processors busy."""
+    return configs.rank_tile(r) < 32 and processors <= 3 * configs.tiles(M, 128) and N >= 64
+
+
 class OverDy(NamedTuple):
     """Job 0. dy (M, N); h(T) with T (M, R), d (N,) and scale make dB; sums, z: Σ dy (times d if scaled), Σ dy ⊙ z."""
 
@@ -189,7 +209,7 @@ def added_up(*parts: Tensor) -> list[Tensor]:
             "ACC": launch.acc(part.dtype), "BLOCK": BLOCK, "DEEP": 16,
         }  # fmt: skip
         grid = (configs.tiles(n0, BLOCK) + configs.tiles(n1, BLOCK),)
-        launch.submit(add_up, grid, args, configs.Config(0, 0, 0, 4, 1), part.device)
+        launch.submit(add_up, grid, args, Config(0, 0, 0, 4, 1), part.device)
     return out
 
 

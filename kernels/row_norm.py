@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs, launch
+from .configs import Config
 from .tile import dot, matrix, vector
 
 MAX_RANK = 128  # one rank tile
@@ -33,6 +34,12 @@ def row_norm(
     b = matrix(b_ptr, n, 0, N, R, b_n, b_r, BN, BR).to(ACC)
     total = vector(squared_ptr, rows, N).to(ACC) + scale * tl.sum((2 * wa + scale * baa) * b, 1)
     tl.store(out_ptr + rows, tl.sqrt(tl.maximum(total, 0.0)), mask=rows < N)
+
+
+@configs.closed_form("row_norm")
+def config_of_row_norm(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
+    wide = bits > 16
+    return Config(16, 0, 32 if wide else 64 if r > 64 else 128, 4, 2 if wide or r > 64 else 3)
 
 
 def norm(w: Tensor, squared: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -242,7 +242,7 @@ def test_what_is_launched(config, used, forced, monkeypatch):
         submit(kernel, grid, args, *rest)
 
     monkeypatch.setattr(k.launch, "submit", watched)
-    monkeypatch.setattr(k.configs, "one_read", lambda *_: False)
+    monkeypatch.setattr(k.outer, "one_read", lambda *_: False)
     layer = fp.PeftLinear(136, 264, config=config, dtype=torch.float16, device=DEVICE)
     layer(torch.randn(130, 136, dtype=torch.float16, device=DEVICE, requires_grad=True)).sum().backward()
     assert seen == used

@@ -24,7 +24,8 @@ import correctness
 import h200
 import timing
 import tune
-from fused_peft.kernels import configs
+
+from fused_peft.backends.kernel_modules import configs
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the script is run itself")
 
@@ -145,9 +146,9 @@ def test_the_main_table_is_measured_first():
     assert first == [(method, h200.ROWS[0], h200.RANKS[0]) for method in h200.METHODS]
 
 
-@pytest.mark.parametrize("kind", configs.KINDS)
+@pytest.mark.parametrize("kind", configs.CLOSED_FORMS)
 def test_candidates_are_legal_and_near(kind):
-    form = configs.default(kind, (9, 0), 16, 8192, 4096, 4096, 16)
+    form = configs.CLOSED_FORMS[kind]((9, 0), 16, 8192, 4096, 4096, 16)
     found = list(tune.candidates(configs.key(kind, (9, 0), 16, 8192, 4096, 4096, 16), form))
     assert len(found) == len(set(found)) > 4
     assert form not in found

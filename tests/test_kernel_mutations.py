@@ -189,10 +189,10 @@ def mutated(file, before, after, monkeypatch, tmp_path):
 def test_kernel_mutant_is_caught(name, monkeypatch, tmp_path):
     mutant = MUTANTS[name]
     fp.set_backend("triton")
-    monkeypatch.setattr(k.configs, "INLINE_ROWS", 0)
     one_read = "one read" in name or "N block" in name
-    monkeypatch.setattr(k.configs, "one_read", lambda *shape: one_read)
     mutated(mutant.file, mutant.before, mutant.after, monkeypatch, tmp_path)
+    monkeypatch.setattr(k.gemm_lowrank, "INLINE_ROWS", 0)
+    monkeypatch.setattr(k.outer, "one_read", lambda *shape: one_read)
     for case in (c for c in CASES if c.name in mutant.cases):
         assert disagreements(case, build(case, WIDE), *inputs(WIDE), INTERPRETED), case.name
 

@@ -39,8 +39,8 @@ def _forced():
 def path(request, monkeypatch):
     """Few rows: S inside the GEMM. Many: launches of their own, dT and dB in one read of dy."""
     if request.param == "many rows":
-        monkeypatch.setattr(k.configs, "INLINE_ROWS", 0)
-        monkeypatch.setattr(k.configs, "one_read", lambda M, N, r, processors: r <= 128)
+        monkeypatch.setattr(k.gemm_lowrank, "INLINE_ROWS", 0)
+        monkeypatch.setattr(k.outer, "one_read", lambda M, N, r, processors: r <= 128)
 
 
 @interpreted

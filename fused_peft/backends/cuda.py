@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core import dispatch
 from ..core.operands import Problem
+from ..kernels import configs
 from . import extension
 from . import triton as base
 from .extension import KINDS, Call, Cast, Factor, Plan
@@ -24,6 +25,16 @@ from .extension import KINDS, Call, Cast, Factor, Plan
 HALF = (torch.bfloat16, torch.float16)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 LEAST = 64  # rows, columns and depth below which tiles are mostly padding
+
+
+@configs.closed_form("gemm_cuda")
+def config_of_gemm(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> configs.Config:
+    tiles = configs.tiles
+    waves = lambda tile: tiles(tiles(M, tile[0]) * tiles(N, tile[1]), 132) * tile[0] * tile[1]  # noqa: E731
+    BM, BN = min(extension.TILES, key=waves)
+    paired = tiles(M, BM) if BN >= BM else tiles(N, BN)  # an odd one out is computed for nothing
+    whole = tiles(M, BM) * tiles(N, BN) >= 132 and (paired % 2 == 0 or paired >= 16)
+    return configs.Config(BM, BN, 64, 12, 4, cluster=2 if whole else 1)
 
 
 class _Gemm:
@@ -214,7 +225,7 @@ class Cuda(base.Triton):
         inline, across = isinstance(update, k.gemm_lowrank.Inline), not _rows(w)
         R = 0 if update is None else update.B.shape[1]
         arch, K = k.launch.arch_of(x.device), x.shape[1]
-        config = k.configs.choose("gemm_cuda", arch, 16, M, N, K, R)
+        config = configs.choose("gemm_cuda", arch, 16, M, N, K, R)
         inner = 0
         if inline:
             inner = min(n for n in extension.INNER if n >= R)

@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 
 from ..core.paths import source_dir
-from ..kernels.configs import CUDA_TILES
 
 KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # enum Kind of csrc/gemm.cuh
+TILES = ((128, 256), (256, 128), (128, 192))  # rows and columns that csrc/ is compiled for
 INNER = (16, 64)  # the most r of an INLINE plan; the second accumulator of 256 x 128 and 64 would spill
 ARCH = "-gencode=arch=compute_90a,code=sm_90a"
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")  # an assert in device code is a call, and ptxas then serialises every wgmma
@@ -63,7 +63,7 @@ FORMS = [("LATE", across, 0) for across in (False, True)] + [("SCALED", across, 
 FORMS += [("MASKED", True, 0), *(("INLINE", False, inner) for inner in INNER)]
 PLANS = [
     Plan(dtype, *tile, across, form, inner)
-    for dtype, tile, (form, across, inner) in product(("bf16", "fp16"), CUDA_TILES, FORMS)
+    for dtype, tile, (form, across, inner) in product(("bf16", "fp16"), TILES, FORMS)
     if (tile, inner) != ((256, 128), 64)
 ]
 
@@ -72,7 +72,7 @@ PLANS = [
 def tile_for(BM: int, BN: int, inner: int) -> tuple[int, int]:
     """The tile itself, or the first of all where no plan of that tile and ``inner`` is compiled."""
     compiled = {(p.BM, p.BN, p.inner) for p in PLANS}
-    return (BM, BN) if (BM, BN, inner) in compiled else CUDA_TILES[0]
+    return (BM, BN) if (BM, BN, inner) in compiled else TILES[0]
 
 
 class _Struct(ctypes.Structure):

@@ -121,7 +121,7 @@ class Triton:
     def inlines(self, o: Operands, x: Tensor, mask) -> bool:
         """Whether one launch makes S and y."""
         k = kernels()
-        return x.shape[0] <= k.configs.INLINE_ROWS and o.A.shape[0] <= k.gemm_lowrank.INLINE_RANK
+        return x.shape[0] <= k.gemm_lowrank.INLINE_ROWS and o.A.shape[0] <= k.gemm_lowrank.INLINE_RANK
 
     def factor(self, B: Tensor, scale: float, x: Tensor) -> tuple[Tensor, float]:
         """scale·B as the GEMM for x reads it: a tensor and the scale that is left to apply."""
@@ -193,7 +193,7 @@ class Triton:
             masked = mask is not None and not dual
             A, rescale = self.factor(o.A.t(), mask.rescale if masked else 1.0, dy) if into_x else (None, 1.0)
             alone = (want.B or want.G) and not (want.bias or want.d_out)  # else dy is read again anyway
-            if alone and k.configs.one_read(*dy.shape, o.A.shape[0], k.launch.processors(dy.device)):
+            if alone and k.outer.one_read(*dy.shape, o.A.shape[0], k.launch.processors(dy.device)):
                 dT, parts["dB"] = k.outer.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s, self.overlaps)
             else:
                 dT = k.down.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s, self.overlaps)
