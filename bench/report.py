@@ -179,7 +179,7 @@ def gpu() -> str:
 
     def cell(row: dict[str, str]) -> str:
         others = ", ".join(row[who] or "–" for who in ("eager", "peft"))
-        key = row["method"].replace("_drop", "+drop"), "triton", row["step"], row["N"]
+        key = row["method"], "triton", row["step"], row["N"]
         return f"{row['ours']} ({others}) | {real.get(key, 'not measured yet')}"
 
     columns = list(product(("4096", "14336"), ("forward", "forward + backward")))
