@@ -14,6 +14,11 @@ import fused_peft as fp
 from fused_peft.tools import verify
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# what the roofline predicts and a GPU times
+TIMED = (
+    "lora", "lora+dropout", "dora", "dora+dropout", "ia3", "ssl", "ssb", "parallel_adapter", "flora", "trilora",
+    "liera", "svdiff", "bitfit",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,16 @@ class Shape:
         return f"{self.M}x{self.K}x{self.N} r={self.r}"
 
 
+def config(label: str, r: int) -> fp.methods.PeftConfig:
+    """A method's config by its name, "+dropout" as a suffix."""
+    name, _, dropout = label.partition("+")
+    found = fp.methods.METHODS[name].example(r)
+    return replace(found, lora_dropout=0.1) if dropout else found
+
+
 def our_configs(r: int) -> dict[str, fp.methods.PeftConfig]:
     """``verify``'s configs, and DoRA's with dropout."""
-    found = verify.configs(r)
-    return dict(sorted({**found, "dora+dropout": replace(found["dora"], lora_dropout=0.1)}.items()))
+    return dict(sorted({**verify.configs(r), "dora+dropout": config("dora+dropout", r)}.items()))
 
 
 def peft_configs(r: int) -> dict:
@@ -84,6 +95,14 @@ def peft_layer(name: str, linear: nn.Linear, r: int, **options) -> nn.Module:
     import peft
 
     return peft.get_peft_model(nn.Sequential(linear), peft_configs(r)[name], **options).base_model.model[0]
+
+
+def has_peer(name: str) -> bool:
+    """Whether the installed HF PEFT has the method."""
+    try:
+        return name in peft_configs(8)
+    except (ImportError, AttributeError):
+        return False
 
 
 class Written(nn.Module):

@@ -17,12 +17,12 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from baselines import config
 from timing import DEVICE, GPU, INTERPRETING, Table, captured, each
 from torch import Tensor, nn
 
@@ -38,7 +38,6 @@ import fused_peft as fp
 from fused_peft.backends.extension import PLANS, Plan
 from fused_peft.core import dispatch
 from fused_peft.core.dropout import keep_mask, new_seed, threshold
-from fused_peft.methods import METHODS
 from fused_peft.tools import verify
 
 COLUMNS = "case backend dtype shape tensor against error limit plain ok repeat gpu note"
@@ -69,13 +68,6 @@ def ready() -> None:
     torch.set_num_threads(1)
     fp.set_backend("triton")
     fp.set_strict(True)
-
-
-def config(method: str, r: int):
-    """A method's config by name; "+dropout" as a suffix."""
-    name, _, dropout = method.partition("+")
-    found = METHODS[name].example(r)
-    return replace(found, lora_dropout=0.1) if dropout else found
 
 
 def shaken(layer: nn.Module) -> nn.Module:

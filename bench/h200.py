@@ -37,10 +37,10 @@ import gemm
 import torch
 import triton
 import tune
+from baselines import TIMED, config, has_peer, linear_for, peft_layer
 from baselines import Shape as Layer
-from baselines import linear_for
 from clock import quantile
-from correctness import DTYPES, config, ready, shaken
+from correctness import DTYPES, ready, shaken
 from timing import DEVICE, GPU, GRACE, INTERPRETING, Step, Table, captured, copies_of, each, interleaved, pool
 from torch import Tensor, nn
 
@@ -54,20 +54,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"correctness": 0.35, "gemm": 0.05, "speed": 0.4, "tune": 0.2}
 SPEED = "method contender step M K N r dtype graph ms_p20 ms_p50 ms_p80 ratio_p20 ratio_p50 ratio_p80 peak_mb"
 SPEED += " gpu driver torch triton commit"
-METHODS = ["lora", "lora+dropout", "dora", "ia3", "ssb", "parallel_adapter", "flora", "trilora", "liera", "svdiff"]
+METHODS = [m for m in TIMED if m not in ("dora+dropout", "ssl", "bitfit")]  # as dora, ssb, frozen
 RANKLESS = ("ia3", "ssb", "svdiff")
-PEERS = {
-    "lora": ("LoraConfig", {}), "lora+dropout": ("LoraConfig", {"lora_dropout": 0.1}),
-    "dora": ("LoraConfig", {"use_dora": True}), "ia3": ("IA3Config", {"feedforward_modules": []}),
-    "liera": ("HiraConfig", {}),
-}  # fmt: skip
 STEPS = ("forward", "backward", "both")
 CONTENDERS = ("frozen", "triton", "cuda", "eager", "peft", "peft_half")
 FUSED = ("triton", "cuda", "eager")
 ROWS = (65, 1) if INTERPRETING else (8192, 1024, 128, 16, 1)
 LAYERS = ((72, 64),) if INTERPRETING else tune.LAYERS
 RANKS = (8,) if INTERPRETING else (16, 64, 8, 256)
-TIMED = "fp16" if INTERPRETING else "bf16"
+DTYPE = "fp16" if INTERPRETING else "bf16"
 GRAPHED = 128  # up to so many rows the host is the limit, and a CUDA graph is timed too
 
 
@@ -84,13 +79,7 @@ def build(contender: str, method: str, linear: nn.Linear, r: int) -> nn.Module:
     if not contender.startswith("peft"):
         with patch("fused_peft.methods.svd.decomposed", _any_factors):
             return shaken(fp.PeftLinear.from_linear(linear, config(method, r)))
-    import peft
-
-    kind, options = PEERS[method]
-    rank = {"LoraConfig": {"r": r, "lora_alpha": 2 * r}, "HiraConfig": {"r": r}}.get(kind, {})
-    theirs = getattr(peft, kind)(target_modules=["0"], **rank, **options)
-    model = peft.get_peft_model(nn.Sequential(linear), theirs, autocast_adapter_dtype=contender == "peft")
-    return shaken(model.base_model.model[0])
+    return shaken(peft_layer(method, linear, r, autocast_adapter_dtype=contender == "peft"))
 
 
 def steps(layers: list[nn.Module], xs: list[Tensor], dys: list[Tensor]) -> dict[str, Step]:
@@ -119,8 +108,8 @@ def prepare(method: str, layer: Layer) -> None:
 
 def compile_for(backend: str, method: str, layer: Layer) -> None:
     with dispatch.forcing(backend):
-        model = build(backend, method, linear_for(layer, DTYPES[TIMED], DEVICE), layer.r)
-        x, dy = (torch.randn(layer.M, n, device=DEVICE, dtype=DTYPES[TIMED]) for n in (layer.K, layer.N))
+        model = build(backend, method, linear_for(layer, DTYPES[DTYPE], DEVICE), layer.r)
+        x, dy = (torch.randn(layer.M, n, device=DEVICE, dtype=DTYPES[DTYPE]) for n in (layer.K, layer.N))
         steps([model], [x.requires_grad_()], [dy])["both"](0)
 
 
@@ -147,10 +136,10 @@ def why(what: str, layer: Layer, e: Exception) -> str:
 def cuda_takes(method: str, layer: Layer) -> bool:
     """Whether the CUDA backend computes the layer's call."""
     with dispatch.forcing("eager"):
-        model = fp.PeftLinear(layer.K, layer.N, config=config(method, layer.r), dtype=DTYPES[TIMED], device="meta")
+        model = fp.PeftLinear(layer.K, layer.N, config=config(method, layer.r), dtype=DTYPES[DTYPE], device="meta")
         if model.forms_weight(layer.M):
             return False
-        x, device = torch.empty(layer.M, layer.K, dtype=DTYPES[TIMED], device="meta"), torch.device(DEVICE)
+        x, device = torch.empty(layer.M, layer.K, dtype=DTYPES[DTYPE], device="meta"), torch.device(DEVICE)
         problem = operands.foreseen(model.factors(), x, model.weight, model.bias, None, True, device)
     with dispatch.forcing("cuda"):
         return not (backends()["cuda"].available() or backends()["cuda"].reasons(problem))
@@ -160,7 +149,7 @@ def contenders(method: str, layer: Layer, linears, xs, dys, left: list[str]) -> 
     """{contender: its layers} of those that run, and {contender: MB that one forward + backward adds}."""
     models, peak = {}, {}
     for name in CONTENDERS:
-        if name.startswith("peft") and method not in PEERS:
+        if name.startswith("peft") and not has_peer(method):
             continue
         if name == "cuda" and not cuda_takes(method, layer):
             continue
@@ -182,7 +171,7 @@ def contenders(method: str, layer: Layer, linears, xs, dys, left: list[str]) -> 
 
 def timed(method: str, layer: Layer, left: list[str]) -> list[tuple[str, str, dict, dict]]:
     """(step, graph, {contender: seconds of every round}, peak) of one job."""
-    dtype = DTYPES[TIMED]
+    dtype = DTYPES[DTYPE]
     copies = copies_of((layer.M * (layer.K + layer.N) + layer.K * layer.N) * dtype.itemsize)
     draw = lambda n: [torch.randn(layer.M, n, device=DEVICE, dtype=dtype) for _ in range(copies)]  # noqa: E731
     linears = [linear_for(layer, dtype, DEVICE) for _ in range(copies)]
@@ -216,12 +205,12 @@ def measured_key(method: str, layer: Layer, what: str = "") -> str | None:
     """The key that backends/triton.py, or with "cuda " backends/cuda.py, looks up for the job's calls; None where the
     method makes none."""
     enter("frozen")
-    model = fp.PeftLinear(layer.K, layer.N, config=config(method, layer.r), dtype=DTYPES[TIMED], device="meta")
+    model = fp.PeftLinear(layer.K, layer.N, config=config(method, layer.r), dtype=DTYPES[DTYPE], device="meta")
     if model.forms_weight(layer.M):
         return None
     f, arch = model.factors(), launch.arch_of(torch.device(DEVICE, 0))
     kind = "hadamard" if f.hadamard else "low rank" if f.rank else "scales"
-    key = configs.key(what + kind, arch, 8 * DTYPES[TIMED].itemsize, layer.M, layer.N, layer.K, f.rank)
+    key = configs.key(what + kind, arch, 8 * DTYPES[DTYPE].itemsize, layer.M, layer.N, layer.K, f.rank)
     return f"{'interpreter ' if INTERPRETING else ''}{key}"
 
 
@@ -245,7 +234,7 @@ def speed(table: Table, workers, deadline: float, measured: Path) -> list[str]:
                 spread = {f"ms_p{q}": 1e3 * quantile(seconds, q / 100) for q in (20, 50, 80)}
                 spread |= {f"ratio_p{q}": quantile(relative, q / 100) for q in (20, 50, 80)}
                 about = {"method": method, "contender": name, "step": step, "M": layer.M, "K": layer.K, "N": layer.N}
-                about |= {"r": 0 if method in RANKLESS else layer.r, "dtype": TIMED, "graph": graph}
+                about |= {"r": 0 if method in RANKLESS else layer.r, "dtype": DTYPE, "graph": graph}
                 table.add(**about, **spread, peak_mb=peak.get(name), **facts)
             if step == "both" and graph == "no" and {"triton", "eager"} <= times.keys():
                 compare(method, layer, times, ratios)
@@ -277,7 +266,7 @@ def environment() -> dict[str, str]:
 
 def show(rows: list[dict]) -> None:
     """The main table: forward and forward + backward as multiples of the frozen layer's."""
-    print(f"\nM = {ROWS[0]}, r = {RANKS[0]}, {TIMED}, {GPU}; forward / forward + backward, frozen layer = 1")
+    print(f"\nM = {ROWS[0]}, r = {RANKS[0]}, {DTYPE}, {GPU}; forward / forward + backward, frozen layer = 1")
     print(f"{'method':<17} {'K x N':<13}" + "".join(f"{c:>19}" for c in CONTENDERS[1:]))
     main = [r for r in rows if r["M"] == ROWS[0] and r["r"] in (0, RANKS[0]) and r["graph"] == "no"]
     at = {(r["method"], r["K"], r["N"], r["contender"], r["step"]): f"{r['ratio_p50']:.3f}" for r in main}

@@ -26,7 +26,7 @@ from unittest.mock import patch
 
 import tables
 import torch
-from baselines import Shape
+from baselines import TIMED, Shape, config, has_peer, peft_layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -42,11 +42,6 @@ GEMM, FP32, MEMORY = 790e12, 54e12, 4.3e12  # FLOP/s achieved in bf16, and in fp
 ARCH = (9, 0)
 ROWS, RANKS = (1, 16, 128, 1024, 8192), (8, 16, 64, 256)
 WIDTHS = ((4096, 4096), (4096, 14336), (14336, 4096), (1024, 1024))  # K, N
-METHODS = {  # HF PEFT's config of the same, where it has one
-    "lora": "LoraConfig", "lora+dropout": "LoraConfig", "dora": "LoraConfig", "dora+dropout": "LoraConfig",
-    "ia3": "IA3Config", "ssl": "", "ssb": "", "parallel_adapter": "", "flora": "", "trilora": "", "liera": "HiraConfig",
-    "svdiff": "", "bitfit": "",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -139,27 +134,14 @@ def _traced(call: Callable[[], object]) -> tuple[list[Launch], object]:
     return [*map(_kernel, kernels), *mode.launches], result
 
 
-def _peft_layer(method: str, linear: nn.Linear, r: int) -> nn.Module:
-    import peft
-
-    name, _, dropout = method.partition("+")
-    options: dict = {"feedforward_modules": []} if name == "ia3" else {"r": r}
-    options |= {"use_dora": True} if name == "dora" else {}
-    options |= {"lora_dropout": 0.1} if dropout else {}
-    config = getattr(peft, METHODS[method])(**options, target_modules={"0"})
-    model = peft.get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=False)
-    return model.base_model.model[0].to(device="meta", dtype=torch.bfloat16)
-
-
 def _layer(who: str, method: str, shape: Shape) -> nn.Module:
     linear = nn.Linear(shape.K, shape.N, bias=False, dtype=torch.bfloat16, device="meta").requires_grad_(False)
     if who == "frozen":
         return linear
     if who == "peft":
-        return _peft_layer(method, linear, shape.r)
-    name, _, dropout = method.partition("+")
-    config = fp.methods.METHODS[name].example(shape.r or 8)
-    return fp.PeftLinear.from_linear(linear, replace(config, lora_dropout=0.1) if dropout else config)
+        layer = peft_layer(method, linear, shape.r or 8, autocast_adapter_dtype=False)
+        return layer.to(device="meta", dtype=torch.bfloat16)
+    return fp.PeftLinear.from_linear(linear, config(method, shape.r or 8))
 
 
 @cache
@@ -189,9 +171,9 @@ def schedule(who: str, method: str, shape: Shape, backward: bool) -> list[Launch
 
     Raises ValueError for an unknown name, and for a method that HF PEFT does not have.
     """
-    if who not in ("ours", "eager", "peft", "frozen") or method not in METHODS:
-        raise ValueError(f"who={who!r}, method={method!r}: known are ours, eager, peft, frozen; {', '.join(METHODS)}")
-    if who == "peft" and not METHODS[method]:
+    if who not in ("ours", "eager", "peft", "frozen") or method not in TIMED:
+        raise ValueError(f"who={who!r}, method={method!r}: known are ours, eager, peft, frozen; {', '.join(TIMED)}")
+    if who == "peft" and not has_peer(method):
         raise ValueError(f"HF PEFT has no method {method!r}")
     first, second = _both(who, "lora" if who == "frozen" else method, shape)
     return [*first, *second] if backward else list(first)
@@ -213,12 +195,12 @@ def predict(who: str, method: str, shape: Shape, backward: bool, launch_us: floa
 
 
 def rows(launch_us: float) -> Iterator[dict[str, str | int | float]]:
-    ranked = {m for m in METHODS if hasattr(fp.methods.METHODS[m.partition("+")[0]].example(8), "r")}
-    for method, (K, N), M, backward in product(METHODS, WIDTHS, ROWS, (False, True)):
+    ranked = {m for m in TIMED if hasattr(config(m, 8), "r")}
+    for method, (K, N), M, backward in product(TIMED, WIDTHS, ROWS, (False, True)):
         for r in RANKS if method in ranked else (0,):
             shape = Shape(M, K, N, r)
             ratios = {w: predict(w, method, shape, backward, launch_us) for w in ("ours", "eager", "peft")
-                      if w != "peft" or METHODS[method]}  # fmt: skip
+                      if w != "peft" or has_peer(method)}  # fmt: skip
             launches = schedule("ours", method, shape, backward)
             yield {
                 "method": method, "M": M, "K": K, "N": N, "r": r or "",

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
-from correctness import config as config_of
+from baselines import config as config_of
 from correctness import ready, shaken
 from fused_peft.kernels.configs import Config
 from timing import DEVICE, GPU, INTERPRETING, Table, captured, copies_of, each, interleaved, pool

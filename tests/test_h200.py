@@ -86,14 +86,8 @@ def test_every_method_and_contender_is_timed(ran):
     found = rows(ran[0] / "speed.csv", h200.SPEED)
     timed = {(r["method"], r["contender"], r["step"], int(r["M"])) for r in found}
     contenders = {m: {"frozen", "triton", "eager"} for m in h200.METHODS}
-    try:
-        import peft
-    except ImportError:
-        pass
-    else:
-        for method, (kind, _) in h200.PEERS.items():
-            if hasattr(peft, kind):
-                contenders[method] |= {"peft", "peft_half"}
+    for method in filter(h200.has_peer, h200.METHODS):
+        contenders[method] |= {"peft", "peft_half"}
     many, one = h200.ROWS
     want = {(m, c, s, M) for m, some in contenders.items() for c in some for s in h200.STEPS for M in (many, one)}
     taken = set(h200.METHODS) - {"liera", "svdiff"}
