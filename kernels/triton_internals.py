@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
+import os
+import re
 import shutil
+import subprocess
+import tempfile
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +41,7 @@ gdc_launch_dependents = _found("triton.language.extra.cuda", "gdc_launch_depende
 TensorDescriptor = _found("triton.tools.tensor_descriptor", "TensorDescriptor")
 _ASTSource = _found("triton.compiler", "ASTSource")
 _GPUTarget = _found("triton.backends.compiler", "GPUTarget")
+_knobs = _found("triton", "knobs")  # without them ptxas runs again for its log
 
 
 def interpreted(kernel) -> bool:
@@ -55,14 +62,43 @@ def is_constexpr(kernel) -> dict[str, bool]:
 
 
 def compiled(kernel, signature: dict, constants: dict, attributes: dict, arch: tuple[int, int], options: dict):
-    """A kernel compiled ahead of time: ``asm`` holds its ptx and cubin, ``metadata.shared`` its shared memory.
+    """A kernel compiled ahead of time: ``asm`` holds its ptx and cubin, ``metadata.shared`` its shared memory; and what
+    ptxas -v said of it.
 
     Raises RuntimeError where this Triton has no such compiler interface.
     """
     if _ASTSource is None or _GPUTarget is None:
         raise RuntimeError(f"Triton {triton.__version__} cannot compile ahead of time: it has no {', '.join(MISSING)}")
     source = _ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=_GPUTarget("cuda", 10 * arch[0] + arch[1], 32), options=options)
+    with _told(), redirect_stdout(io.StringIO()) as printed:
+        result = triton.compile(source, target=_GPUTarget("cuda", 10 * arch[0] + arch[1], 32), options=options)
+    log = printed.getvalue()
+    return result, log if " registers" in log else _ptxas(result.asm["ptx"])
+
+
+@contextmanager
+def _told():
+    """Triton compiles though its cache may hold the kernel, and prints what ptxas says."""
+    wanted = [] if _knobs is None else [(_knobs.nvidia, "dump_ptxas_log"), (_knobs.compilation, "always_compile")]
+    wanted = [(group, name, getattr(group, name)) for group, name in wanted if hasattr(group, name)]
+    for group, name, _ in wanted:
+        setattr(group, name, True)
+    try:
+        yield
+    finally:
+        for group, name, before in wanted:
+            setattr(group, name, before)
+
+
+def _ptxas(ptx: str) -> str:
+    """What ptxas -v says about PTX; the newer of the two in Triton's wheel knows every version of it."""
+    arch = re.search(r"^\.target (\w+)", ptx, re.M)[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [tool("ptxas-blackwell" if "\n.version 9" in ptx else "ptxas"), "-v", f"-arch={arch}"]
+        command += ["-o", os.devnull, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def tool(name: str) -> str:

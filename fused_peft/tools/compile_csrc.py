@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..backends.extension import ARCH, FLAGS, PLANS, Plan, _write, fingerprint, nvcc
+from ..backends.triton import kernels
 from ..core.paths import source_dir
-from .compile_triton import dumped, instructions, judged
+from .compile_triton import judged
 
+COUNTED = {"wgmma": "HGMMA", "tma_load": "UTMALDG", "tma_store": "UTMASTG", "local": r"(?:LD|ST)L"}
 FENCES = 7  # at a cluster's start and end, and around INLINE's flag; none belongs into a loop
 
 
@@ -45,6 +48,18 @@ class Report:
         if not 0 < self.shared <= 227 * 1024:
             found.append(f"{self.shared} bytes of shared memory, {227 * 1024} are there")
         return found
+
+
+def dumped(file: Path, what: str) -> str:
+    """What cuobjdump, the one in Triton's wheel if there is none else, prints about a cubin."""
+    tool = kernels().triton_internals.tool("cuobjdump")
+    return subprocess.run([tool, what, file], capture_output=True, text=True, check=True).stdout
+
+
+def instructions(code: str) -> dict[str, int]:
+    """How many of each kind in COUNTED a cubin's machine code, as ``dumped`` prints it, has."""
+    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", code, re.M))
+    return {k: sum(n for op, n in opcodes.items() if re.fullmatch(pattern, op)) for k, pattern in COUNTED.items()}
 
 
 def compiled(plan: Plan, folder: Path, shared: int) -> Report:

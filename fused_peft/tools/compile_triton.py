@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of every kernel on a machine without a GPU: what a launch would compile, what came out.
 
-The launches are those the backend makes, recorded on meta tensors; registers, spills, shared memory and instructions
-are read from the machine code.
+The launches are those the backend makes, recorded on meta tensors; registers and spills are what ptxas says of the
+machine code, instructions are counted in the PTX that it takes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,12 +24,20 @@ from ..backends.triton import Triton, _missing, kernels
 from ..core.operands import TENSORS, Operands
 
 ARCHES = {"sm_80": (8, 0), "sm_90": (9, 0)}
-COUNTED = {"wgmma": "HGMMA", "mma": r"[HI]MMA", "tma_load": "UTMALDG", "tma_store": "UTMASTG", "local": r"(?:LD|ST)L"}
+COUNTED = {  # in PTX
+    "wgmma": r"\bwgmma\.mma_async", "mma": r"\bmma\.sync",
+    "tma_load": r"\bcp\.async\.bulk\.tensor\.\dd\.shared", "tma_store": r"\bcp\.async\.bulk\.tensor\.\dd\.global",
+}  # fmt: skip
+USED = {  # in ptxas's log
+    "registers": r"Used (\d+) registers", "stack": r"(\d+) bytes stack frame",
+    "spilled": r"(\d+) bytes spill stores",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Report:
-    """One compiled kernel: bytes of stack and shared memory, instruction counts; multiplies: it has matrix products."""
+    """One compiled kernel: bytes of stack, spilled and of shared memory, instruction counts; multiplies: it has matrix
+    products."""
 
     name: str
     kernel: str
@@ -41,12 +46,12 @@ class Report:
     config: str
     registers: int
     stack: int
+    spilled: int
     shared: int
     wgmma: int
     mma: int
     tma_load: int
     tma_store: int
-    local: int
     multiplies: bool = True
     serialised: int = 0  # ptxas warnings C75xx: wgmma that waits for the one before
 
@@ -54,8 +59,8 @@ class Report:
         """What the gate refuses: spills, too much shared memory, a half-precision product without tensor cores."""
         limit = kernels().configs.shared_kib(ARCHES[self.arch]) * 1024
         found = []
-        if self.stack or self.local:
-            found.append(f"{self.stack} bytes of stack and {self.local} local loads and stores: registers spill")
+        if self.stack or self.spilled:
+            found.append(f"{self.stack} bytes of stack, {self.spilled} spilled: the registers do not suffice")
         if self.shared > limit:
             found.append(f"{self.shared} bytes of shared memory, {limit} are there")
         if self.serialised and self.kernel.startswith("gemm"):  # the others wait for memory, not for wgmma
@@ -205,16 +210,6 @@ def _signature(launch) -> tuple[dict, dict, dict]:
     return signature, constants, attributes
 
 
-def _ptxas(ptx: str) -> str:
-    """What the ptxas in Triton's wheel says about sm_90a code; the newer of its two knows every PTX version."""
-    tool = kernels().triton_internals.tool("ptxas-blackwell" if "\n.version 9" in ptx else "ptxas")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [tool, "-arch=sm_90a", "-o", os.devnull, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
 def _multiplies(launch) -> bool:
     """Whether the launch takes matrix products: not when only slots or columns are summed."""
     if launch.kernel.__name__ in ("add_up", "split"):
@@ -222,35 +217,22 @@ def _multiplies(launch) -> bool:
     return any(launch.args.get(flag, True) for flag in ("PRODUCT0", "PRODUCT1"))
 
 
-def dumped(file: Path, what: str) -> str:
-    """What the cuobjdump in Triton's wheel prints about a cubin."""
-    tool = kernels().triton_internals.tool("cuobjdump")
-    return subprocess.run([tool, what, file], capture_output=True, text=True, check=True).stdout
-
-
-def instructions(code: str) -> dict[str, int]:
-    """How many of each kind in COUNTED a cubin's machine code, as ``dumped`` prints it, has."""
-    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", code, re.M))
-    return {k: sum(n for op, n in opcodes.items() if re.fullmatch(pattern, op)) for k, pattern in COUNTED.items()}
-
-
 def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report:
     """Compile one launch for arch; write NAME.cubin into folder if one is given."""
     signature, constants, attributes = _signature(launch)
     options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages, "enable_fp_fusion": True}
-    result = kernels().triton_internals.compiled(launch.kernel, signature, constants, attributes, ARCHES[arch], options)
-    with tempfile.TemporaryDirectory() as scratch:
-        file = (folder or Path(scratch)) / f"{name}.cubin"
-        file.write_bytes(result.asm["cubin"])
-        usage = dict(re.findall(r"(REG|STACK):(\d+)", dumped(file, "--dump-resource-usage")))
-        counts = instructions(dumped(file, "--dump-sass"))
-    c, serialised = launch.config, 0
-    if counts["wgmma"]:
-        serialised = len(re.findall(r"C75\d\d", _ptxas(result.asm["ptx"])))
+    result, log = kernels().triton_internals.compiled(
+        launch.kernel, signature, constants, attributes, ARCHES[arch], options
+    )
+    if folder:
+        (folder / f"{name}.cubin").write_bytes(result.asm["cubin"])
+    c, ptx = launch.config, result.asm["ptx"]
+    counts = {kind: len(re.findall(pattern, ptx)) for kind, pattern in COUNTED.items()}
+    used = {what: int(re.search(pattern, log)[1]) for what, pattern in USED.items()}
     return Report(
         name, launch.kernel.__name__, arch, _dtype(launch), f"{c.BM}x{c.BN}x{c.BK} warps {c.warps} stages {c.stages}",
-        int(usage["REG"]), int(usage["STACK"]), result.metadata.shared, **counts, multiplies=_multiplies(launch),
-        serialised=serialised,
+        **used, shared=result.metadata.shared, **counts, multiplies=_multiplies(launch),
+        serialised=len(re.findall(r"C75\d\d", log)),
     )  # fmt: skip
 
 
