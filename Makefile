@@ -49,11 +49,13 @@ lint: $(VENV)/dev
 NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
 
 # a worker a core, each with one thread of PyTorch's; the tests of a file stay together, and share what they build
+PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 check: lint
-	OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test: lint bare gate $(if $(NVCC),cuda-check,without-nvcc) $(VENV)/cutlass $(VENV)/deepspeed
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 bare: $(VENV)/bare/torch
 	rm -rf build/lib  # or files of an earlier build come back in this one
@@ -67,12 +69,14 @@ without-nvcc:
 cuda-check: $(VENV)/dev
 	$(BIN)/python -m fused_peft compile --arch sm_90a --out build/cuda --json build/cuda/report.json
 
-# every kernel compiled for both architectures, without a GPU: no spills, shared memory that fits, tensor cores used
+# every kernel compiled for both architectures, without a GPU: no spills, shared memory that fits, tensor cores used;
+# on two Tritons, with every two options of a kernel together at least once (make gate COVER= : all that there are)
+COVER ?= --cover
 gate: $(VENV)/dev $(VENV)/triton-3.6
 	for arch in sm_80 sm_90; do \
-	  $(BIN)/python -m fused_peft compile --arch $$arch --out out/gate/$$arch --json out/gate/$$arch.json && \
-	  PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m fused_peft compile --arch $$arch --out out/gate/$$arch-triton-3.6 \
-	    --json out/gate/$$arch-triton-3.6.json || exit 1; \
+	  $(BIN)/python -m fused_peft compile --arch $$arch $(COVER) --out out/gate/$$arch --json out/gate/$$arch.json && \
+	  PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m fused_peft compile --arch $$arch $(COVER) \
+	    --out out/gate/$$arch-triton-3.6 --json out/gate/$$arch-triton-3.6.json || exit 1; \
 	done
 
 demo: $(VENV)/demo

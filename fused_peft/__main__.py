@@ -113,11 +113,14 @@ def main(argv: list[str] | None = None) -> int:
     ahead.add_argument("--json", type=Path, help="registers, stack, shared memory and instruction counts")
     ahead.add_argument("--only", default="", help="only kernels whose name contains this")
     ahead.add_argument("--jobs", type=int, help="compilations at a time; all cores by default")
+    ahead.add_argument(
+        "--cover", action="store_true", help="as few as show every two configs, flags and operands of a kernel together"
+    )
     args = parser.parse_args(argv)
     if args.command == "compile" and args.arch == "sm_90a":
         return compile_csrc.run(args.out, args.json, args.jobs, args.only)
     if args.command == "compile":
-        return compile_triton.run(args.arch, args.out, args.json, args.jobs, args.only)
+        return compile_triton.run(args.arch, args.out, args.json, args.jobs, args.only, args.cover)
     if args.command == "methods":
         return methods(args.in_features, args.out_features, args.r)
     return info() if args.command == "info" else run_verify(args.device)

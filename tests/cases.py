@@ -33,7 +33,7 @@ SHAPES = (
     Shape((2, 1, 3), 13, 16, 5),
 )
 SMALL = SHAPES[0]
-WIDE = Shape((300,), 65, 72, 5)  # several tiles each way, none of them full, and several row shares
+WIDE = Shape((150,), 65, 72, 5)  # several tiles each way, none of them full, and several row shares
 
 
 @dataclass(frozen=True)

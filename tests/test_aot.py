@@ -83,6 +83,22 @@ def test_the_main_kernel_uses_wgmma_and_tma(tmp_path):
         assert (tmp_path / f"cubins/{row['name']}.cubin").stat().st_size > 1000
 
 
+def test_a_cover_shows_every_two_options_of_a_kernel_together():
+    code = """
+from fused_peft.tools import compile_triton as aot
+found = aot.launches("sm_90")
+few = aot.covering(found)
+both = lambda launches, *names: {
+    (launch.kernel.__name__, launch.config, *(str(launch.args.get(n) is not None and launch.args.get(n)) for n in names))
+    for launch in launches.values() if launch.kernel.__name__.startswith("gemm")
+}
+for names in (["MASK"], ["INLINE"], ["GATE"], ["BR"]):
+    assert both(found, *names) == both(few, *names), names
+assert set(few) <= set(found) and len(few) < 0.7 * len(found), (len(few), len(found))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=_compiling())
+
+
 def test_bad_calls(tmp_path):
     assert "invalid choice: 'sm_75'" in _compile(tmp_path, "--arch", "sm_75").stderr
     assert "TRITON_INTERPRET is set" in _compile(tmp_path, "--arch", "sm_90", env={"TRITON_INTERPRET": "1"}).stderr

@@ -18,6 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import tables
 
 BENCH = Path(tables.__file__).resolve().parent
+# pytest-benchmark, started by a worker of pytest-xdist, would take itself for one
+ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 
 
 def run(script, *args, cwd):
@@ -27,7 +29,7 @@ def run(script, *args, cwd):
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ},
+        env=ALONE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -41,7 +43,7 @@ def suites(tmp_path_factory) -> dict[str, list[dict[str, str]]]:
     out = tmp_path_factory.mktemp("results")
     command = [sys.executable, "-m", "pytest", "bench", "--tiny", "--results", out]
     command += ["-k", "not test_training or MiniLM-ssb or Llama-lora"]
-    done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=BENCH.parent, capture_output=True, text=True, check=False, env=ALONE)
     assert done.returncode == 0, done.stdout[-3000:]
     return {file.stem.removesuffix(".partial"): tables.read(file) for file in out.glob("*.csv")}
 

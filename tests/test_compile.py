@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from cases import CASES, SMALL, Shape
-from oracle import build, gradients, inputs
+from oracle import build, distinct, gradients, inputs
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +18,7 @@ from fused_peft.core import dispatch
 BATCHES = (4, 6, 9, 40)  # of 3 rows each; with the last, SAM-PARSER and SVDiff are cheaper with their weight formed
 DROPOUT = [case for case in CASES if "dropout" in case.name or case.name.endswith("+all")]
 ONE_EACH = [*{case.method: case for case in reversed(CASES)}.values()][::-1]  # the first case of each method
+DISTINCT = distinct(CASES)  # as the op sees them
 EACH_AND_DROPOUT = [case for case in CASES if case in ONE_EACH or case in DROPOUT]
 SVD = ("sam_parser", "svdiff")  # with two forms, one of which forms the weight
 
@@ -114,14 +115,14 @@ def test_dynamic_from_the_start(case):
     assert compiled_like(layer, adapter(layer), (6, 40), dynamic=True)[0] == [1, 1]
 
 
-@each(EACH_AND_DROPOUT)
+@each(DISTINCT)
 def test_under_activation_checkpointing(case):
     layer = build(case, SMALL)
     call = lambda x: checkpoint(layer, x, use_reentrant=False)  # noqa: E731
     assert compiled_like(call, adapter(layer), (4,), reference=layer)[0] == [1]
 
 
-@each(EACH_AND_DROPOUT)
+@each(DISTINCT)
 def test_under_autocast(case):
     layer = build(case, SMALL, dtype=torch.float32)
     # a formed weight's backward is PyTorch's own, which, compiled, runs under the autocast around it

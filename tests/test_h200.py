@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU th
 def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("h200")
     done = subprocess.run(
-        ["bash", h200.ROOT / "bench/h200.sh", "300"],
+        ["bash", h200.ROOT / "bench/h200.sh", "900"],
         env={**os.environ, "OUT": str(out), "PYTHON": sys.executable},
         capture_output=True,
         text=True,

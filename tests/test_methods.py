@@ -150,30 +150,44 @@ def test_deepcopy_and_pickle(case):
 
 _FRESH = """
 import sys, torch, fused_peft as fp
-torch.manual_seed(1)
-model = torch.nn.Sequential(torch.nn.Linear(7, 7), torch.nn.Tanh(), torch.nn.Linear(7, 11)).double()
-model.load_state_dict(torch.load(sys.argv[1] + "/base.pt"))
-fp.load_adapter(model, sys.argv[1])
-model.eval()
-torch.save(model(torch.load(sys.argv[1] + "/x.pt")), sys.argv[1] + "/y.pt")
+for folder in sys.argv[1:]:
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 7), torch.nn.Tanh(), torch.nn.Linear(7, 11)).double()
+    model.load_state_dict(torch.load(folder + "/base.pt"))
+    fp.load_adapter(model, folder)
+    model.eval()
+    torch.save(model(torch.load(folder + "/x.pt")), folder + "/y.pt")
 """
+FIRST = {m: next(c for c in CASES if c.method == m) for m in METHODS}
 
 
-@pytest.mark.parametrize("case", [next(c for c in CASES if c.method == m) for m in METHODS], ids=lambda c: c.name)
-def test_save_and_reload_in_a_fresh_process(case, tmp_path):
-    model = nn.Sequential(nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 11)).double()
-    torch.save(model.state_dict(), tmp_path / "base.pt")
-    config = case.make(3)
-    config.target_modules = ["0", "2"]
-    fp.get_peft_model(model, config).eval()
-    for p in model.parameters():
-        if p.requires_grad:
-            nn.init.normal_(p)
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory):
+    """{method: (what the saved model computed, what the model loaded in another process did)}; one process for all."""
+    folder, want = tmp_path_factory.mktemp("fresh"), {}
     x, _ = inputs(SMALL)
-    torch.save(x, tmp_path / "x.pt")
-    fp.save_pretrained(model, tmp_path)
-    subprocess.run([sys.executable, "-c", _FRESH, str(tmp_path)], check=True)
-    assert torch.equal(torch.load(tmp_path / "y.pt"), model(x))
+    for method, case in FIRST.items():
+        torch.manual_seed(0)
+        model, out = nn.Sequential(nn.Linear(7, 7), nn.Tanh(), nn.Linear(7, 11)).double(), folder / method
+        config = case.make(3)
+        config.target_modules = ["0", "2"]
+        base = copy.deepcopy(model.state_dict())
+        fp.get_peft_model(model, config).eval()
+        for p in model.parameters():
+            if p.requires_grad:
+                nn.init.normal_(p)
+        fp.save_pretrained(model, out)
+        torch.save(base, out / "base.pt")
+        torch.save(x, out / "x.pt")
+        want[method] = model(x)
+    subprocess.run([sys.executable, "-c", _FRESH, *(str(folder / method) for method in FIRST)], check=True)
+    return {method: (y, torch.load(folder / method / "y.pt")) for method, y in want.items()}
+
+
+@pytest.mark.parametrize("method", FIRST)
+def test_save_and_reload_in_a_fresh_process(method, reloaded):
+    saved, loaded = reloaded[method]
+    assert torch.equal(saved, loaded)
 
 
 def test_configs_know_their_method():

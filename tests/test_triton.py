@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, SHAPES, WIDE
-from oracle import INTERPRETED, build, disagreements, inputs
+from oracle import INTERPRETED, build, disagreements, distinct, inputs
 
 import fused_peft as fp
 from fused_peft.backends import triton as backend_file
@@ -51,7 +51,7 @@ def test_every_method_is_its_formula(case, shape, poison):
 
 
 @interpreted
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", distinct(CASES), ids=lambda c: c.name)
 def test_several_tiles_and_strided_inputs(case, path, poison):
     layer, (x, dy) = build(case, WIDE), inputs(WIDE)
     assert not disagreements(case, layer, x.t().contiguous().t(), dy.repeat(1, 2)[:, : WIDE.N], INTERPRETED)
@@ -233,7 +233,7 @@ def test_accuracy(name, dtype, arch, monkeypatch):
     submit = k.launch.submit
     monkeypatch.setattr(k.launch, "submit", lambda kernel, *a: used.append(kernel.__name__) or submit(kernel, *a))
     with k.launch.pretend(arch):
-        errors = verify.measure(verify.configs()[name], dtype, DEVICE, shape=(130, 136, 72), draws=2)
+        errors = verify.measure(verify.configs()[name], dtype, DEVICE, shape=(130, 136, 72), draws=1)
     if name not in ("houlsby", "liera"):
         assert ("gemm_lowrank_tma" in used) == (arch == (9, 0))
     loose = 9e-3 if dtype == torch.bfloat16 and not GPU else None

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import product, repeat
+from itertools import combinations, product, repeat
 from pathlib import Path
 
 import torch
@@ -117,8 +117,10 @@ def problems(arch: str) -> Iterator[tuple[str, Operands]]:
     ):  # fmt: skip
         for M, K, N in SHAPES[:1] if r > 64 or wide == fp32 == dtype else (SHAPES[0], SHAPES[2]):
             yield f"{label}-r{r}", _variant(label, M, K, N, r, dtype, wide)
-    for r, M, label in product((8, 24, 64), (64, 100, 8192), ("lora", "dora", "dora-dropout")):
-        yield f"{label}-r{r}-M{M}", _variant(label, M, 4096, 4096, r, bf16, fp32)  # ranks and rows that fill no tile
+    labels = ("lora", "dora", "dora-dropout")
+    for (i, r), (j, M) in product(enumerate((8, 24, 64)), enumerate((64, 100, 8192))):  # ranks, rows that fill no tile
+        label = labels[(i + j) % 3]  # a Latin square: every two of rank, rows and method meet
+        yield f"{label}-r{r}-M{M}", _variant(label, M, 4096, 4096, r, bf16, fp32)
     for label in ("lora", "ssb"):  # what TMA cannot address: the pointer kernel
         yield f"{label}-odd", _variant(label, 1000, 333, 777, 12, bf16, fp32)
     for label in ("lora-bias-dropout", "adapter", "ssb", "dora-dropout", "hadamard"):  # ones become constants
@@ -156,6 +158,26 @@ def launches(arch: str) -> dict[str, object]:
             name = f"{launch.kernel.__name__}-{form}-{_dtype(launch)}-{label}-{phase}"
             found[name if name not in found else f"{name}-{len(found)}"] = launch
     return found
+
+
+def covering(found: dict[str, object]) -> dict[str, object]:
+    """As few of the launches as show, for each kernel, every two of its configs, flags, and operands given together."""
+    constexpr = kernels().triton_internals.is_constexpr
+    pairs = {}
+    for name, launch in found.items():
+        signature, constants, _ = _signature(launch)
+        traits = [f"config {launch.config}"]
+        for arg, value in launch.args.items():
+            if constexpr(launch.kernel)[arg]:
+                traits.append(f"{arg} = {value}")
+            elif arg.endswith(("_ptr", "_desc")) or arg in constants:  # operands, and numbers that are one
+                traits.append(f"{arg} {signature[arg]}")
+        pairs[name] = {(launch.kernel.__name__, *two) for two in combinations(traits, 2)}
+    chosen, left = {}, set().union(*pairs.values())
+    while left:
+        best = max(pairs, key=lambda name: len(pairs[name] & left))
+        chosen[best], left = found[best], left - pairs[best]
+    return chosen
 
 
 def _recorded(backend: Triton, o: Operands, arch: tuple[int, int], tf32: bool = False) -> Iterator[tuple[str, object]]:
@@ -243,8 +265,11 @@ def _work(name: str, arch: str, folder: Path | None) -> Report:
     return compiled(name, _pending[name], arch, folder)
 
 
-def compile_all(arch: str, folder: Path, jobs: int | None = None, only: str = "") -> Iterator[Report]:
-    """Compile every kernel for arch into folder, some at a time; ``only``: those whose name contains it.
+def compile_all(
+    arch: str, folder: Path, jobs: int | None = None, only: str = "", cover: bool = False
+) -> Iterator[Report]:
+    """Compile every kernel for arch into folder, some at a time; ``only``: those whose name contains it; ``cover``: as
+    few as ``covering`` finds enough.
 
     Raises ValueError for an unknown arch, RuntimeError where Triton is missing or its interpreter is on.
     """
@@ -256,13 +281,16 @@ def compile_all(arch: str, folder: Path, jobs: int | None = None, only: str = ""
         raise RuntimeError("TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it")
     folder.mkdir(parents=True, exist_ok=True)
     _pending.clear()
-    _pending.update({name: launch for name, launch in launches(arch).items() if only in name})
+    found = covering(launches(arch)) if cover else launches(arch)
+    _pending.update({name: launch for name, launch in found.items() if only in name})
     context = multiprocessing.get_context("fork")  # launches hold kernels, which do not pickle
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context) as pool:
         yield from pool.map(_work, _pending, *(repeat(v) for v in (arch, folder)))
 
 
-def run(arch: str, folder: Path, json_file: Path | None, jobs: int | None = None, only: str = "") -> int:
+def run(
+    arch: str, folder: Path, json_file: Path | None, jobs: int | None = None, only: str = "", cover: bool = False
+) -> int:
     """Compile, print one line a kernel, write the JSON report; 1 when the gate refuses one, or there is none."""
 
     def line(r: Report) -> str:
@@ -270,7 +298,7 @@ def run(arch: str, folder: Path, json_file: Path | None, jobs: int | None = None
         return f"{r.name:<72} {r.registers:3} regs {r.stack:4} stack {r.shared:6} shared  {counts}"
 
     about = {"triton": importlib.metadata.version("triton")}
-    return judged(arch, "kernels", compile_all(arch, folder, jobs, only), line, about, json_file)
+    return judged(arch, "kernels", compile_all(arch, folder, jobs, only, cover), line, about, json_file)
 
 
 def judged(arch: str, what: str, reports: Iterable, line: Callable, about: dict, json_file: Path | None) -> int:
