@@ -114,8 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     ahead.add_argument("--only", default="", help="only kernels whose name contains this")
     ahead.add_argument("--jobs", type=int, help="compilations at a time; all cores by default")
     ahead.add_argument(
-        "--cover", action="store_true", help="as few as show every two configs, flags and operands of a kernel together"
-    )
+        "--cover", type=int, choices=(0, 1, 2), default=0,
+        help="as few as show each config, flag and operand of a kernel (1), every two of them together (2); 0: all",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if args.command == "compile" and args.arch == "sm_90a":
         return compile_csrc.run(args.out, args.json, args.jobs, args.only)

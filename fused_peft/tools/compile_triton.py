@@ -160,10 +160,11 @@ def launches(arch: str) -> dict[str, object]:
     return found
 
 
-def covering(found: dict[str, object]) -> dict[str, object]:
-    """As few of the launches as show, for each kernel, every two of its configs, flags, and operands given together."""
+def covering(found: dict[str, object], together: int) -> dict[str, object]:
+    """As few of the launches as show, for each kernel, its configs, flags and operands given: each of them (together =
+    1), or every two that meet (2)."""
     constexpr = kernels().triton_internals.is_constexpr
-    pairs = {}
+    shown = {}
     for name, launch in found.items():
         signature, constants, _ = _signature(launch)
         traits = [f"config {launch.config}"]
@@ -172,11 +173,11 @@ def covering(found: dict[str, object]) -> dict[str, object]:
                 traits.append(f"{arg} = {value}")
             elif arg.endswith(("_ptr", "_desc")) or arg in constants:  # operands, and numbers that are one
                 traits.append(f"{arg} {signature[arg]}")
-        pairs[name] = {(launch.kernel.__name__, *two) for two in combinations(traits, 2)}
-    chosen, left = {}, set().union(*pairs.values())
+        shown[name] = {(launch.kernel.__name__, *two) for two in combinations(traits, together)}
+    chosen, left = {}, set().union(*shown.values())
     while left:
-        best = max(pairs, key=lambda name: len(pairs[name] & left))
-        chosen[best], left = found[best], left - pairs[best]
+        best = max(shown, key=lambda name: len(shown[name] & left))
+        chosen[best], left = found[best], left - shown[best]
     return chosen
 
 
@@ -265,11 +266,9 @@ def _work(name: str, arch: str, folder: Path | None) -> Report:
     return compiled(name, _pending[name], arch, folder)
 
 
-def compile_all(
-    arch: str, folder: Path, jobs: int | None = None, only: str = "", cover: bool = False
-) -> Iterator[Report]:
+def compile_all(arch: str, folder: Path, jobs: int | None = None, only: str = "", cover: int = 0) -> Iterator[Report]:
     """Compile every kernel for arch into folder, some at a time; ``only``: those whose name contains it; ``cover``: as
-    few as ``covering`` finds enough.
+    few as ``covering`` finds enough for so many together, 0: all.
 
     Raises ValueError for an unknown arch, RuntimeError where Triton is missing or its interpreter is on.
     """
@@ -281,7 +280,7 @@ def compile_all(
         raise RuntimeError("TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it")
     folder.mkdir(parents=True, exist_ok=True)
     _pending.clear()
-    found = covering(launches(arch)) if cover else launches(arch)
+    found = covering(launches(arch), cover) if cover else launches(arch)
     _pending.update({name: launch for name, launch in found.items() if only in name})
     context = multiprocessing.get_context("fork")  # launches hold kernels, which do not pickle
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context) as pool:
@@ -289,7 +288,7 @@ def compile_all(
 
 
 def run(
-    arch: str, folder: Path, json_file: Path | None, jobs: int | None = None, only: str = "", cover: bool = False
+    arch: str, folder: Path, json_file: Path | None, jobs: int | None = None, only: str = "", cover: int = 0
 ) -> int:
     """Compile, print one line a kernel, write the JSON report; 1 when the gate refuses one, or there is none."""
 
