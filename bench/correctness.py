@@ -42,7 +42,7 @@ from fused_peft.tools import verify
 
 COLUMNS = "case backend dtype shape tensor against error limit plain ok repeat gpu note"
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BACKENDS = ("triton", "cuda")
+BACKENDS = ("triton", "cublas", "cuda")
 # rows, columns and ranks that csrc/ takes: no tile is full, then many tiles
 WHOLE = ((130, 136, 72, 16), (257, 1024, 1000, 8), (1000, 336, 776, 64), (513, 520, 264, 24), (2048, 1024, 4096, 16))
 ODD = ((130, 136, 72), (257, 1024, 1000), (1000, 333, 777))  # M, K, N; TMA can address the first two
@@ -87,12 +87,14 @@ def jobs() -> list[tuple[str, str, str, Shape | None]]:
     if INTERPRETING:
         some = [c.name for c in CASES if c.name in ("lora+dropout", "dora+dropout", "ssb")]
         found = [(name, "triton", dtype, SHAPES[1]) for dtype in DTYPES for name in some]
+        found += [(name, "cublas", "fp16", SHAPES[1]) for name in some]
         return extras + found + [(name, "cuda", dtype, whole[0]) for dtype in ("bf16", "fp16") for name in some]
     odd = lambda r: [Shape((M,), K, N, r) for M, K, N in ODD]  # noqa: E731
     first, rest = (SHAPES[0], *odd(16)), (*SHAPES[1:], *(s for r in (5, 64, 130, 1) for s in odd(r)))
     triton = lambda shapes: [(c.name, "triton", d, s) for s in shapes for d in ("fp32", "bf16", "fp16") for c in CASES]  # noqa: E731
     cuda = [(c.name, "cuda", dtype, s) for s in whole for dtype in ("bf16", "fp16") for c in CASES]
-    return extras + triton(first) + cuda + triton(rest)
+    cublas = [(c.name, "cublas", dtype, s) for s in first for dtype in ("fp32", "bf16", "fp16") for c in CASES]
+    return extras + triton(first) + cuda + cublas + triton(rest)
 
 
 def check(name: str, backend: str, dtype: str, shape: Shape | None) -> list[dict]:

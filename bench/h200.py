@@ -8,10 +8,10 @@ correctness.csv  every case, dtype and shape with the Triton backend forced: aga
                  error; two runs bitwise equal; the dropout mask; CUDA graph replay; compute-sanitizer
 proven.json      {architecture: hash of csrc/} if nothing of the CUDA backend failed: csrc/proven.json
 gemm.csv         bench/gemm.py's: the GEMM itself against cuBLAS
-speed.csv        forward, backward and both against the frozen layer of the same round: Triton, csrc/, eager, HF PEFT
-                 with fp32 adapters (its default, and ours) and with bf16 ones (peft_half)
-measured.json    {key: how many times faster} where eager's forward + backward beat Triton's, and under "cuda ..." the
-                 time of csrc/ as a multiple of the faster of those two: kernels/measured.json
+speed.csv        forward, backward and both against the frozen layer of the same round: Triton, cuBLAS, csrc/, eager,
+                 HF PEFT with fp32 adapters (its default, and ours) and with bf16 ones (peft_half)
+measured.json    {key: forward + backward's time as a multiple of the fastest backend's after it in the order csrc/,
+                 Triton, cuBLAS, eager}, of Triton, and under "cuda ..." and "cublas ...": kernels/measured.json
 tuning.csv, tuned.json   bench/tune.py's
 
 Exit status 1 if a correctness row failed. Without a GPU, or with --dry-run: tiny shapes in Triton's interpreter on the
@@ -57,8 +57,8 @@ SPEED += " gpu driver torch triton commit"
 METHODS = [m for m in TIMED if m not in ("dora+dropout", "ssl", "bitfit")]  # as dora, ssb, frozen
 RANKLESS = ("ia3", "ssb", "svdiff")
 STEPS = ("forward", "backward", "both")
-CONTENDERS = ("frozen", "triton", "cuda", "eager", "peft", "peft_half")
-FUSED = ("triton", "cuda", "eager")
+CONTENDERS = ("frozen", "triton", "cublas", "cuda", "eager", "peft", "peft_half")
+FUSED = ("triton", "cublas", "cuda", "eager")
 ROWS = (65, 1) if INTERPRETING else (8192, 1024, 128, 16, 1)
 LAYERS = ((72, 64),) if INTERPRETING else tune.LAYERS
 RANKS = (8,) if INTERPRETING else (16, 64, 8, 256)
@@ -238,19 +238,18 @@ def speed(table: Table, workers, deadline: float, measured: Path) -> list[str]:
                 table.add(**about, **spread, peak_mb=peak.get(name), **facts)
             if step == "both" and graph == "no" and {"triton", "eager"} <= times.keys():
                 compare(method, layer, times, ratios)
-                worth = lambda key, v: v < 1 if "cuda" in key else v > 1  # noqa: E731
                 known = {key: round(statistics.median(of), 3) for key, of in ratios.items()}
-                measured.write_text(json.dumps({k: v for k, v in known.items() if worth(k, v)}, indent=1) + "\n")
+                measured.write_text(json.dumps(known, indent=1) + "\n")
     return left
 
 
 def compare(method: str, layer: Layer, times: dict[str, list[float]], ratios: dict[str, list[float]]) -> None:
-    """Add what the dispatcher will look up: Triton's time over eager's, csrc/'s over the faster one's."""
+    """Add what the dispatcher will look up: the time of each backend over that of the fastest after it."""
     ratio = lambda a, b: statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))  # noqa: E731
-    if key := measured_key(method, layer):
-        ratios.setdefault(key, []).append(ratio("triton", "eager"))
-    if "cuda" in times and (key := measured_key(method, layer, "cuda ")):
-        ratios.setdefault(key, []).append(max(ratio("cuda", "triton"), ratio("cuda", "eager")))
+    order = [name for name in ("cuda", "triton", "cublas", "eager") if name in times]
+    for at, name in enumerate(order[:-1]):
+        if key := measured_key(method, layer, "" if name == "triton" else f"{name} "):
+            ratios.setdefault(key, []).append(max(ratio(name, later) for later in order[at + 1 :]))
 
 
 def environment() -> dict[str, str]:

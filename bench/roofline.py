@@ -33,6 +33,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 import fused_peft as fp
+from fused_peft.backends import rates
+from fused_peft.backends.cublas import Cublas
 from fused_peft.backends.kernel_modules import gemm_lowrank, launch
 from fused_peft.backends.triton import Triton
 from fused_peft.core import dispatch
@@ -113,10 +115,8 @@ class Traced(TorchDispatchMode):
         return result
 
 
-class OnPaper(Triton):
-    """The Triton backend, taking meta tensors for an H200's."""
-
-    name = "on paper"
+class OnPaper:
+    """For a backend of a GPU: takes meta tensors for an H200's."""
 
     def available(self) -> list[str]:
         return []
@@ -126,6 +126,17 @@ class OnPaper(Triton):
 
     def slower(self, problem: Problem) -> None:
         return None
+
+
+class TritonOnPaper(OnPaper, Triton):
+    name = "triton on paper"
+
+
+class CublasOnPaper(OnPaper, Cublas):
+    name = "cublas on paper"
+
+
+ON_PAPER = {"ours": TritonOnPaper(), "cublas": CublasOnPaper()}
 
 
 def _traced(call: Callable[[], object]) -> tuple[list[Launch], object]:
@@ -151,28 +162,29 @@ def _both(who: str, method: str, shape: Shape) -> tuple[list[Launch], list[Launc
     x = torch.empty(shape.M, shape.K, dtype=torch.bfloat16, device="meta", requires_grad=True)
     dy = torch.empty(shape.M, shape.N, dtype=torch.bfloat16, device="meta")
     dropout = lambda t, p, training, inplace=False: torch.native_dropout(t, p, training)[0]  # noqa: E731  as on a GPU
-    fused = OnPaper()
-    dispatch.register(fused)
+    backend = ON_PAPER.get(who, dispatch.backends()["eager"])
+    if who in ON_PAPER:
+        dispatch.register(backend)
     try:
-        with (
-            dispatch.forcing(fused.name if who == "ours" else "eager"),
-            patch.object(nn.functional, "dropout", dropout),
-        ):
+        with dispatch.forcing(backend.name), patch.object(nn.functional, "dropout", dropout):
             forward, y = _traced(lambda: layer(x))
             wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
             backward, _ = _traced(lambda: torch.autograd.grad(y, wanted, dy))
     finally:
-        dispatch.unregister(fused.name)
+        if who in ON_PAPER:
+            dispatch.unregister(backend.name)
     return forward, backward
 
 
 def schedule(who: str, method: str, shape: Shape, backward: bool) -> list[Launch]:
-    """The launches of a forward, and of the backward after it if wanted; who: ours, eager, peft or frozen.
+    """The launches of a forward, and of the backward after it if wanted; who: ours, cublas, eager, peft or frozen.
 
     Raises ValueError for an unknown name, and for a method that HF PEFT does not have.
     """
-    if who not in ("ours", "eager", "peft", "frozen") or method not in TIMED:
-        raise ValueError(f"who={who!r}, method={method!r}: known are ours, eager, peft, frozen; {', '.join(TIMED)}")
+    if who not in ("ours", "cublas", "eager", "peft", "frozen") or method not in TIMED:
+        raise ValueError(
+            f"who={who!r}, method={method!r}: known are ours, cublas, eager, peft, frozen; {', '.join(TIMED)}"
+        )
     if who == "peft" and not has_peer(method):
         raise ValueError(f"HF PEFT has no method {method!r}")
     first, second = _both(who, "lora" if who == "frozen" else method, shape)
@@ -192,6 +204,29 @@ def predict(who: str, method: str, shape: Shape, backward: bool, launch_us: floa
         return sum(launch.seconds for launch in launches) + 1e-6 * launch_us * len(launches)
 
     return seconds(schedule(who, method, shape, backward)) / seconds(schedule("frozen", method, shape, backward))
+
+
+def chosen(method: str, shape: Shape) -> tuple[str, float]:
+    """(who, time as a multiple of the frozen layer's) of the backend that dispatch prefers on a GPU that nothing was
+    measured on, forward and backward; Triton's GEMMs at the share of cuBLAS's rate that ``backends.rates`` assumes."""
+    problems = []
+
+    class Asked(CublasOnPaper):
+        name = "asked"
+
+        def slower(self, problem: Problem) -> None:
+            problems.append(replace(problem, device="cuda", arch=ARCH))
+
+    layer = _layer("ours", method, shape)
+    dispatch.register(Asked(), ("meta",))
+    try:
+        _traced(lambda: layer(torch.empty(shape.M, shape.K, dtype=torch.bfloat16, device="meta")))
+    finally:
+        dispatch.unregister("asked")
+    who = "cublas" if any(map(rates.slower, problems)) else "ours"
+    slowed = {"gemm_lowrank", "gemm_lowrank_tma"} if who == "ours" else set()
+    both = sum(x.seconds / (rates.SHARE if x.name in slowed else 1) for x in schedule(who, method, shape, True))
+    return who, both / sum(x.seconds for x in schedule("frozen", method, shape, True))
 
 
 def rows(launch_us: float) -> Iterator[dict[str, str | int | float]]:

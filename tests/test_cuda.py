@@ -290,21 +290,22 @@ PROBLEM = operands.Problem(
 
 def test_off_until_it_is_proven_and_measured(hopper):
     choice = dispatch.choose(PROBLEM)
-    assert (choice.backend.name, choice.why()) == ("triton", "cuda: not verified on this architecture")
-    fp.set_strict(True)  # Triton is no fallback
-    assert dispatch.choose(PROBLEM).backend.name == "triton"
+    assert choice.backend.name == "cublas"
+    assert choice.why().startswith("cuda: not verified on this architecture; triton: predicted to take")
+    fp.set_strict(True)  # cuBLAS is no fallback
+    assert dispatch.choose(PROBLEM).backend.name == "cublas"
     fp.set_strict(False)
     hopper.setattr(extension, "proven", lambda arch: arch == (9, 0))
     dispatch.choose.cache_clear()
-    assert dispatch.choose(PROBLEM).why() == "cuda: not measured fastest on this shape"
+    assert dispatch.choose(PROBLEM).why().startswith("cuda: not measured fastest on this shape; ")
     key = kernels().configs.key("cuda low rank", (9, 0), 16, 8192, 4096, 4096, 16)
     hopper.setattr(backend_file, "_table", lambda: {key: 1.01})
     dispatch.choose.cache_clear()
-    assert dispatch.choose(PROBLEM).why() == "cuda: not measured fastest on this shape"
+    assert dispatch.choose(PROBLEM).why().startswith("cuda: not measured fastest on this shape; ")
     hopper.setattr(backend_file, "_table", lambda: {key: 0.97})
     dispatch.choose.cache_clear()
     assert dispatch.choose(PROBLEM).backend.name == "cuda"
-    assert dispatch.choose(replace(PROBLEM, M=100)).backend.name == "triton"
+    assert dispatch.choose(replace(PROBLEM, M=100)).backend.name == "cublas"
 
 
 def test_info_says_how_it_stands(capsys, monkeypatch):

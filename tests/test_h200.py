@@ -85,7 +85,7 @@ def test_every_row_of_the_proof_holds(ran):
 def test_every_method_and_contender_is_timed(ran):
     found = rows(ran[0] / "speed.csv", h200.SPEED)
     timed = {(r["method"], r["contender"], r["step"], int(r["M"])) for r in found}
-    contenders = {m: {"frozen", "triton", "eager"} for m in h200.METHODS}
+    contenders = {m: {"frozen", "triton", "cublas", "eager"} for m in h200.METHODS}
     for method in filter(h200.has_peer, h200.METHODS):
         contenders[method] |= {"peft", "peft_half"}
     many, one = h200.ROWS

@@ -1,9 +1,10 @@
 """Backends compute the expression of ``core.factors``; they never name a method. Eager, the definition, is in core."""
 
 from ..core import dispatch
+from .cublas import Cublas
 from .cuda import Cuda
 from .triton import Triton
 
-dispatch.register(Triton(), ("cuda",))
-dispatch.register(Cuda(), ("cuda",))  # before Triton
+for backend in (Cublas(), Triton(), Cuda()):  # each before those registered earlier
+    dispatch.register(backend, ("cuda",))
 dispatch.set_backend_from_environment()

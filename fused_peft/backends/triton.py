@@ -20,10 +20,11 @@ from torch import Tensor
 from ..core import dropout, eager
 from ..core.operands import Operands, Problem
 from ..core.torch_internals import unsafe_view
+from . import rates
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_RANK = 512
-MARGIN = 1.03  # eager runs where it was measured faster by more than this
+MARGIN = 1.03  # a later backend runs where it was measured faster by more than this
 _eager = eager.Eager()
 _aten = torch.ops.aten
 
@@ -116,7 +117,7 @@ class Triton:
 
     def slower(self, problem: Problem) -> str | None:
         ratio = measured(problem)
-        return f"eager was measured {ratio:.2f} times as fast on this shape" if ratio and ratio > MARGIN else None
+        return rates.slower(problem) if ratio is None else said(ratio)
 
     def inlines(self, o: Operands, x: Tensor, mask) -> bool:
         """Whether one launch makes S and y."""
@@ -273,9 +274,16 @@ def _table() -> dict[str, float]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
+def said(ratio: float | None) -> str | None:
+    """Why a backend with such a measured ratio is passed over; None where it is not."""
+    if ratio is None or ratio <= MARGIN:
+        return None
+    return f"measured to take {ratio:.2f} times as long as the fastest after it on this shape"
+
+
 def measured(p: Problem, what: str = "") -> float | None:
-    """Forward + backward on the problem's bucket: how many times faster eager was measured than this backend; for
-    "cuda ", the time of csrc/ as a multiple of the faster of the two. None if never."""
+    """Forward + backward on the problem's bucket: the measured time as a multiple of the fastest later backend's, of
+    Triton, "cublas " or "cuda " (csrc/). None if never measured."""
     if p.arch is None:
         return None
     configs = kernels().configs

@@ -28,7 +28,7 @@ class Backend(Protocol):
         """Why this backend cannot, or should not, compute the problem; empty when it can."""
 
     def slower(self, problem: Problem) -> str | None:
-        """Why eager is the better choice for a problem that this backend can compute; None when it is not."""
+        """Why a later backend is the better choice for a problem that this one can compute; None when it is not."""
 
     def available(self) -> list[str]:
         """Why this backend cannot run on this machine at all; empty when it can."""
@@ -134,8 +134,8 @@ def set_strict(strict: bool) -> None:
 
 @lru_cache(maxsize=4096)
 def choose(problem: Problem) -> Choice:
-    """The first backend that can compute the problem, less those that eager is measured to beat. Strict mode ignores
-    those measurements, and raises StrictError where only eager, or not the backend asked for, is left."""
+    """The first backend that can compute the problem, less those that one after them beats. Strict mode does not count
+    eager among those, and raises StrictError where only eager, or not the backend asked for, is left."""
     names = _priority.get(problem.device, [])
     if _forced:
         names = [_forced, *names[names.index(_forced) + 1 :]] if _forced in names else [_forced]
@@ -143,7 +143,8 @@ def choose(problem: Problem) -> Choice:
     for name in [*names, "eager"]:
         backend = _backends[name]
         reasons = tuple(backend.available() or backend.reasons(problem))
-        if not reasons and not _strict and name != _forced and (slower := backend.slower(problem)):
+        last = _strict and name in names[-1:]  # strict mode knows no eager one after it
+        if not reasons and not last and name != _forced and (slower := backend.slower(problem)):
             reasons = (slower,)
         if not reasons:
             break
