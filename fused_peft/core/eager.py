@@ -45,6 +45,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 BLOCK = 1 << 19  # elements of a block of rows that is worked on while a CPU's cache holds it in fp32
+MANY = 1 << 16  # elements from which a CPU scales by batch norm's kernel, which fails on none
 TALL, LONG = 1024, 2048  # rows of dz, and of B, from which B is read column after column on a CPU
 
 
@@ -70,8 +71,28 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def _batch_norm(z: Tensor, *others: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance with which batch norm in evaluation is z ⊙ d + bias, and its backward the sums over rows: for
+    MANY contiguous half-precision elements on a CPU, which its kernel reads once and sums in fp32, row after row."""
+    if not z.is_cpu or z.element_size() > 2 or z.numel() < MANY or not all(t.is_contiguous() for t in (z, *others)):
+        return None
+    zeros = torch.zeros(z.shape[1], dtype=torch.float32, device=z.device)
+    return zeros, torch.ones_like(zeros)
+
+
+def row_sum(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ over rows, in that dtype."""
+    if dtype == torch.float32 and (unit := _batch_norm(t)):  # sum would copy t in fp32
+        need = [False, False, True]
+        return _aten.native_batch_norm_backward(t, t, unit[1], *unit, None, None, False, 0.0, need)[2]
+    return torch.sum(t, 0, dtype=dtype)
+
+
 def _scaled(z: Tensor, d: Tensor, plus: Tensor | None = None) -> Tensor:
-    """z ⊙ d (+ plus) rounded once, computed in fp32 or wider; on a CPU in blocks of rows."""
+    """z ⊙ d (+ plus) rounded once, computed in fp32 or wider; on a CPU by one kernel or in blocks of rows."""
+    if (plus is None or plus.dim() == 1) and (unit := _batch_norm(z)):
+        plus = None if plus is None else plus.float()
+        return _aten.native_batch_norm(z, d.float(), plus, *unit, False, 0.0, 0.0)[0]
     out, d = torch.empty_like(z), d.to(torch.promote_types(_wide(z.dtype), d.dtype))
     for i in _blocks(z):
         block = z[i] * d
@@ -88,6 +109,10 @@ def _scale_gradients(
     rounded to dy's dtype first, unless ``once``: the product alone is."""
     wide = torch.promote_types(_wide(dy.dtype), d.dtype) if once else _wide(dy.dtype)
     scale = d.to(wide if once else dy.dtype)
+    if unit := _batch_norm(dy, z):
+        need = [not in_place, True, False]
+        dz, total, _ = _aten.native_batch_norm_backward(dy, z, scale.float(), *unit, None, None, False, 0.0, need)
+        return total.to(d.dtype), dy.mul_(scale) if in_place else dz
     total, dz = torch.zeros(dy.shape[1], dtype=wide, device=dy.device), dy if in_place else torch.empty_like(dy)
     for i in _blocks(dy):
         u = dy[i].to(wide)
@@ -222,7 +247,7 @@ class Eager:
         elif d_out is not None:
             dz = _scaled(dy, d_out) if d_out.dtype != dt and A is not None else dy * d_out.to(dt)
         if want_bias:
-            dbias = torch.sum(dz if o.scale_bias else dy, 0, dtype=bias.dtype)
+            dbias = row_sum(dz if o.scale_bias else dy, bias.dtype)
         if want_c:
             dc = dz.view(dy_shape)
 
@@ -261,7 +286,7 @@ class Eager:
                 if h != "identity":
                     dT = _ACTIVATION_GRADS[h](T, U, dT)
                 if want_a:
-                    da = torch.sum(dT, 0, dtype=a.dtype)
+                    da = row_sum(dT, a.dtype)
                 if want_A:
                     dA = _mm(dT.t(), xh if mask is None else mask(xh), scale)
                     if A.dtype != dt:
