@@ -54,7 +54,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARES = {"correctness": 0.35, "gemm": 0.05, "speed": 0.4, "tune": 0.2}
 SPEED = "method contender step M K N r dtype graph ms_p20 ms_p50 ms_p80 ratio_p20 ratio_p50 ratio_p80 peak_mb"
 SPEED += " gpu driver torch triton commit"
-METHODS = [m for m in TIMED if m not in ("dora+dropout", "ssl", "bitfit")]  # as dora, ssb, frozen
 RANKLESS = ("ia3", "ssb", "svdiff")
 STEPS = ("forward", "backward", "both")
 CONTENDERS = ("frozen", "triton", "cublas", "cuda", "eager", "peft", "peft_half")
@@ -62,6 +61,9 @@ FUSED = ("triton", "cublas", "cuda", "eager")
 ROWS = (65, 1) if INTERPRETING else (8192, 1024, 128, 16, 1)
 LAYERS = ((72, 64),) if INTERPRETING else tune.LAYERS
 RANKS = (8,) if INTERPRETING else (16, 64, 8, 256)
+# on the GPU all but those that dora, ssb and the frozen layer stand for; in the interpreter one of each kind
+METHODS = [m for m in TIMED if m not in ("dora+dropout", "ssl", "bitfit")]
+METHODS = ["lora", "lora+dropout", "dora", "ssb", "liera"] if INTERPRETING else METHODS
 DTYPE = "fp16" if INTERPRETING else "bf16"
 GRAPHED = 128  # up to so many rows the host is the limit, and a CUDA graph is timed too
 

@@ -190,6 +190,15 @@ def gpu() -> str:
     return markdown([cell for part in header for cell in part.split(" | ")], body)
 
 
+def choices() -> str:
+    """What is chosen where nothing was measured: predicted, forward + backward, and eager's and HF PEFT's beside it."""
+    found = {(r["method"], r["M"]): r for r in rows("choices.csv")}
+    shown = ("1", "128", "1024", "8192", "32768")
+    cell = lambda r: f"{r['choice']} {r['chosen']} ({r['eager']}, {r['peft'] or '–'})"  # noqa: E731
+    body = [[m, *(cell(found[m, M]) for M in shown)] for m in dict.fromkeys(m for m, _ in found)]
+    return markdown(["predicted: chosen (eager, HF PEFT)", *(f"M = {M}" for M in shown)], body)
+
+
 def mpc() -> str:
     body = [[r["step"], r["ms_p50"], r["percent_of_the_model_p50"]] for r in rows("cpu/mpc.csv")]
     return markdown(["forward + backward", "milliseconds", "% of the model"], body)
@@ -229,6 +238,7 @@ def methods() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "behind": behind,
     "checkpoint": checkpoint,
+    "choices": choices,
     "cpu-layers": cpu_layers,
     "crossovers": crossovers,
     "demo": demo,

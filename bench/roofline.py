@@ -1,6 +1,9 @@
 """FLOPs and bytes of every launch, and the time they predict as a ratio to the frozen layer: ours, eager's, HF PEFT's.
 
-    python bench/roofline.py [--launch-us 0] [--out roofline.csv]
+    python bench/roofline.py [--launch-us 0] [--out roofline.csv] [--choices choices.csv]
+
+--choices: what dispatch prefers on an H200 that nothing was measured on, for 1 to 32768 rows, and what that is
+predicted to take, with Triton's GEMM at the share of cuBLAS's rate that ``backends.rates`` assumes.
 
 time = Σ over launches of max(FLOPs / rate, bytes / bandwidth), on an H200: what a layer costs when each launch is as
 good as the hardware lets it be. Something to hold measurements against, not a measurement.
@@ -246,11 +249,24 @@ def rows(launch_us: float) -> Iterator[dict[str, str | int | float]]:
             }  # fmt: skip
 
 
+def choices() -> Iterator[dict[str, str | int]]:
+    for method, M in product(TIMED, (1 << n for n in range(16))):
+        shape = Shape(M, 4096, 4096, 16)
+        who, took = chosen(method, shape)
+        peft = f"{predict('peft', method, shape, True):.3f}" if has_peer(method) else ""
+        eager = f"{predict('eager', method, shape, True):.3f}"
+        name = {"ours": "triton"}.get(who, who)
+        yield {"method": method, "M": M, "choice": name, "chosen": f"{took:.3f}", "eager": eager, "peft": peft}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--launch-us", type=float, default=0.0, help="overhead of a launch")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--choices", type=Path)
     args = parser.parse_args()
+    if args.choices:
+        return tables.write(args.choices, list(choices()))
     found = list(rows(args.launch_us))
     line = "{:<17}" + "{:>6}" * 3 + "{:>5}  {:<18}" + "{:>8}" * 3 + "{:>12}{:>13}{:>15}"
     for values in (found[0], *(row.values() for row in found)):
