@@ -77,6 +77,7 @@ from .model.penalties import mpc_penalty, orthogonality_penalty  # noqa: E402
 from .model.prompt import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig  # noqa: E402
 from .model.save import save_pretrained  # noqa: E402
 from .model.schedule import lora_plus_groups, on_step  # noqa: E402
+from .tools.calibrate import calibrate  # noqa: E402
 from .tools.estimate import estimate  # noqa: E402
 
 # What knows the floors above it by these lines alone: nothing below imports upwards.
@@ -165,6 +166,7 @@ __all__ = [
     "TriLoraConfig",
     "VeraConfig",
     "bottleneck",
+    "calibrate",
     "check_training",
     "delete_adapter",
     "disable_adapter",

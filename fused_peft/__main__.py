@@ -1,4 +1,4 @@
-"""python -m fused_peft info | verify | methods | compile, or --version"""
+"""python -m fused_peft info | calibrate | verify | methods | compile, or --version"""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ import importlib.metadata
 import os
 import platform
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from . import __version__
-from .core import dispatch
+from .core import dispatch, records
 from .methods import METHODS
 from .model.layer import PeftLinear
-from .tools import compile_csrc, compile_triton, verify
+from .tools import calibrate, compile_csrc, compile_triton, verify
+
+LLAMA_3_8B = ["4096x4096", "4096x1024", "4096x14336", "14336x4096"]
 
 
 def _version(package: str) -> str:
@@ -45,7 +49,45 @@ def info() -> int:
         if hasattr(backend, "standing"):
             devices += f"; {backend.standing()}"
         print(f"backend      {name}: {'; '.join(reasons) if reasons else 'available'} ({devices})")
+    print()
+    for i in range(torch.cuda.device_count()):
+        known = records.find(torch.device("cuda", i))
+        said = "none for this GPU, and which GEMM runs is predicted; python -m fused_peft calibrate makes one"
+        if known:
+            said = f"{len(known.calls)} calls measured on {known.when}, {len(known.passed)} self-tests passed"
+        print(f"record       cuda:{i}: {said}")
+        for variant, why in known.failed.items() if known else ():
+            print(f"OFF          {variant}: {why}")
+    for file, record in records.every():
+        print(f"on disk      {file}: {record.gpu}, driver {record.driver}, torch {record.torch}, {record.when}")
     return 0
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def run_calibrate(args: argparse.Namespace) -> int:
+    """Calibrate on layers of the sizes asked for; exit status 1 where a backend failed its self-test, 2 on bad input."""
+    try:
+        sizes = [tuple(int(n) for n in size.lower().split("x")) for size in args.sizes]
+        interpreting = not torch.cuda.is_available()
+        device = torch.device("cpu") if interpreting else torch.device("cuda", torch.cuda.current_device())
+        model = torch.nn.ModuleList()
+        for name, (i, o) in product(args.methods, sizes):
+            plain, _, dropout = name.partition("+")
+            config = METHODS[plain].example(args.r)
+            config = replace(config, lora_dropout=0.1) if dropout else config
+            model.append(PeftLinear(i, o, bias=False, config=config, dtype=DTYPES[args.dtype], device=device))
+        found = calibrate.calibrate(model, tuple(args.rows), args.seconds, folder=args.out, progress=_counted)
+    except (ValueError, TypeError, KeyError, RuntimeError) as e:
+        print(f"calibrate: {e if not isinstance(e, KeyError) else f'unknown method {e}'}", file=sys.stderr)
+        return 2
+    print(f"{found}\nrecord: {found.file or 'not written'}")
+    return 1 if found.record.failed else 0
+
+
+def _counted(done: int, of: int) -> None:
+    print(f"\r{done} of {of} jobs", end="\n" if done == of else "", file=sys.stderr, flush=True)
 
 
 def run_verify(device: str) -> int:
@@ -101,6 +143,14 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("info", help="versions, devices, backends and why each is or is not available")
     check = commands.add_parser("verify", help="accuracy of every method against fp64 on this machine")
     check.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    measure = commands.add_parser("calibrate", help="test and time the backends on this GPU, and keep the record")
+    measure.add_argument("--sizes", nargs="+", default=LLAMA_3_8B, metavar="INxOUT", help="features of the layers")
+    measure.add_argument("--methods", nargs="+", default=["lora", "lora+dropout", "dora", "ssb"])
+    measure.add_argument("--rows", nargs="+", type=int, default=calibrate.ROWS, help="numbers of tokens")
+    measure.add_argument("--r", type=int, default=16)
+    measure.add_argument("--dtype", choices=DTYPES, default="bf16")
+    measure.add_argument("--seconds", type=float, default=240.0)
+    measure.add_argument("--out", type=Path, help="folder of the record, instead of the user's cache")
     table = commands.add_parser("methods", help="every method: config, form, mergeable, trainable parameters")
     table.add_argument("--in", dest="in_features", type=int, default=768)
     table.add_argument("--out", dest="out_features", type=int, default=768)
@@ -122,6 +172,8 @@ def main(argv: list[str] | None = None) -> int:
         return compile_csrc.run(args.out, args.json, args.jobs, args.only)
     if args.command == "compile":
         return compile_triton.run(args.arch, args.out, args.json, args.jobs, args.only, args.cover)
+    if args.command == "calibrate":
+        return run_calibrate(args)
     if args.command == "methods":
         return methods(args.in_features, args.out_features, args.r)
     return info() if args.command == "info" else run_verify(args.device)

@@ -1,20 +1,16 @@
-"""Which tile sizes a kernel runs with: a committed table of measured choices, and for everything else the closed form
-that stands in the kernel's own file, under ``closed_form``.
+"""Which tile sizes a kernel runs with: tuned ones where a record of this GPU has them, and for everything else the
+closed form that stands in the kernel's own file, under ``closed_form``.
 
-Nothing is tuned while a model runs. ``tuned.json`` holds {key(...): [fields of Config]}; it is written
-by ``bench/tune.py`` on the GPU it names.
+Nothing is tuned while a model runs: ``bench/tune.py`` does that.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 SHARED = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
-MEASURED = Path(__file__).with_name("measured.json")  # where eager was measured faster; see backends/triton.py
 
 
 @dataclass(frozen=True)
@@ -70,17 +66,9 @@ def rank_tile(r: int, most: int = 128) -> int:
     return min(max(16, 1 << (r - 1).bit_length()), most)
 
 
-@cache
-def table() -> dict[str, Config]:
-    """The committed table."""
-    file = Path(__file__).with_name("tuned.json")
-    stored = json.loads(file.read_text()) if file.exists() else {}
-    return {key: Config(*values) for key, values in stored.items()}
-
-
-def tuned() -> list[str]:
-    """The keys of the committed table."""
-    return list(table())
+def table() -> dict[str, list]:
+    """{key: fields of Config} of what was tuned on the GPU at hand; the package replaces this function."""
+    return {}
 
 
 def key(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> str:
@@ -90,5 +78,6 @@ def key(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: 
 
 @cache
 def choose(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int = 16) -> Config:
-    """The measured config of the shape's bucket, else the closed form; bits: of an element of x."""
-    return table().get(key(kind, arch, bits, M, N, K, r)) or CLOSED_FORMS[kind](arch, bits, M, N, K, r)
+    """The tuned config of the shape's bucket, else the closed form; bits: of an element of x."""
+    tuned = table().get(key(kind, arch, bits, M, N, K, r))
+    return Config(*tuned) if tuned else CLOSED_FORMS[kind](arch, bits, M, N, K, r)

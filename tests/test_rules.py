@@ -21,7 +21,8 @@ FLOORS = (
     {"core"},
     {"backends", "methods"},
     {"model"},
-    {"distributed", "tools", "integrations"},
+    {"distributed", "tools"},
+    {"integrations"},
     {"__init__", "__main__"},
 )
 LEVEL = {folder: level for level, folders in enumerate(FLOORS) for folder in folders}

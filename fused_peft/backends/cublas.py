@@ -18,8 +18,8 @@ from . import triton as base
 class Cublas(base.Triton):
     name = "cublas"
 
-    def slower(self, problem: Problem) -> str | None:
-        return base.said(base.measured(problem, "cublas "))
+    def predicted_slower(self, problem: Problem) -> str | None:
+        return None
 
     def inlines(self, o, x, mask) -> bool:
         return False

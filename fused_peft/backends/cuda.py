@@ -4,8 +4,8 @@ forward   down (S) and one GEMM, which starts while down is running and waits fo
           GEMM that makes S itself
 backward  dx from the same GEMM; what sums over rows, and GEMMs that csrc/ does not take, are the Triton backend's
 
-Off by default: it runs where kernels/measured.json says it is fastest, and csrc/proven.json that the correctness run of
-these sources passed on the architecture; or where it is asked for by name.
+Off by default: it runs where a record of this GPU says that its self-test passed and that it is the fastest
+(``core.records``), or where it is asked for by name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..core import dispatch
+from ..core import dispatch, records
 from ..core.operands import Problem
 from ..kernels import configs
 from . import extension
@@ -154,8 +154,8 @@ class Cuda(base.Triton):
             found = [known]
         return found
 
-    def slower(self, problem: Problem) -> str | None:
-        return None  # that it is faster than both others is among the reasons
+    def predicted_slower(self, problem: Problem) -> str | None:
+        return "not measured on this GPU"
 
     def reasons(self, problem: Problem) -> list[str]:
         found = super().reasons(problem)
@@ -163,8 +163,8 @@ class Cuda(base.Triton):
             found.append(f"sm_{problem.arch[0]}{problem.arch[1]} is not sm_90, which the kernel is written for")
         if "w" in problem.present or "c" in problem.present:  # else a norm of rows, which is Triton's
             found += self._unfit(problem)
-        if dispatch.forced() != self.name:
-            found += self._unproven(problem)
+        if not found and dispatch.forced() != self.name and not records.tested(problem, self.name):
+            found.append("not self-tested on this GPU")
         if not found and (broken := _broken(problem.device != "cuda")):
             found.append(broken)
         return found
@@ -184,18 +184,9 @@ class Cuda(base.Triton):
             found.append(f"r={problem.r} is not a multiple of 8, so that S's rows are not whole 16 bytes")
         return found
 
-    @staticmethod
-    def _unproven(problem: Problem) -> list[str]:
-        if problem.arch is None or not extension.proven(problem.arch):
-            return ["not verified on this architecture"]
-        ratio = base.measured(problem, "cuda ")
-        return [] if ratio is not None and ratio < 1 else ["not measured fastest on this shape"]
-
     def standing(self) -> str:
         """Whether it runs without being asked for, in words."""
-        if not torch.cuda.is_available() or extension.proven(torch.cuda.get_device_capability()):
-            return "where verified and measured fastest"
-        return "off: not verified on this architecture"
+        return "where its self-test passed and it was measured fastest"
 
     def factor(self, B: Tensor, scale: float, x: Tensor) -> tuple[Tensor, float]:
         """The GEMM reads rows of x's dtype, the scale in them; what it cannot read anyway stays as it is."""

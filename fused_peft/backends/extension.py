@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -31,7 +30,6 @@ INNER = (16, 64)  # the most r of an INLINE plan; the second accumulator of 256 
 ARCH = "-gencode=arch=compute_90a,code=sm_90a"
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")  # an assert in device code is a call, and ptxas then serialises every wgmma
 EMULATED = ("-O2", "-std=c++17", "-DFUSED_PEFT_EMULATE")
-PROVEN = "proven.json"  # {architecture: hash of the sources whose correctness run passed there}
 
 
 @dataclass(frozen=True)
@@ -127,12 +125,6 @@ def fingerprint() -> str:
     for file in sorted(source_dir("csrc").glob("*.cuh")):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def proven(arch: tuple[int, int]) -> bool:
-    """Whether the correctness run of these very sources on this architecture is on record."""
-    file = source_dir("csrc") / PROVEN
-    return file.is_file() and json.loads(file.read_text()).get(f"sm_{arch[0]}{arch[1]}") == fingerprint()
 
 
 def nvcc() -> str | None:

@@ -4,6 +4,10 @@ Import this inside a function, through ``triton.kernels()``: the modules need Tr
 reads TRITON_INTERPRET when they are imported.
 """
 
+from ..core import records
 from ..kernels import configs, down, dropout, gemm_lowrank, hadamard, launch, outer, row_norm, triton_internals
 
 __all__ = ["configs", "down", "dropout", "gemm_lowrank", "hadamard", "launch", "outer", "row_norm", "triton_internals"]
+
+configs.table = records.tiles
+records.ON_FORGET.append(configs.choose)

@@ -9,7 +9,6 @@ What trains the frozen weight itself (dW, a full GEMM) is the eager backend's.
 
 from __future__ import annotations
 
-import json
 from functools import cache
 from types import ModuleType
 
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import dropout, eager
+from ..core import dropout, eager, records
 from ..core.operands import Operands, Problem
 from ..core.torch_internals import unsafe_view
 from . import rates
@@ -113,11 +112,30 @@ class Triton:
             found.append("scales, dropout or a gate beside a product of weights")
         if problem.p and problem.M * problem.K >= 1 << 32:
             found.append(f"dropout on {problem.M} x {problem.K} elements, above 2^32")
+        if not found and (why := records.failed(problem, self.name)):
+            found.append(why)
         return found
 
     def slower(self, problem: Problem) -> str | None:
-        ratio = measured(problem)
-        return rates.slower(problem) if ratio is None else said(ratio)
+        measured = records.measured(problem, self.name)
+        if measured is None:
+            return self.predicted_slower(problem)
+        ratio, where = measured
+        return (
+            f"measured to take {ratio:.2f} times as long as the fastest after it, {where}" if ratio > MARGIN else None
+        )
+
+    def predicted_slower(self, problem: Problem) -> str | None:
+        """``slower`` where nothing near was measured."""
+        return rates.slower(problem)
+
+    def basis(self, problem: Problem) -> str:
+        """What speaks for this backend once it is chosen, in words."""
+        measured = records.measured(problem, self.name)
+        tested = "" if records.tested(problem, self.name) else "; not self-tested on this GPU"
+        if measured is None:
+            return f"{self.name}: predicted, not measured{tested}"
+        return f"{self.name}: measured to take {measured[0]:.2f} of the fastest after it, {measured[1]}{tested}"
 
     def inlines(self, o: Operands, x: Tensor, mask) -> bool:
         """Whether one launch makes S and y."""
@@ -265,27 +283,3 @@ class Triton:
         if A.shape[0] > k.row_norm.MAX_RANK:
             return eager.row_norm(W, squared, A, B, s)
         return k.row_norm.norm(W, squared, A, B, s)
-
-
-@cache
-def _table() -> dict[str, float]:
-    """Written by bench/h200.py on the GPU it names."""
-    file = kernels().configs.MEASURED
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
-def said(ratio: float | None) -> str | None:
-    """Why a backend with such a measured ratio is passed over; None where it is not."""
-    if ratio is None or ratio <= MARGIN:
-        return None
-    return f"measured to take {ratio:.2f} times as long as the fastest after it on this shape"
-
-
-def measured(p: Problem, what: str = "") -> float | None:
-    """Forward + backward on the problem's bucket: the measured time as a multiple of the fastest later backend's, of
-    Triton, "cublas " or "cuda " (csrc/). None if never measured."""
-    if p.arch is None:
-        return None
-    configs = kernels().configs
-    kind = "hadamard" if p.hadamard else "low rank" if p.r else "scales"
-    return _table().get(configs.key(what + kind, p.arch, 8 * p.dtype.itemsize, p.M, p.N, p.K, p.r))

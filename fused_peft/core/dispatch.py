@@ -49,11 +49,11 @@ class Backend(Protocol):
 class Choice:
     backend: Backend
     refusals: tuple[tuple[str, tuple[str, ...]], ...]
+    basis: str = ""  # what speaks for it: what was measured, or that it is predicted
 
     def why(self) -> str:
-        if not self.refusals:
-            return "first choice for this device"
-        return "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in self.refusals)
+        said = [f"{name}: {', '.join(reasons)}" for name, reasons in self.refusals]
+        return "; ".join([*said, *([self.basis] if self.basis else [])]) or "first choice for this device"
 
 
 class StrictError(RuntimeError):
@@ -149,7 +149,8 @@ def choose(problem: Problem) -> Choice:
         if not reasons:
             break
         refusals.append((name, reasons))
-    choice = Choice(_backends[name], tuple(refusals))
+    basis = getattr(backend, "basis", None)
+    choice = Choice(backend, tuple(refusals), basis(problem) if basis and not reasons else "")
     if reasons or (_strict and refusals and (name == "eager" or _forced)):
         raise StrictError(f"no preferred backend can compute {problem}: {choice.why()}")
     return choice

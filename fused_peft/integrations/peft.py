@@ -29,7 +29,7 @@ from ..core.frozen import Dense, Frozen, Transposed, kind_of, own_forward
 from ..core.sharded import is_partitioned, is_sharded
 from ..model.adapted import is_adapted
 from ..model.adapter import in_turn
-from ..model.explain import explain_layer
+from ..model.explain import Row, explain_layer
 from .tuners import FusedTunerLayer
 
 _KEPT = "_fused_peft_norm2"  # where an accelerated DoRA layer keeps its ‖W‖², and of which weight
@@ -419,12 +419,12 @@ if not hasattr(BaseTuner.inject_adapter, "_accelerates"):  # wrapped once, thoug
     BaseTuner.inject_adapter = _accelerate_what_is_added(BaseTuner.inject_adapter)
 
 
-def explanations(model: nn.Module, tokens: int, dtype: torch.dtype | None) -> list[tuple[str, str, str, str, str]]:
-    """(name, method, form, backend, why) of every PEFT layer: fused, or PEFT's own and why."""
+def explanations(model: nn.Module, tokens: int, dtype: torch.dtype | None) -> list[tuple]:
+    """(name, *Row) of every PEFT layer: fused, or PEFT's own and why."""
     return [(name, *_explain(layer, tokens, dtype)) for name, layer in _layers(model)]
 
 
-def _explain(layer: nn.Module, tokens: int, dtype: torch.dtype | None) -> tuple[str, str, str, str]:
+def _explain(layer: nn.Module, tokens: int, dtype: torch.dtype | None) -> Row:
     if isinstance(layer, FusedTunerLayer):
         row = explain_layer(layer, layer.active(), tokens, dtype)
         return (next(iter(layer.configs.values())).method_name, *row[1:]) if row[1] == "plain" else row
@@ -433,20 +433,22 @@ def _explain(layer: nn.Module, tokens: int, dtype: torch.dtype | None) -> tuple[
     if isinstance(layer, _Fused):
         state = "disabled" if layer.disable_adapters else "merged" if layer.merged else None
     if reason := state or _keeps_peft_s(layer):
-        return method, "PEFT's", "peft", reason
+        return method, "PEFT's", "peft", reason, None
     base, kind = layer.base_layer, kind_of(layer.base_layer)
     like, plain = kind.like(base), _replaceable(kind, base)
     N, K = kind.shape(base)
     weight, bias = (kind.matrix(base), base.bias) if plain else (None, None)
     found, who = layer.fused_factors(layer._used(), weight, bias), "" if plain else _beside_what(base, kind, dtype)
     if not found:
-        return method, "plain", "torch", "no adapter of this layer is active"
+        return method, "plain", "torch", "no adapter of this layer is active", None
     if not plain and found[0].A is None:
-        return method, "beside", "torch", who
+        return method, "beside", "torch", who, None
     x = torch.empty(1, device="meta", dtype=dtype or kind.dtype(base)).expand(tokens, K)
     c = None if plain else x[:, :1].expand(tokens, N)
-    choice = dispatch.choose(operands.foreseen(found[0], x, weight, bias, c, True, like.device))
-    return method, "factors" if plain else "beside", choice.backend.name, f"{who}{'; ' * bool(who)}{choice.why()}"
+    problem = operands.foreseen(found[0], x, weight, bias, c, True, like.device)
+    choice = dispatch.choose(problem)
+    why = f"{who}{'; ' * bool(who)}{choice.why()}"
+    return method, "factors" if plain else "beside", choice.backend.name, why, problem
 
 
 def _beside_what(base: nn.Module, kind: Frozen, dtype: torch.dtype | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from transformers import TrainerCallback
 
@@ -10,6 +11,7 @@ from ..model import checks
 from ..model.adapted import unwrap
 from ..model.parts import lost_by_saving
 from ..model.schedule import on_step
+from ..tools.calibrate import ROWS, at_start
 
 
 class FusedPeftCallback(TrainerCallback):
@@ -28,10 +30,14 @@ class FusedPeftCallback(TrainerCallback):
     Steps count from 0, as in PEFT's documentation, and continue on resume. A step that loss scaling skipped is passed
     over: its gradients are not finite. This library's schedules resume exactly, since their state is in ``state_dict``.
     PEFT's AdaLoRA does not resume once its budget falls: its checkpoints hold the ranks in use alone.
+
+    On a GPU that nothing was measured on yet, the kernels are tested and timed when training begins, once, for about 30
+    seconds (``fused_peft.calibrate``, for ``rows`` of tokens); ``calibrate=False`` or FUSED_PEFT_CALIBRATE=0 skips it.
     """
 
-    def __init__(self, restore: bool = False):
+    def __init__(self, restore: bool = False, calibrate: bool = True, rows: Sequence[int] = ROWS):
         self.restore = restore
+        self.calibrate, self.rows = calibrate, rows
         self._checked = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -41,6 +47,8 @@ class FusedPeftCallback(TrainerCallback):
             raise RuntimeError(f"A checkpoint by save_pretrained {why}; or train with save_strategy='no'")
         checks.warn_vanished(model, again=False)
         _accelerate(model, first=True)
+        if self.calibrate and checks.has_adapter(model):
+            at_start(model, self.rows)
 
     def on_epoch_begin(self, args, state, control, model=None, **kwargs):
         _accelerate(model)

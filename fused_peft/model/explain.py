@@ -16,19 +16,23 @@ from .adapter import Bound, why_not_foreign
 from .convert import adapted_layers
 from .layer import Gathered, PeftLinear
 
-# calls that give the rows of a Hugging Face PEFT model: (model, tokens, dtype) -> [(name, method, form, backend, why)]
-OF_PEFT: list[Callable[[nn.Module, int, torch.dtype | None], list[tuple[str, str, str, str, str]]]] = []
+# a row: method, form, backend, why, and the call that the layer makes, where a backend was chosen for one
+Row = tuple[str, str, str, str, operands.Problem | None]
+# calls that give the rows of a Hugging Face PEFT model: (model, tokens, dtype) -> [(name, *Row)]
+OF_PEFT: list[Callable[[nn.Module, int, torch.dtype | None], list[tuple]]] = []
 
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """Which form and backend compute one layer, and why: the refusals of the backends before it."""
+    """Which form and backend compute one layer, and why: the refusals of the backends before it, what speaks for it,
+    and the call that it was chosen for, as a backend sees it."""
 
     name: str
     method: str
     form: str
     backend: str
     why: str
+    problem: operands.Problem | None = None
 
 
 class Explanation(list):
@@ -56,38 +60,37 @@ def explain(model: nn.Module, tokens: int = 2048, dtype: torch.dtype | None = No
     return Explanation(LayerExplanation(name, *row) for name, row in rows)
 
 
-def explain_layer(
-    layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dtype: torch.dtype | None
-) -> tuple[str, str, str, str]:
-    """(method, form, backend, why) of one layer with these adapters active."""
+def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dtype: torch.dtype | None) -> Row:
+    """The row of one layer with these adapters active."""
     names = " + ".join(a.method.name for a in adapters)
     if layer.merged or not layer.enabled or not adapters:
         state = "disabled" if not layer.enabled else "merged" if layer.merged else "no adapter is active"
-        return names or "none", "plain", "torch", f"{state}: one plain linear layer"
+        return names or "none", "plain", "torch", f"{state}: one plain linear layer", None
     first = adapters[0]
     foreign = is_foreign(layer.kind.like(layer)) and not layer.kind.opaque
     if foreign and (reason := why_not_foreign(layer, adapters)):
-        return names, "none", "none", reason
+        return names, "none", "none", reason, None
     if layer.kind.opaque or foreign or len(adapters) > 1:
         base = type(layer.weight).__name__ if foreign else layer.base_class.__name__
         who = f"beside the product of a {base}" if layer.kind.opaque or foreign else "one after the other"
         found = [_problem(a, tokens, dtype or layer.kind.like(layer).dtype, beside=True) for a in adapters]
-        choice = dispatch.choose(next((p for p in found if p is not None), None) or _problem(first, tokens, dtype))
-        return names, "beside", choice.backend.name, f"{who}; {choice.why()}"
+        problem = next((p for p in found if p is not None), None) or _problem(first, tokens, dtype)
+        choice = dispatch.choose(problem)
+        return names, "beside", choice.backend.name, f"{who}; {choice.why()}", problem
     method = first.method
     if first.forms_weight(tokens):
         why = "the weight is formed in each call, then one plain GEMM"
         if method.cost:
             factored, formed = (f / 1e9 for f in method.cost(first, tokens))
             why += f": {formed:.3g} GFLOP instead of {factored:.3g} factored"
-        return names, "weight", "torch", why
+        return names, "weight", "torch", why, None
     sharded = is_sharded(layer.weight)
     problem = _problem(Gathered(first, values=False) if sharded else first, tokens, dtype)
     choice = dispatch.choose(problem)
     form = "output" if method.output else "product" if problem.hadamard else "factors"
     why = "W * (1 + s*BA) is formed once each way; " if problem.hadamard else ""
     why += f"sharded over {layer.weight.device_mesh.size()} processes; " if sharded else ""
-    return names, form, choice.backend.name, why + choice.why()
+    return names, form, choice.backend.name, why + choice.why(), problem
 
 
 def _problem(adapter: Bound, tokens: int, dtype: torch.dtype | None, beside: bool = False) -> operands.Problem | None:

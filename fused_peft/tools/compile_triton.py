@@ -128,7 +128,7 @@ def problems(arch: str) -> Iterator[tuple[str, Operands]]:
         yield f"{label}-one-in", _variant(label, 70, 1, 33, 1, fp16, fp16)
     yield "lora-tf32", _variant("lora", 8192, 4096, 4096, 16, fp32, fp32)
     made_by = dict.fromkeys(("hadamard", "form", "hadamard_grads"), "hadamard") | {"row_norm": "dora"}
-    for entry in kernels().configs.tuned():
+    for entry in kernels().configs.table():
         kind, where, bits, M, N, K, r = entry.split()
         if where == arch and kind != GEMM.__name__:
             label, dtype = made_by.get(kind, "lora"), {"16": bf16, "32": fp32}[bits]

@@ -1,0 +1,314 @@
+"""Which backend is right, and which is fastest, on the GPU at hand: self-tests, then times, kept as a record.
+
+    fp.calibrate(model, rows=(256, 1024, 4096, 16384), seconds=30)
+    python -m fused_peft calibrate
+
+Every kind of call that the model makes is tested in each backend (``selftest``), and what passes is timed, forward and
+backward with the host's time, on the model's own sizes. Both run in processes of their own (``isolated``): a kernel
+that crashes the GPU's context is off, and the caller goes on.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..core import dispatch, ops, records
+from ..core.factors import Factors
+from ..core.operands import Problem
+from ..model.explain import explain
+from . import isolated, selftest, timing
+from .isolated import Failure
+
+log = logging.getLogger("fused_peft")
+
+ROWS = (256, 1024, 4096, 16384)
+TESTING = 0.6  # the share of the seconds that testing, and compiling for it, may take
+EACH = 60.0  # seconds that one job may take
+TESTERS = 4  # processes that test, and so compile, side by side
+SAMPLED = 0.3  # seconds that a call is timed for, once compiled
+
+
+@dataclass
+class Calibration:
+    """What ``calibrate`` found: the record, the file it is in (None where it could not be written), and what is left
+    for the rate model, in words."""
+
+    record: records.Record
+    file: Path | None
+    problems: list[Problem]
+    left: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """A table: each call, its times in milliseconds, the fastest backend first."""
+        lines = [f"{self.record.gpu}, driver {self.record.driver}, torch {self.record.torch}, {self.record.when}"]
+        for call in self.record.calls:
+            times = ", ".join(f"{n} {ms:.3f}" for n, ms in sorted(call["ms"].items(), key=lambda item: item[1]))
+            at = f"{call['kind']:<16} {call['dtype']} {call['M']} x {call['K']} x {call['N']} r={call['r']}"
+            lines.append(f"{at}: {times} ms")
+        lines += [f"OFF: {variant}: {why}" for variant, why in self.record.failed.items()]
+        return "\n".join(lines + [f"left to the rate model: {what}" for what in self.left])
+
+
+def calibrate(
+    model: nn.Module,
+    rows: Sequence[int] = ROWS,
+    seconds: float = 30.0,
+    *,
+    dtype: torch.dtype | None = None,
+    folder: str | os.PathLike | None = None,
+    apart: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Calibration:
+    """Test and time the backends on the GPU that the model is on, and keep the record (``core.records``).
+
+    rows: numbers of tokens (batch times length) to measure for; others take the nearest, within a factor of four.
+    seconds: about what it may take; what does not fit is left to the rate model, and named. dtype: of the activations,
+    where autocast makes it another than the weights'. folder: where the record goes instead of the user's cache. apart:
+    in processes of their own. progress(done, of): called after every job.
+
+    One process at a time calibrates: another waits, and finds the record. Raises TypeError or ValueError for a model
+    without adapted layers or not on a GPU, rows that are no positive integers, seconds that are not positive, and
+    RuntimeError inside a CUDA graph's capture. A record that cannot be written is a UserWarning, and counts in this
+    process.
+    """
+    rows, device, problems = _asked(model, rows, seconds, dtype)
+    identity = records.identity(device)
+    with _alone(Path(folder) if folder else records.cache_dir(), seconds):
+        records.forget()  # another process may just have made it
+        todo = [p for p in problems if not _known(p)]
+        made = records.Record(**identity, when=datetime.date.today().isoformat())
+        left = _measure(made, todo, device, seconds, apart, progress or (lambda done, of: None))
+        file = None
+        try:
+            file = records.keep(made, Path(folder) if folder else None)
+        except OSError as e:
+            warnings.warn(
+                f"The record cannot be written ({e}): what was measured holds in this process alone. Make room, or set "
+                "FUSED_PEFT_CACHE to another folder",
+                stacklevel=2,
+            )
+    known = records.find(device) or made
+    for variant, why in made.failed.items():
+        warnings.warn(f"{variant} is off on this {identity['gpu']}: its self-test failed: {why}", stacklevel=2)
+    return Calibration(known, file, problems, left)
+
+
+def _asked(model: nn.Module, rows, seconds, dtype) -> tuple[tuple[int, ...], torch.device, list[Problem]]:
+    """Arguments checked: rows, the device, the distinct calls that training makes."""
+    rows = tuple(rows) if isinstance(rows, (tuple, list)) else (rows,)
+    if not rows or any(not isinstance(M, int) or isinstance(M, bool) or M < 1 for M in rows):
+        raise ValueError(f"rows={rows!r} must be positive integers: tokens a step, batch times length")
+    if not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ValueError(f"seconds={seconds!r} must be a positive number")
+    with _training(model):
+        calls = [(row.problem, M) for M in rows for row in explain(model, M, dtype) if row.problem is not None]
+    device = next((p.device for p in (*model.parameters(), *model.buffers()) if p.device.type == "cuda"), None)
+    triton = dispatch.backends()["triton"]
+    if device is None:
+        if triton.available() or not any(not triton.reasons(p) for p, _ in calls):
+            on = next((p.device for p in model.parameters()), "no device")
+            raise ValueError(f"model is on {on}: calibrate measures a GPU; move the model with .to('cuda') first")
+        device = torch.device("cpu")  # Triton's interpreter
+    elif torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("calibrate cannot run while a CUDA graph is captured; call it before")
+    return rows, device, list(dict.fromkeys(p for p, _ in calls))
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """The calls that training makes, dropout among them, whatever mode the model is in."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        for module in before:
+            module.training = True
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def _known(p: Problem) -> bool:
+    """Whether the very call was measured."""
+    found = records.nearest(p)
+    return found is not None and records.distance(found[0], p) == 0
+
+
+def _candidates(p: Problem) -> list[str]:
+    """The backends that can compute a call, whatever is known of them, in dispatch's order."""
+    found = []
+    for name in records.ORDER:
+        backend = dispatch.backends().get(name)
+        if backend is not None and name != "eager":
+            with dispatch.forcing(name):
+                reasons = backend.available() or backend.reasons(p)
+            if reasons and not records.failed(p, name):
+                continue
+        if backend is not None:
+            found.append(name)
+    return found
+
+
+def _measure(made: records.Record, problems: list[Problem], device, seconds: float, apart: bool, progress) -> list[str]:
+    """Test, then time; fills the record and returns what was left."""
+    begin, left = time.time(), []
+    for _, answer in _run("usable", [(device,)] if problems else [], begin + EACH, 1, apart):
+        if isinstance(answer, Failure):
+            raise RuntimeError(
+                f"a process of its own cannot use {device} ({answer.why}); calibrate(..., apart=False) measures in this one"
+            )
+    tests = [(name, p, device) for p in problems for name in _candidates(p) if name != "eager"]
+    passing: dict[Problem, list[str]] = {p: [] for p in problems}
+    total, done = len(tests) + len(problems), 0
+    answered = set()
+    for number, why in _run("test", tests, begin + TESTING * seconds, TESTERS, apart):
+        name, p, _ = tests[number]
+        answered.add(number)
+        done += 1
+        progress(done, total)
+        if why is None:
+            passing[p].append(name)
+            made.passed.append(records.variant(name, p))
+        elif isinstance(why, Failure) and not why.fatal:  # the test itself, memory most often
+            left.append(f"{name} on {_sizes(p)}: {why.why}")
+        else:
+            made.failed[records.variant(name, p)] = why.why if isinstance(why, Failure) else why
+    if missing := len(tests) - len(answered):
+        left.append(f"{missing} of {len(tests)} self-tests, for want of time (seconds={seconds:g})")
+    made.passed = sorted({*made.passed} - made.failed.keys())
+    good = lambda name, p: records.variant(name, p) not in made.failed  # noqa: E731  on any size
+    jobs = [(p, [*(n for n in passing[p] if good(n, p)), "eager"], device) for p in problems]
+    jobs = [job for job in jobs if len(job[1]) > 1]
+    answered = set()
+    for number, times in _run("timed", jobs, begin + seconds, 1, apart):
+        p = jobs[number][0]
+        answered.add(number)
+        done += 1
+        progress(done, total)
+        if isinstance(times, Failure):
+            left.append(f"{_sizes(p)}: {times.why}")
+        else:
+            made.calls.append({**records.described(p), "ms": {n: round(1e3 * t, 5) for n, t in times.items()}})
+    if missing := len(jobs) - len(answered):
+        left.append(f"{missing} of {len(jobs)} calls, for want of time (seconds={seconds:g})")
+    return left
+
+
+def _sizes(p: Problem) -> str:
+    return f"{records.kind(p)} {p.M} x {p.K} x {p.N}, r={p.r}"
+
+
+def _run(function: str, jobs: list[tuple], deadline: float, workers: int, apart: bool):
+    """(number, answer) of each job, in processes of their own, or here."""
+    if apart:
+        yield from isolated.run(f"{__name__}:{function}", jobs, EACH, deadline, min(workers, os.cpu_count() or 1))
+        return
+    for number, job in enumerate(jobs):
+        if time.time() >= deadline:
+            return
+        try:
+            yield number, globals()[function](*job)
+        except Exception as e:
+            yield number, Failure(f"{type(e).__name__}: {e}")
+
+
+def usable(device: torch.device) -> None:
+    """Whether a process can allocate on the device; raises what CUDA says."""
+    torch.zeros(1, device=device)
+
+
+def test(name: str, p: Problem, device: torch.device) -> str | None:
+    """``selftest.failure``; a GPU without the memory for it is a Failure of the test."""
+    return selftest.failure(name, p, device)
+
+
+def step_of(p: Problem, device: torch.device, seed: int) -> Callable[[], object]:
+    """Forward and backward of the call through autograd, as a layer makes it."""
+    o, dy = selftest.draw(p, device, seed)
+    names = selftest.trained(o)
+    leaves = {n: getattr(o, n).requires_grad_() for n in names}
+    low = {n: getattr(o, n) for n in ("A", "B", "G", "a", "d_in", "d_out")}
+    f = Factors(**low, s=o.s, h=o.h, p=o.p, scale_bias=o.scale_bias, drop_base=o.drop_base, hadamard=o.hadamard)
+
+    def run() -> object:
+        y = ops.linear(o.x, o.w, f, o.bias, o.c)
+        return torch.autograd.grad(y, list(leaves.values()), dy, allow_unused=True)
+
+    return run
+
+
+def timed(p: Problem, names: list[str], device: torch.device) -> dict[str, float]:
+    """{backend: seconds} of a call's forward and backward, the median of rounds in which each has its turn."""
+    size = p.dtype.itemsize * (p.M * (p.K + p.N) + p.N * p.K)
+    runs = [step_of(p, device, seed) for seed in range(timing.copies_of(size, device))]
+    before = dispatch.forced()
+    try:
+        found = timing.interleaved(
+            dict.fromkeys(names, lambda i: runs[i % len(runs)]()), device, dispatch.set_backend, SAMPLED
+        )
+    finally:
+        dispatch.set_backend(before)
+    return {name: statistics.median(seconds) for name, seconds in found.items()}
+
+
+@contextmanager
+def _alone(folder: Path, seconds: float) -> Iterator[None]:
+    """One process at a time; where files cannot be locked, each for itself."""
+    with ExitStack() as stack:
+        with suppress(OSError, ImportError):
+            import fcntl
+
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((folder / ".calibrating").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("another process calibrates this machine's GPUs; waiting for its record")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def at_start(model: nn.Module, rows: Sequence[int] = ROWS, seconds: float = 30.0) -> Calibration | None:
+    """``calibrate`` before training, where nothing is known of the GPU yet; one line in the log, and no error: what
+    goes wrong is a UserWarning, and the rate model decides. FUSED_PEFT_CALIBRATE=0 turns it off."""
+    on = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
+    if on is None or os.environ.get("FUSED_PEFT_CALIBRATE", "1") == "0" or records.find(on) is not None:
+        return None
+    log.warning(
+        "fused_peft tests and times its kernels on this %s once, for about %g s; FUSED_PEFT_CALIBRATE=0 skips it",
+        torch.cuda.get_device_name(on), seconds,
+    )  # fmt: skip
+    try:
+        with _bar() as progress:
+            return calibrate(model, rows, seconds, progress=progress)
+    except Exception as e:
+        warnings.warn(f"fused_peft did not calibrate ({type(e).__name__}: {e}); which GEMM runs is predicted")
+        return None
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, where tqdm is installed."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        yield lambda done, of: None
+        return
+    with tqdm(desc="fused_peft calibrates", unit="job") as bar:
+
+        def progress(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        yield progress
