@@ -67,7 +67,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def run_calibrate(args: argparse.Namespace) -> int:
-    """Calibrate on layers of the sizes asked for; exit status 1 where a backend failed its self-test, 2 on bad input."""
+    """Calibrate on layers of these sizes; exit status 1 where a backend failed its self-test, 2 on bad input."""
     try:
         sizes = [tuple(int(n) for n in size.lower().split("x")) for size in args.sizes]
         interpreting = not torch.cuda.is_available()
