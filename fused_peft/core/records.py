@@ -67,9 +67,8 @@ class Record:
 
     def add(self, other: Record) -> None:
         """Take over what another of the same identity says, which counts where both say something."""
-        spoken = {variant: why for variant, why in other.failed.items()}
-        self.failed = {v: why for v, why in self.failed.items() if v not in other.passed} | spoken
-        self.passed = sorted({*self.passed, *other.passed} - spoken.keys())
+        self.failed = {v: why for v, why in self.failed.items() if v not in other.passed} | other.failed
+        self.passed = sorted({*self.passed, *other.passed} - other.failed.keys())
         measured = {place(call): call for call in (*self.calls, *other.calls)}
         self.calls, self.when = list(measured.values()), other.when or self.when
         self.tiles = {**self.tiles, **other.tiles}

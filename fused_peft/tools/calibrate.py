@@ -166,7 +166,7 @@ def _measure(made: records.Record, problems: list[Problem], device, seconds: flo
     for _, answer in _run("usable", [(device,)] if problems else [], begin + EACH, 1, apart):
         if isinstance(answer, Failure):
             raise RuntimeError(
-                f"a process of its own cannot use {device} ({answer.why}); calibrate(..., apart=False) measures in this one"
+                f"a process of its own cannot use {device} ({answer.why}); apart=False measures in this process"
             )
     tests = [(name, p, device) for p in problems for name in _candidates(p) if name != "eager"]
     passing: dict[Problem, list[str]] = {p: [] for p in problems}

@@ -91,7 +91,7 @@ def _drive(function: str, waiting, done, seconds: float, deadline: float) -> Non
 
 class _Process:
     def __init__(self, function: str, seconds: float):
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill
         here = os.pathsep.join(dict.fromkeys([str(PACKAGE.parent), *(p for p in sys.path if p)]))
         self.running = subprocess.Popen(
             [sys.executable, "-m", "fused_peft.tools.isolated", function],
