@@ -3,6 +3,7 @@ from pathlib import Path
 
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).resolve().parent.parent / "build/torch_extensions"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["FUSED_PEFT_CACHE"] = str(Path(__file__).resolve().parent / "no records of the user's own")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
@@ -12,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
 import fused_peft
-from fused_peft.core import dispatch
+from fused_peft.core import dispatch, records
 
 # what compiles, starts processes or trains for long: `make check` leaves it out
 SLOW = """accelerate accelerate_api aot bench checks compile cuda distributed estimate examples h200 kernel_mutations
@@ -37,6 +38,20 @@ def _clean_state():
     fused_peft.set_backend(None)
     for name in set(dispatch.backends()) - before:
         dispatch.unregister(name)
+
+
+@pytest.fixture
+def record(monkeypatch):
+    """A function that makes records.of answer a record with these fields, for every device."""
+
+    def tell(**fields) -> records.Record:
+        known = records.Record("an H100", "1", "2", "3", "4", "2026-01-01", **fields)
+        monkeypatch.setattr(records, "of", lambda problem: known)
+        dispatch.choose.cache_clear()
+        return known
+
+    yield tell
+    dispatch.choose.cache_clear()
 
 
 @pytest.fixture

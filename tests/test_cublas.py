@@ -10,8 +10,7 @@ from oracle import INTERPRETED, build, disagreements, distinct, inputs, layer_re
 
 import fused_peft as fp
 from fused_peft.backends import rates
-from fused_peft.backends import triton as backend_file
-from fused_peft.core import dispatch
+from fused_peft.core import dispatch, records
 from fused_peft.core.operands import Problem
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
@@ -96,27 +95,23 @@ def test_the_choice_where_nothing_was_measured(changes, fused):
     assert (rates.slower(problem) is None) == fused
 
 
-def test_dispatch_prefers_it_and_says_why(monkeypatch):
+def test_dispatch_prefers_it_and_says_why(monkeypatch, record):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: (9, 0))
-    dispatch.choose.cache_clear()
-    try:
-        choice = dispatch.choose(PROBLEM)
-        assert choice.backend.name == "cublas"
-        assert "triton: predicted to take 1.06 times as long" in choice.why()
-        fp.set_strict(True)
-        assert dispatch.choose(PROBLEM).backend.name == "cublas"  # no fallback: the kernels around it are ours
-        fp.set_strict(False)
-        key = backend_file.kernels().configs.key("low rank", (9, 0), 16, 8192, 4096, 4096, 16)
-        monkeypatch.setattr(backend_file, "_table", lambda: {key: 0.9})
-        dispatch.choose.cache_clear()
-        assert dispatch.choose(PROBLEM).backend.name == "triton"  # what was measured counts more than the model
-        fp.set_backend("triton")
-        monkeypatch.setattr(backend_file, "_table", dict)
-        assert dispatch.choose(PROBLEM).backend.name == "triton"
-    finally:
-        dispatch.choose.cache_clear()
+    record()
+    choice = dispatch.choose(PROBLEM)
+    assert choice.backend.name == "cublas"
+    assert "triton: predicted to take 1.06 times as long" in choice.why()
+    assert choice.why().endswith("cublas: predicted, not measured; not self-tested on this GPU")
+    fp.set_strict(True)
+    assert dispatch.choose(PROBLEM).backend.name == "cublas"  # no fallback: the kernels around it are ours
+    fp.set_strict(False)
+    record(calls=[{**records.described(PROBLEM), "ms": {"triton": 0.9, "cublas": 1.0, "eager": 1.1}}])
+    assert dispatch.choose(PROBLEM).backend.name == "triton"  # what was measured counts more than the model
+    record()
+    fp.set_backend("triton")
+    assert dispatch.choose(PROBLEM).backend.name == "triton"
 
 
 @pytest.mark.parametrize("method", TIMED)

@@ -5,7 +5,6 @@ results full of NaN at first: what is read too early, or never written, is a wro
 """
 
 import ctypes
-import json
 import re
 import shutil
 import subprocess
@@ -23,10 +22,9 @@ from torch.utils import cpp_extension
 import fused_peft as fp
 from fused_peft.__main__ import main
 from fused_peft.backends import cuda, extension
-from fused_peft.backends import triton as backend_file
 from fused_peft.backends.extension import PLANS, Call, Plan
 from fused_peft.backends.triton import kernels
-from fused_peft.core import dispatch, operands
+from fused_peft.core import dispatch, operands, records
 from fused_peft.tools import compile_csrc, verify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -270,15 +268,14 @@ def test_factor_is_scaled_and_rounded_once(forced):
 
 
 @pytest.fixture
-def hopper(monkeypatch):
+def hopper(monkeypatch, record):
     """As on a machine with one sm_90 and everything it takes to build; nothing is built."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: (9, 0))
     monkeypatch.setattr(extension, "failure", lambda emulated: None)
-    monkeypatch.setattr(extension, "proven", lambda arch: False)
     monkeypatch.setattr(cuda, "_broken", lambda emulated: None)
-    dispatch.choose.cache_clear()
+    record()
     yield monkeypatch
     dispatch.choose.cache_clear()
 
@@ -288,42 +285,48 @@ PROBLEM = operands.Problem(
 )
 
 
-def test_off_until_it_is_proven_and_measured(hopper):
+def measured(**ms) -> dict:
+    """What a record says of PROBLEM, times by backend."""
+    return {**records.described(PROBLEM), "ms": ms}
+
+
+PASSED = [records.variant(name, PROBLEM) for name in ("cuda", "triton", "cublas")]
+
+
+def test_off_until_it_is_tested_and_measured(hopper, record):
     choice = dispatch.choose(PROBLEM)
     assert choice.backend.name == "cublas"
-    assert choice.why().startswith("cuda: not verified on this architecture; triton: predicted to take")
+    assert choice.why().startswith("cuda: not self-tested on this GPU; triton: predicted to take")
     fp.set_strict(True)  # cuBLAS is no fallback
     assert dispatch.choose(PROBLEM).backend.name == "cublas"
     fp.set_strict(False)
-    hopper.setattr(extension, "proven", lambda arch: arch == (9, 0))
-    dispatch.choose.cache_clear()
-    assert dispatch.choose(PROBLEM).why().startswith("cuda: not measured fastest on this shape; ")
-    key = kernels().configs.key("cuda low rank", (9, 0), 16, 8192, 4096, 4096, 16)
-    hopper.setattr(backend_file, "_table", lambda: {key: 1.01})
-    dispatch.choose.cache_clear()
-    assert dispatch.choose(PROBLEM).why().startswith("cuda: not measured fastest on this shape; ")
-    hopper.setattr(backend_file, "_table", lambda: {key: 0.97})
-    dispatch.choose.cache_clear()
-    assert dispatch.choose(PROBLEM).backend.name == "cuda"
-    assert dispatch.choose(replace(PROBLEM, M=100)).backend.name == "cublas"
+    record(passed=PASSED)
+    assert dispatch.choose(PROBLEM).why().startswith("cuda: not measured on this GPU; ")
+    record(passed=PASSED, calls=[measured(cuda=1.04, triton=1.2, cublas=1.0, eager=2.0)])
+    assert (
+        dispatch.choose(PROBLEM).why().startswith("cuda: measured to take 1.04 times as long as the fastest after it")
+    )
+    record(passed=PASSED, calls=[measured(cuda=0.97, triton=1.2, cublas=1.0, eager=2.0)])
+    choice = dispatch.choose(PROBLEM)
+    assert choice.backend.name == "cuda"
+    assert choice.why() == (
+        "cuda: measured to take 0.97 of the fastest after it, on 8192 x 4096 x 4096, an H100, 2026-01-01"
+    )
+    assert dispatch.choose(replace(PROBLEM, M=100)).backend.name == "cublas"  # nothing near was measured
+    record(failed={PASSED[0]: "dB is off"}, calls=[measured(cuda=0.5, cublas=1.0)])
+    assert "cuda: its self-test failed on an H100, 2026-01-01: dB is off" in dispatch.choose(PROBLEM).why()
+    fp.set_backend("cuda")  # not even by name
+    assert dispatch.choose(PROBLEM).backend.name != "cuda"
 
 
-def test_info_says_how_it_stands(capsys, monkeypatch):
-    def line():
-        assert main(["info"]) == 0
-        return next(n for n in capsys.readouterr().out.splitlines() if n.startswith("backend      cuda"))
-
-    assert "tried first on cuda; " in line()
-    monkeypatch.setattr(extension, "proven", lambda arch: False)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: (9, 0))
-    assert dispatch.backends()["cuda"].standing() == "off: not verified on this architecture"
+def test_info_says_how_it_stands(capsys):
+    assert main(["info"]) == 0
+    line = next(n for n in capsys.readouterr().out.splitlines() if n.startswith("backend      cuda"))
+    assert "tried first on cuda; where its self-test passed and it was measured fastest" in line
 
 
-def test_it_is_chosen_where_eager_beats_triton_only(hopper):
-    key = lambda what: kernels().configs.key(f"{what}low rank", (9, 0), 16, 8192, 4096, 4096, 16)  # noqa: E731
-    hopper.setattr(extension, "proven", lambda arch: True)
-    hopper.setattr(backend_file, "_table", lambda: {key(""): 1.2, key("cuda "): 0.8})
+def test_it_is_chosen_where_eager_beats_triton_only(hopper, record):
+    record(passed=PASSED, calls=[measured(cuda=0.8, triton=1.2, cublas=1.1, eager=1.0)])
     assert dispatch.choose(PROBLEM).backend.name == "cuda"
 
 
@@ -360,24 +363,6 @@ def test_an_older_gpu_is_a_reason(hopper):
     assert dispatch.backends()["cuda"].available() == [
         "no GPU here is an sm_90 (H100, H200), which the kernel is written for"
     ]
-
-
-def test_the_record_is_of_these_sources(tmp_path, monkeypatch):
-    copy = tmp_path / "csrc"
-    shutil.copytree(CSRC, copy)
-    monkeypatch.setattr(extension, "source_dir", lambda name: copy)
-    extension.fingerprint.cache_clear()
-    (copy / extension.PROVEN).write_text(json.dumps({"sm_90": extension.fingerprint()}))
-    assert extension.proven((9, 0))
-    assert not extension.proven((9, 1))
-    (copy / "gemm.cuh").write_text((copy / "gemm.cuh").read_text() + "\n// changed\n")
-    extension.fingerprint.cache_clear()
-    assert not extension.proven((9, 0))
-    monkeypatch.undo()
-    extension.fingerprint.cache_clear()
-
-
-# The build
 
 
 @pytest.fixture

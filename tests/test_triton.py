@@ -17,7 +17,7 @@ from oracle import INTERPRETED, build, disagreements, distinct, inputs
 
 import fused_peft as fp
 from fused_peft.backends import triton as backend_file
-from fused_peft.core import dispatch, operands, ops
+from fused_peft.core import dispatch, operands, ops, records
 from fused_peft.core.factors import Factors
 from fused_peft.core.operands import Problem
 from fused_peft.tools import verify
@@ -337,17 +337,15 @@ def test_cpu_tensors_are_refused_without_the_interpreter(monkeypatch):
     assert "x is on cpu" in backend_file.Triton().reasons(_problem(device="cpu", arch=None))[0]
 
 
-def test_eager_runs_where_it_was_measured_faster(monkeypatch):
+def test_eager_runs_where_it_was_measured_faster(monkeypatch, record):
     problem = _problem()
-    key = k.configs.key("low rank", (9, 0), 16, 8, 64, 64, 8)
-    cublas = k.configs.key("cublas low rank", (9, 0), 16, 8, 64, 64, 8)
-    monkeypatch.setattr(backend_file, "_table", lambda: {key: 1.2, cublas: 1.1})
+    record(calls=[{**records.described(problem), "ms": {"triton": 1.2, "cublas": 1.1, "eager": 1.0}}])
     monkeypatch.setattr(backend_file.Triton, "available", lambda self: [])
     fp.set_backend(None)
     fp.set_strict(False)
     choice = dispatch.choose(problem)
     assert choice.backend.name == "eager"
-    after = "times as long as the fastest after it on this shape"
+    after = "times as long as the fastest after it, on 8 x 64 x 64, an H100, 2026-01-01"
     assert choice.why().endswith(f"; triton: measured to take 1.20 {after}; cublas: measured to take 1.10 {after}")
     fp.set_backend("triton")
     assert dispatch.choose(problem).backend.name == "triton"

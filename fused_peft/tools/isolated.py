@@ -94,11 +94,11 @@ class _Process:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill
         here = os.pathsep.join(dict.fromkeys([str(PACKAGE.parent), *(p for p in sys.path if p)]))
         self.running = subprocess.Popen(
-            [sys.executable, "-m", "fused_peft.tools.isolated", function],
+            [sys.executable, "-c", f"from fused_peft.tools import isolated; isolated.serve({function!r})"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
             env={**os.environ, "PYTHONPATH": here}, bufsize=0,
         )  # fmt: skip
-        self.over = False
+        self.over, self.silent = False, False  # to be ended; has closed its end of the pipe
         if self._answer(time.monotonic() + seconds) is None:
             how = self._how()
             self.kill()
@@ -116,7 +116,7 @@ class _Process:
             self.over = isinstance(answer, Failure) and answer.fatal
             return answer
         self.over = True
-        if short and self.running.poll() is None and time.monotonic() >= end:
+        if short and not self.silent:
             return Failure("out of time")
         return Failure(f"its process {self._how()}", fatal=True)
 
@@ -127,7 +127,7 @@ class _Process:
     def _how(self) -> str:
         """How it ended, or that it did not."""
         with suppress(subprocess.TimeoutExpired):
-            code = self.running.wait(0.5)
+            code = self.running.wait(30 if self.silent else 0)
             ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit status {code}"
             return ended + self._said()
         return "took too long"
@@ -141,6 +141,7 @@ class _Process:
                 if not ready.select(max(0.0, end - time.monotonic())):
                     return None
                 if not (more := os.read(self.running.stdout.fileno(), size - len(found))):
+                    self.silent = True
                     return None
                 found += more
         return found
@@ -179,9 +180,3 @@ def serve(function: str) -> None:
             traceback.print_exc()
             answer = Failure(f"{type(e).__name__}: {e}"[:500], fatal="CUDA error" in str(e))
         say(pickle.dumps(answer))
-
-
-if __name__ == "__main__":
-    from fused_peft.tools import isolated  # the module that Failure is pickled from
-
-    isolated.serve(sys.argv[1])

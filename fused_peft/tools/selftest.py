@@ -54,22 +54,22 @@ def draw(p: Problem, device: torch.device, seed: int = 0) -> tuple[Operands, Ten
     )
 
 
-def trained(o: Operands) -> list[str]:
-    """The operands whose gradients training asks for: all but the frozen weight."""
-    return [n for n in ("x", "c", "bias", "d_in", "d_out", "A", "a", "G", "B") if getattr(o, n) is not None]
+def trained(o: Operands, bias: bool = False) -> list[str]:
+    """The operands whose gradients training asks for: all but the frozen weight, and the bias where it is frozen too.
+    Which kernels run depends on it."""
+    names = ("x", "c", *(["bias"] if bias else []), "d_in", "d_out", "A", "a", "G", "B")
+    return [n for n in names if getattr(o, n) is not None]
 
 
-def _of_backend(backend: dispatch.Backend, o: Operands, dy: Tensor) -> dict[str, Tensor]:
-    names = trained(o)
+def _of_backend(backend: dispatch.Backend, o: Operands, dy: Tensor, names: list[str]) -> dict[str, Tensor]:
     y, T, z = backend.forward(o, o.d_out is not None)
     grads = backend.backward(dy, o, T, z, tuple(n in names for n in Operands._fields[:TENSORS]))
     given = {n: g for n, g in zip(Operands._fields, grads, strict=False) if g is not None}
     return {"y": y, **{f"d{n}": given.get(n, torch.zeros_like(getattr(o, n))) for n in names}}
 
 
-def _of_formula(o: Operands, dy: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+def _of_formula(o: Operands, dy: Tensor, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
     """The expression of ``core.factors`` and autograd, every tensor in one dtype."""
-    names = trained(o)
     cast = {n: t.detach().to(dtype) for n, t in zip(o._fields, o, strict=True) if isinstance(t, Tensor) and n != "seed"}
     leaves = {n: cast[n].requires_grad_() for n in names}
     f = Factors(
@@ -96,18 +96,20 @@ def _errors(value: Tensor, exact: Tensor) -> tuple[float, float]:
     return tuple(e if e == e else float("inf") for e in found)
 
 
-def disagreement(backend: dispatch.Backend, o: Operands, dy: Tensor) -> str | None:
-    """The first tensor that a backend gets wrong on these operands, and by how much; None when all are right."""
-    got = _of_backend(backend, o, dy)
+def disagreement(backend: dispatch.Backend, o: Operands, dy: Tensor, bias: bool = False) -> str | None:
+    """The first tensor that a backend gets wrong on these operands, and by how much; None when all are right. bias:
+    whether its gradient is asked for too."""
+    names = trained(o, bias)
+    got = _of_backend(backend, o, dy, names)
     wide = torch.float64 if o.x.dtype.itemsize > 2 or dy.numel() * o.x.shape[-1] <= EXACT else torch.float32
     before = torch.backends.cuda.matmul.fp32_precision
     if wide == torch.float32:
         torch.backends.cuda.matmul.fp32_precision = "ieee"
     try:
-        exact = _of_formula(o, dy, wide)
+        exact = _of_formula(o, dy, names, wide)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    plain = _of_formula(o, dy, o.x.dtype)
+    plain = _of_formula(o, dy, names, o.x.dtype)
     for name, reference in exact.items():
         errors, plains = _errors(got[name], reference), _errors(plain[name], reference)
         limit = verify.LIMITS.get(o.x.dtype, FP64_LIMIT)
@@ -141,11 +143,11 @@ def failure(name: str, p: Problem, device: torch.device) -> str | None:
     and on odd ones. What a kernel raises is a failure too; OutOfMemoryError is raised, since it says nothing about it.
     """
     backend = dispatch.backends()[name]
-    for shape in shapes(p):
+    for number, shape in enumerate(shapes(p)):
         if not backend.available() and backend.reasons(shape) and shape != p:
             continue  # a size that it never gets
         try:
-            wrong = disagreement(backend, *draw(shape, device))
+            wrong = disagreement(backend, *draw(shape, device), bias=number % 2 == 1)
             if not wrong and shape.r and "d_out" in shape.present:
                 wrong = _norms(backend, shape, device)
             if device.type == "cuda":
