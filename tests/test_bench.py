@@ -97,9 +97,9 @@ def test_training_models_agree_before_they_are_timed(suites):
 
 
 def test_overhead_is_measured(suites):
-    found = {r["case"]: spreads(r, "us")[1] for r in suites["overhead"]}
-    # the bar is 2; a shared machine gets room, a doubled cost does not
-    assert found["fused forward: overhead"] < 4 * found["F.linear forward"]
+    low = {r["case"]: spreads(r, "us")[0] for r in suites["overhead"]}
+    # the bar is 2; a shared machine gets room, and the least disturbed rounds; a doubled cost does not pass
+    assert low["fused forward"] - low["bare forward"] < 4 * low["F.linear forward"]
     wrapped = {r["contender"]: r for r in suites["wrap"]}
     assert float(wrapped["ours"]["mb"]) < 50
     assert float(wrapped["ours"]["seconds_p50"]) < 1

@@ -21,6 +21,7 @@ from ..core.operands import TENSORS, Operands, Problem
 from . import verify
 
 PLAIN_FACTOR = 2.0
+ROWS = (13, 101, 16389)
 SQUARE, SQUARE_FACTOR = 64, 5.0
 EXACT = 1 << 34  # M·N·K up to which the reference is in fp64; above it, for 16-bit calls, in fp32
 NORM_LIMIT = 1e-3  # of a norm that is summed in fp32 from what the weight's dtype holds
@@ -130,12 +131,14 @@ def _norms(backend: dispatch.Backend, p: Problem, device: torch.device) -> str |
     return None if worst <= NORM_LIMIT else f"the norm of rows is off by {error:.1e}"
 
 
-def shapes(p: Problem) -> list[Problem]:
-    """The problem itself, then odd sizes at which no tile is full, on few rows and on more."""
+def shapes(p: Problem, many: bool) -> list[Problem]:
+    """The problem itself, then sizes at which no tile is full, on few rows and on more, since which kernels run depends
+    on the rows; ``many``: on as many as only a GPU computes in no time, too."""
     odd = lambda n, most: max(1, min(n, most) // 8 * 8 - 3)  # noqa: E731
-    smaller = replace(p, M=odd(p.M, 208), N=odd(p.N, 344), K=odd(p.K, 280))
-    aligned = replace(p, M=odd(p.M, 208), N=min(p.N, 328), K=min(p.K, 264))
-    return list(dict.fromkeys([p, smaller, aligned, replace(aligned, M=min(p.M, 13))]))
+    smaller = replace(p, M=ROWS[1], N=odd(p.N, 344), K=odd(p.K, 280))
+    aligned = replace(p, N=min(p.N, 328), K=min(p.K, 264))
+    rows = ROWS if many else ROWS[:2]
+    return list(dict.fromkeys([p, smaller, *(replace(aligned, M=M) for M in rows)]))
 
 
 def failure(name: str, p: Problem, device: torch.device) -> str | None:
@@ -143,7 +146,7 @@ def failure(name: str, p: Problem, device: torch.device) -> str | None:
     and on odd ones. What a kernel raises is a failure too; OutOfMemoryError is raised, since it says nothing about it.
     """
     backend = dispatch.backends()[name]
-    for number, shape in enumerate(shapes(p)):
+    for number, shape in enumerate(shapes(p, device.type == "cuda")):
         if not backend.available() and backend.reasons(shape) and shape != p:
             continue  # a size that it never gets
         try:
