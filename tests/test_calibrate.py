@@ -316,6 +316,10 @@ def at_start(monkeypatch, **options):
         return "a calibration"
 
     monkeypatch.setattr(calibrate, "calibrate", stand_in)
+    if "rows" in options:
+        monkeypatch.setattr(calibrate, "explain", options["rows"])
+    else:
+        monkeypatch.setattr(calibrate, "explain", lambda m, tokens: [SimpleNamespace(problem=1)])
     monkeypatch.setattr(records, "find", lambda device: options.get("record"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
     m = SimpleNamespace(parameters=lambda: [SimpleNamespace(device=torch.device("cuda", 0))])
@@ -332,6 +336,13 @@ def test_before_training_once_a_gpu(monkeypatch, caplog):
     assert at_start(monkeypatch, record=known) == (None, [])
     monkeypatch.setenv("FUSED_PEFT_CALIBRATE", "0")
     assert at_start(monkeypatch) == (None, [])
+    monkeypatch.setenv("FUSED_PEFT_CALIBRATE", "1")
+
+    def soft_prompt(m, tokens):
+        raise ValueError("a soft prompt has no weight")
+
+    for nothing in (soft_prompt, lambda m, tokens: [SimpleNamespace(problem=None)]):
+        assert at_start(monkeypatch, rows=nothing) == (None, [])
 
 
 def test_what_goes_wrong_before_training_is_a_warning(monkeypatch):

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..core import dispatch, ops, records
 from ..core.factors import Factors
@@ -285,6 +286,11 @@ def at_start(model: nn.Module, rows: Sequence[int] = ROWS, seconds: float = 30.0
     on = next((p.device for p in model.parameters() if p.device.type == "cuda"), None)
     if on is None or os.environ.get("FUSED_PEFT_CALIBRATE", "1") == "0" or records.find(on) is not None:
         return None
+    try:
+        if all(row.problem is None for row in explain(model, 1)):
+            return None
+    except ValueError:  # no adapted layer, or a soft prompt
+        return None
     log.warning(
         "fused_peft tests and times its kernels on this %s once, for about %g s; FUSED_PEFT_CALIBRATE=0 skips it",
         torch.cuda.get_device_name(on), seconds,
@@ -299,12 +305,7 @@ def at_start(model: nn.Module, rows: Sequence[int] = ROWS, seconds: float = 30.0
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, where tqdm is installed."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        yield lambda done, of: None
-        return
+    """A progress bar."""
     with tqdm(desc="fused_peft calibrates", unit="job") as bar:
 
         def progress(done: int, of: int) -> None:
