@@ -50,11 +50,20 @@ def test_the_deadline_is_no_fault_of_a_jobs():
     assert answers("time:sleep", [(0,)], deadline=0.0) == {}
 
 
-def test_what_cannot_be_begun_is_said():
+def test_what_cannot_be_begun_is_said(monkeypatch):
     (answer,) = answers("no_such_module:f", [()]).values()
-    assert answer.why.startswith("RuntimeError: a process for no_such_module:f could not be begun: it ended with exit")
-    assert "No module named 'no_such_module'" in answer.why
-    assert not answer.fatal
+    assert answer == Failure("ModuleNotFoundError: No module named 'no_such_module'")
+    monkeypatch.setattr(isolated.sys, "executable", "/bin/false")
+    (answer,) = answers("operator:add", [(1, 2)]).values()
+    assert answer == Failure("RuntimeError: a process could not be begun: it ended with exit status 1")
+
+
+def test_processes_are_kept_from_one_run_to_the_next():
+    with isolated.Pool(2) as pool:
+        first, second = ({pid for _, pid in pool.run("os:getpid", [()] * 6, 60)} for _ in range(2))
+        assert second <= first
+        (process, *_) = pool.idle
+    assert process.running.poll() is not None
 
 
 def test_a_cuda_error_ends_the_process_since_its_context_is_gone(monkeypatch, tmp_path):

@@ -17,7 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,7 +90,9 @@ def calibrate(
         records.forget()  # another process may just have made it
         todo = [p for p in problems if not _known(p)]
         made = records.Record(**identity, when=datetime.date.today().isoformat())
-        left = _measure(made, todo, device, seconds, apart, progress or (lambda done, of: None))
+        session = _Session(made, todo, device, seconds, progress or (lambda done, of: None))
+        with isolated.Pool(min(TESTERS, os.cpu_count() or 1)) if apart else nullcontext(_Here()) as pool:
+            session.run(pool)
         file = None
         try:
             file = records.keep(made, Path(folder) if folder else None)
@@ -103,7 +105,7 @@ def calibrate(
     known = records.find(device) or made
     for variant, why in made.failed.items():
         warnings.warn(f"{variant} is off on this {identity['gpu']}: its self-test failed: {why}", stacklevel=2)
-    return Calibration(known, file, problems, left)
+    return Calibration(known, file, problems, session.left)
 
 
 def _asked(model: nn.Module, rows, seconds, dtype) -> tuple[tuple[int, ...], torch.device, list[Problem]]:
@@ -154,74 +156,79 @@ def _candidates(p: Problem) -> list[str]:
         if backend is not None and name != "eager":
             with dispatch.forcing(name):
                 reasons = backend.available() or backend.reasons(p)
-            if reasons and not records.failed(p, name):
+            if [reason for reason in reasons if reason != records.failed(p, name)]:
                 continue
         if backend is not None:
             found.append(name)
     return found
 
 
-def _measure(made: records.Record, problems: list[Problem], device, seconds: float, apart: bool, progress) -> list[str]:
-    """Test, then time; fills the record and returns what was left."""
-    begin, left = time.time(), []
-    for _, answer in _run("usable", [(device,)] if problems else [], begin + EACH, 1, apart):
-        if isinstance(answer, Failure):
-            raise RuntimeError(
-                f"a process of its own cannot use {device} ({answer.why}); apart=False measures in this process"
+class _Session:
+    """What one calibration runs and finds: tests, then times, into the record ``made``; ``left`` in words."""
+
+    def __init__(self, made: records.Record, problems: list[Problem], device: torch.device, seconds: float, progress):
+        self.made, self.device, self.seconds, self.left = made, device, seconds, []
+        self.tests = [(name, p, device) for p in problems for name in _candidates(p) if name != "eager"]
+        self.passing: dict[Problem, list[str]] = {p: [] for p in problems}
+        self.begin, self.done, self.total = time.time(), 0, len(self.tests) + len(problems)
+        self.progress = progress
+
+    def run(self, pool) -> None:
+        for _, answer in pool.run(f"{__name__}:usable", [(self.device,)] if self.tests else [], EACH):
+            if isinstance(answer, Failure):
+                raise RuntimeError(
+                    f"a process of its own cannot use {self.device} ({answer.why}); apart=False measures in this one"
+                )
+        for (name, p, _), why in self._answers(pool, "test", self.tests, TESTING, TESTERS, "self-tests"):
+            variant = records.variant(name, p)
+            if why is None:
+                self.passing[p].append(name)
+                self.made.passed.append(variant)
+            elif isinstance(why, Failure) and not why.fatal:  # the test itself, memory most often
+                self.left.append(f"{name} on {_sizes(p)}: {why.why}")
+            else:
+                self.made.failed[variant] = why.why if isinstance(why, Failure) else why
+        self.made.passed = sorted({*self.made.passed} - self.made.failed.keys())
+        good = lambda name, p: records.variant(name, p) not in self.made.failed  # noqa: E731  on any size
+        jobs = [(p, [*(n for n in names if good(n, p)), "eager"], self.device) for p, names in self.passing.items()]
+        jobs = [job for job in jobs if len(job[1]) > 1]
+        for (p, *_), times in self._answers(pool, "timed", jobs, 1.0, 1, "calls"):
+            if isinstance(times, Failure):
+                self.left.append(f"{_sizes(p)}: {times.why}")
+            else:
+                times = {name: round(1e3 * took, 5) for name, took in times.items()}
+                self.made.calls.append({**records.described(p), "ms": times})
+
+    def _answers(
+        self, pool, function: str, jobs: list[tuple], share: float, workers: int, what: str
+    ) -> Iterator[tuple]:
+        """(job, answer) of those that begin within that share of the seconds."""
+        answered, deadline = 0, self.begin + share * self.seconds
+        for number, answer in pool.run(f"{__name__}:{function}", jobs, EACH, deadline, workers):
+            answered, self.done = answered + 1, self.done + 1
+            self.progress(self.done, self.total)
+            yield jobs[number], answer
+        if answered < len(jobs):
+            self.left.append(
+                f"{len(jobs) - answered} of {len(jobs)} {what}, for want of time (seconds={self.seconds:g})"
             )
-    tests = [(name, p, device) for p in problems for name in _candidates(p) if name != "eager"]
-    passing: dict[Problem, list[str]] = {p: [] for p in problems}
-    total, done = len(tests) + len(problems), 0
-    answered = set()
-    for number, why in _run("test", tests, begin + TESTING * seconds, TESTERS, apart):
-        name, p, _ = tests[number]
-        answered.add(number)
-        done += 1
-        progress(done, total)
-        if why is None:
-            passing[p].append(name)
-            made.passed.append(records.variant(name, p))
-        elif isinstance(why, Failure) and not why.fatal:  # the test itself, memory most often
-            left.append(f"{name} on {_sizes(p)}: {why.why}")
-        else:
-            made.failed[records.variant(name, p)] = why.why if isinstance(why, Failure) else why
-    if missing := len(tests) - len(answered):
-        left.append(f"{missing} of {len(tests)} self-tests, for want of time (seconds={seconds:g})")
-    made.passed = sorted({*made.passed} - made.failed.keys())
-    good = lambda name, p: records.variant(name, p) not in made.failed  # noqa: E731  on any size
-    jobs = [(p, [*(n for n in passing[p] if good(n, p)), "eager"], device) for p in problems]
-    jobs = [job for job in jobs if len(job[1]) > 1]
-    answered = set()
-    for number, times in _run("timed", jobs, begin + seconds, 1, apart):
-        p = jobs[number][0]
-        answered.add(number)
-        done += 1
-        progress(done, total)
-        if isinstance(times, Failure):
-            left.append(f"{_sizes(p)}: {times.why}")
-        else:
-            made.calls.append({**records.described(p), "ms": {n: round(1e3 * t, 5) for n, t in times.items()}})
-    if missing := len(jobs) - len(answered):
-        left.append(f"{missing} of {len(jobs)} calls, for want of time (seconds={seconds:g})")
-    return left
 
 
 def _sizes(p: Problem) -> str:
     return f"{records.kind(p)} {p.M} x {p.K} x {p.N}, r={p.r}"
 
 
-def _run(function: str, jobs: list[tuple], deadline: float, workers: int, apart: bool):
-    """(number, answer) of each job, in processes of their own, or here."""
-    if apart:
-        yield from isolated.run(f"{__name__}:{function}", jobs, EACH, deadline, min(workers, os.cpu_count() or 1))
-        return
-    for number, job in enumerate(jobs):
-        if time.time() >= deadline:
-            return
-        try:
-            yield number, globals()[function](*job)
-        except Exception as e:
-            yield number, Failure(f"{type(e).__name__}: {e}")
+class _Here:
+    """In place of ``isolated.Pool``: the jobs in this process, one after another."""
+
+    def run(self, function: str, jobs: list[tuple], seconds: float, deadline: float = float("inf"), workers: int = 1):
+        for number, job in enumerate(jobs):
+            if time.time() >= deadline:
+                return
+            try:
+                yield number, globals()[function.partition(":")[2]](*job)
+            except Exception as e:
+                yield number, Failure(f"{type(e).__name__}: {e}")
 
 
 def usable(device: torch.device) -> None:
@@ -230,8 +237,12 @@ def usable(device: torch.device) -> None:
 
 
 def test(name: str, p: Problem, device: torch.device) -> str | None:
-    """``selftest.failure``; a GPU without the memory for it is a Failure of the test."""
-    return selftest.failure(name, p, device)
+    """``selftest.failure``; leaves no memory behind."""
+    try:
+        return selftest.failure(name, p, device)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def step_of(p: Problem, device: torch.device, seed: int) -> Callable[[], object]:

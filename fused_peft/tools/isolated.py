@@ -36,65 +36,92 @@ class Failure:
     fatal: bool = False
 
 
+class Pool:
+    """Processes that are kept from one ``run`` to the next; a context that ends them."""
+
+    def __init__(self, workers: int = 1):
+        self.workers, self.idle = max(1, workers), []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_) -> None:
+        while self.idle:
+            self.idle.pop().kill()
+
+    def run(
+        self,
+        function: str,
+        jobs: Sequence[tuple],
+        seconds: float,
+        deadline: float = float("inf"),
+        workers: int | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """(number of the job, result or Failure) of ``function(*job)`` as they come, ``workers`` at a time, no more
+        than the pool's.
+
+        function: "package.module:name". seconds: what one job may take. deadline (time.time()): no job begins after
+        it, and none is given more time than is left then, plus a tenth of ``seconds``; jobs that did not begin yield
+        nothing.
+        """
+        waiting: queue.SimpleQueue = queue.SimpleQueue()
+        for job in enumerate(jobs):
+            waiting.put(job)
+        done: queue.SimpleQueue = queue.SimpleQueue()
+        threads = [
+            threading.Thread(target=self._drive, args=(function, waiting, done, seconds, deadline), daemon=True)
+            for _ in range(min(self.workers, workers or self.workers, len(jobs)))
+        ]
+        for thread in threads:
+            thread.start()
+        ended = 0
+        while ended < len(threads):
+            item = done.get()
+            if item is None:
+                ended += 1
+            else:
+                yield item
+
+    def _drive(self, function: str, waiting, done, seconds: float, deadline: float) -> None:
+        """One process after another, until no job is left."""
+        process = None
+        try:
+            while time.time() < deadline:
+                try:
+                    number, job = waiting.get_nowait()
+                except queue.Empty:
+                    break
+                try:
+                    left = lambda: max(1.0, deadline - time.time()) + seconds / 10  # noqa: E731
+                    process = process or (self.idle.pop() if self.idle else _Process(min(START, left())))
+                    short = left() < seconds
+                    result = process.ask((function, job), min(seconds, left()), short)
+                except Exception as e:  # whatever starting a process, or pickling, raises
+                    result = Failure(f"{type(e).__name__}: {e}")
+                if process and process.over:
+                    process.kill()
+                    process = None
+                done.put((number, result))
+        finally:
+            if process:
+                self.idle.append(process)
+            done.put(None)
+
+
 def run(
     function: str, jobs: Sequence[tuple], seconds: float, deadline: float = float("inf"), workers: int = 1
 ) -> Iterator[tuple[int, Any]]:
-    """(number of the job, result or Failure) of ``function(*job)`` as they come, ``workers`` at a time.
-
-    function: "package.module:name". seconds: what one job may take. deadline (time.time()): no job begins after it, and
-    none is given more time than is left then, plus a tenth of ``seconds``; jobs that did not begin yield nothing.
-    """
-    waiting: queue.SimpleQueue = queue.SimpleQueue()
-    for job in enumerate(jobs):
-        waiting.put(job)
-    done: queue.SimpleQueue = queue.SimpleQueue()
-    threads = [
-        threading.Thread(target=_drive, args=(function, waiting, done, seconds, deadline), daemon=True)
-        for _ in range(max(1, min(workers, len(jobs))))
-    ]
-    for thread in threads:
-        thread.start()
-    ended = 0
-    while ended < len(threads):
-        item = done.get()
-        if item is None:
-            ended += 1
-        else:
-            yield item
-
-
-def _drive(function: str, waiting, done, seconds: float, deadline: float) -> None:
-    """One process after another, until no job is left."""
-    process = None
-    try:
-        while time.time() < deadline:
-            try:
-                number, job = waiting.get_nowait()
-            except queue.Empty:
-                break
-            try:
-                left = lambda: max(1.0, deadline - time.time()) + seconds / 10  # noqa: E731
-                process = process or _Process(function, min(START, left()))
-                short = left() < seconds
-                result = process.ask(job, min(seconds, left()), short)
-            except Exception as e:  # whatever starting a process, or pickling, raises
-                result = Failure(f"{type(e).__name__}: {e}")
-            if process and process.over:
-                process.kill()
-                process = None
-            done.put((number, result))
-    finally:
-        if process:
-            process.kill()
-        done.put(None)
+    """``Pool.run`` in processes that end with it."""
+    with Pool(workers) as pool:
+        yield from pool.run(function, jobs, seconds, deadline)
 
 
 class _Process:
-    def __init__(self, function: str, seconds: float):
+    def __init__(self, seconds: float):
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by kill
         here = os.pathsep.join(dict.fromkeys([str(PACKAGE.parent), *(p for p in sys.path if p)]))
         self.running = subprocess.Popen(
-            [sys.executable, "-c", f"from fused_peft.tools import isolated; isolated.serve({function!r})"],
+            [sys.executable, "-c", "from fused_peft.tools import isolated; isolated.serve()"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
             env={**os.environ, "PYTHONPATH": here}, bufsize=0,
         )  # fmt: skip
@@ -102,7 +129,7 @@ class _Process:
         if self._answer(time.monotonic() + seconds) is None:
             how = self._how()
             self.kill()
-            raise RuntimeError(f"a process for {function} could not be begun: it {how}")
+            raise RuntimeError(f"a process could not be begun: it {how}")
 
     def ask(self, job: tuple, seconds: float, short: bool) -> Any:
         """The job's answer; short: the deadline leaves it less time than it may take."""
@@ -160,12 +187,10 @@ class _Process:
                 file.close()
 
 
-def serve(function: str) -> None:
+def serve() -> None:
     """The other end: read a job, answer with its result, until the pipe closes."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
-    module, _, name = function.partition(":")
-    call = getattr(importlib.import_module(module), name)
 
     def say(message: bytes) -> None:
         out.write(struct.pack("<Q", len(message)) + message)
@@ -173,9 +198,11 @@ def serve(function: str) -> None:
 
     say(b"ready")
     while size := sys.stdin.buffer.read(8):
-        job = pickle.loads(sys.stdin.buffer.read(struct.unpack("<Q", size)[0]))
+        message = sys.stdin.buffer.read(struct.unpack("<Q", size)[0])
         try:
-            answer = call(*job)
+            function, job = pickle.loads(message)
+            module, _, name = function.partition(":")
+            answer = getattr(importlib.import_module(module), name)(*job)
         except Exception as e:
             traceback.print_exc()
             answer = Failure(f"{type(e).__name__}: {e}"[:500], fatal="CUDA error" in str(e))
