@@ -89,7 +89,7 @@ bench: $(VENV)/dev
 
 # in the Python environment of a GPU machine, whose PyTorch has CUDA
 bench-gpu:
-	bench/h200.sh
+	for stage in 1 2 3; do bench/gpu.sh $$stage || exit 1; done
 
 report: $(VENV)/dev
 	$(BIN)/python bench/report.py

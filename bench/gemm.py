@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from clock import quantile
-from timing import DEVICE, INTERPRETING, Step, Table, copies_of, interleaved
+from timing import DEVICE, INTERPRETING, Step, copies_of, interleaved
 
 from fused_peft.backends.triton import kernels
 from fused_peft.core.dispatch import backends
@@ -48,18 +47,14 @@ def contenders(M: int, K: int, N: int, left: list[str]) -> dict[str, Step]:
     return steps
 
 
-def measure(table: Table, deadline: float, facts: dict[str, str]) -> list[str]:
-    """Every row until the deadline; what was left out."""
+def rows(M: int, K: int, N: int) -> tuple[list[dict], list[str]]:
+    """The rows of one shape, and what was left out."""
     left: list[str] = []
-    for M, K, N in SHAPES:
-        if time.time() >= deadline:
-            left.append(f"gemm {M} {K} {N}")
-            continue
-        times = interleaved(contenders(M, K, N, left))
-        for name, seconds in times.items():
-            relative = [s / c for s, c in zip(seconds, times["cublas"], strict=True)]
-            spread = {f"ms_p{q}": 1e3 * quantile(seconds, q / 100) for q in (20, 50, 80)}
-            spread |= {f"ratio_p{q}": quantile(relative, q / 100) for q in (20, 50, 80)}
-            rate = 2 * M * N * K / statistics.median(seconds) / 1e12
-            table.add(M=M, K=K, N=N, contender=name, tflops=rate, **spread, **facts)
-    return left
+    found, times = [], interleaved(contenders(M, K, N, left))
+    for name, seconds in times.items():
+        relative = [s / c for s, c in zip(seconds, times["cublas"], strict=True)]
+        spread = {f"ms_p{q}": 1e3 * quantile(seconds, q / 100) for q in (20, 50, 80)}
+        spread |= {f"ratio_p{q}": quantile(relative, q / 100) for q in (20, 50, 80)}
+        rate = 2 * M * N * K / statistics.median(seconds) / 1e12
+        found.append({"M": M, "K": K, "N": N, "contender": name, "tflops": rate, **spread})
+    return found, left

@@ -171,8 +171,8 @@ def gpu() -> str:
     chosen = {"M": "8192", "K": "4096"}
     predicted = [r for r in rows("roofline.csv") if all(r[n] == v for n, v in chosen.items()) and r["r"] in ("16", "")]
     predicted = [r for r in predicted if r["N"] in ("4096", "14336")]
-    file = RESULTS / "h200/speed.csv"
-    measured = [r for r in rows("h200/speed.csv") if all(r[n] == v for n, v in chosen.items())] if file.exists() else []
+    file = RESULTS / "gpu/speed.csv"
+    measured = [r for r in rows("gpu/speed.csv") if all(r[n] == v for n, v in chosen.items())] if file.exists() else []
     steps = {"forward": "forward", "both": "forward + backward"}
     real = {(r["method"], r["contender"], steps.get(r["step"]), r["N"]): r["ratio_p50"] for r in measured
             if r["r"] in ("16", "") and r["graph"] == "no"}  # fmt: skip

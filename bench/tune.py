@@ -1,21 +1,23 @@
 """Offline tuning of the kernels' tile sizes.
 
-    python bench/tune.py [--seconds 300] [--out out/h200/tuned.json] [--kinds gemm_lowrank_tma outer ...] [--dry-run]
+    python bench/tune.py [--seconds 300] [--out out/gpu] [--kinds gemm_lowrank_tma outer ...] [--dry-run]
 
 A key of the table is tuned on the launches that forward and backward of real layers make under it (r = 16). Around the
 closed form's config, and then around the best found, legal configs that differ in at most two fields are compiled side
-by side, held to the closed form's results, and timed against it. --out gets the winners for kernels/tuned.json,
-tuning.csv beside it every candidate. Without a GPU: tiny shapes in Triton's interpreter, and keys that match nothing.
+by side, held to the closed form's results, and timed against it. The folder --out gets the GPU's record with the
+winners, for kernels/records, and tuning.csv with every candidate. Without a GPU: tiny shapes in Triton's interpreter,
+whose record holds for no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import datetime
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import astuple, replace
 from functools import partial
 from itertools import combinations_with_replacement, product
@@ -27,14 +29,16 @@ import torch
 from baselines import config as config_of
 from correctness import ready, shaken
 from fused_peft.kernels.configs import Config
-from timing import DEVICE, GPU, INTERPRETING, Table, captured, copies_of, each, interleaved, pool
+from timing import CPU_OR_GPU, DEVICE, GPU, INTERPRETING, Table, captured, copies_of, interleaved
 from torch import Tensor
 
 import fused_peft as fp
 from fused_peft.backends.extension import TILES as TILES_OF_CSRC
 from fused_peft.backends.kernel_modules import configs, launch
-from fused_peft.core import dispatch
+from fused_peft.core import dispatch, records
+from fused_peft.tools.isolated import Failure, Pool
 
+EACH = 120.0  # seconds that compiling and checking a candidate may take
 GAIN = 0.98  # a config is kept below this multiple of the closed form's time
 CLOSE = 2e-2  # relative Frobenius distance between the results under two configs
 R = 16
@@ -131,6 +135,7 @@ def work(kind: str, M: int, K: int, N: int) -> Callable[[], list[Tensor]]:
 
 def attempt(kind: str, M: int, K: int, N: int, key: str, config: Config) -> str:
     """Why the config cannot be used: it does not compile or launch, or its results are off; empty when it can."""
+    ready()
     try:
         run = work(kind, M, K, N)
         with using(kind):
@@ -165,14 +170,16 @@ def times(target: tuple, key: str, chosen: list[Config]) -> dict[Config, list[fl
     return {c: [s / copies for s in seconds] for c, seconds in found.items()}
 
 
-def tune(target: tuple, key: str, form: Config, table: Table, workers, deadline: float) -> Config:
+def tune(target: tuple, key: str, form: Config, table: Table, pool: Pool, deadline: float) -> Config:
     """The best config for the key: the closed form's, or one that beats it by enough."""
     best, gain, tried = form, GAIN, {form}
     for _ in range(1 if INTERPRETING else 2):
         around = best
         jobs = [(*target, key, c) for c in candidates(key, around) if c not in tried][:MOST]
         tried |= {job[-1] for job in jobs}
-        notes = {job[-1]: note for job, note in each(workers, attempt, jobs, deadline)}
+        notes = {}
+        for i, note in pool.run("tune:attempt", jobs, EACH, deadline):
+            notes[jobs[i][-1]] = note.why if isinstance(note, Failure) else note
         found = times(target, key, [form, *(c for c, note in notes.items() if not note)])
         for c, note in notes.items():
             row = {"kind": target[0], "key": key, "config": " ".join(map(str, astuple(c))), "note": note, "gpu": GPU}
@@ -186,10 +193,10 @@ def tune(target: tuple, key: str, form: Config, table: Table, workers, deadline:
     return best
 
 
-def sweep(seconds: float, out: Path, kinds=tuple(configs.CLOSED_FORMS), workers=None) -> list[str]:
-    """Tune for so many seconds: winners to ``out``, every candidate to tuning.csv beside it; what was left out."""
+def sweep(seconds: float, out: Path, pool: Pool, kinds=tuple(configs.CLOSED_FORMS)) -> list[str]:
+    """Tune for so many seconds: winners to the GPU's record in ``out``, candidates to tuning.csv; what was left."""
     ready()
-    deadline, table, done, left = time.time() + seconds, Table(out.with_name("tuning.csv"), COLUMNS), {}, []
+    deadline, table, done, left = time.time() + seconds, Table(out / "tuning.csv", COLUMNS), {}, []
     for target in (t for t in (TINY if INTERPRETING else TARGETS) if t[0] in kinds):
         if time.time() >= deadline:
             left.append(f"tuning {' '.join(map(str, target))}")
@@ -201,25 +208,25 @@ def sweep(seconds: float, out: Path, kinds=tuple(configs.CLOSED_FORMS), workers=
                 if time.time() >= deadline:
                     left.append(f"tuning {key}")
                 elif key not in done:
-                    done[key] = form, tune(target, key, form, table, workers, deadline)
+                    done[key] = form, tune(target, key, form, table, pool, deadline)
         except Exception as e:
             left.append(f"tuning {target}: {type(e).__name__}: {e}"[:300])
-        mark = "interpreter " if INTERPRETING else ""
-        tuned = {f"{mark}{key}": astuple(best) for key, (form, best) in done.items() if best != form}
-        out.write_text(json.dumps(tuned, indent=1) + "\n")
+        tuned = {key: list(astuple(best)) for key, (form, best) in done.items() if best != form}
+        today = datetime.date.today().isoformat()
+        records.keep(records.Record(**records.identity(CPU_OR_GPU), when=today, tiles=tuned), out)
     return left
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=300)
-    parser.add_argument("--out", type=Path, default=Path("out/h200/tuned.json"))
+    parser.add_argument("--out", type=Path, default=Path("out/gpu"))
     parser.add_argument("--kinds", nargs="+", choices=tuple(dict(ORDER)), default=tuple(dict(ORDER)))
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter")
     args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with pool(ready) or nullcontext() as workers:
-        left = sweep(args.seconds, args.out, args.kinds, workers)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with Pool(1 if INTERPRETING else max(1, (os.cpu_count() or 2) - 4)) as pool:
+        left = sweep(args.seconds, args.out, pool, args.kinds)
     print("\n".join(f"left out: {what}" for what in left))
 
 

@@ -271,7 +271,8 @@ def tiles() -> dict[str, list]:
     """The tuned tile sizes of the GPUs of this machine; where there is none, all that are committed."""
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     known = [find(torch.device("cuda", i)) for i in gpus] if gpus else [record for _, record in every()]
-    return {key: sizes for record in known if record for key, sizes in record.tiles.items()}
+    known = [record for record in known if record and record.gpu != INTERPRETER]
+    return {key: sizes for record in known for key, sizes in record.tiles.items()}
 
 
 def distance(call: dict, p: Problem) -> float:

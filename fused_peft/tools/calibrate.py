@@ -86,7 +86,7 @@ def calibrate(
     """
     rows, device, problems = _asked(model, rows, seconds, dtype)
     identity = records.identity(device)
-    with _alone(Path(folder) if folder else records.cache_dir(), seconds):
+    with _alone(records.cache_dir()):
         records.forget()  # another process may just have made it
         todo = [p for p in problems if not _known(p)]
         made = records.Record(**identity, when=datetime.date.today().isoformat())
@@ -275,7 +275,7 @@ def timed(p: Problem, names: list[str], device: torch.device) -> dict[str, float
 
 
 @contextmanager
-def _alone(folder: Path, seconds: float) -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
     """One process at a time; where files cannot be locked, each for itself."""
     with ExitStack() as stack:
         with suppress(OSError, ImportError):
