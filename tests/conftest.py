@@ -1,9 +1,12 @@
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).resolve().parent.parent / "build/torch_extensions"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["FUSED_PEFT_CACHE"] = str(Path(__file__).resolve().parent / "no records of the user's own")
+os.environ["FUSED_PEFT_CACHE"] = str(
+    Path(tempfile.gettempdir()) / f"fused_peft-tests-{os.getpid()}"
+)  # no one's records
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import pytest
