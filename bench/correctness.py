@@ -251,8 +251,8 @@ def planned(plan: Plan) -> list[dict]:
 
 
 def tiny() -> None:
-    """What compute-sanitizer watches: csrc/'s kernel at edges inside tiles, one tile size in every form, one form in all,
-    with clusters."""
+    """What compute-sanitizer watches: csrc/'s kernel at edges inside tiles, with clusters: one tile size in every form,
+    one form in every tile size."""
     watched = [p for p in PLANS if p.dtype == "bf16" and ((p.BM, p.BN) == (128, 192) or p.form == "LATE")]
     for plan, way in ((p, way) for p in watched for way in clusters(p)):
         wrong = Gemm(plan, 2 * plan.BM + 8, plan.BN + 8, 136, 8, device=DEVICE).disagreement(cluster=way)

@@ -30,7 +30,9 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import correctness
@@ -198,27 +200,33 @@ def timed(about: dict) -> list[dict]:
     draw = lambda n: [torch.randn(M, n, device=DEVICE, dtype=dtype) for _ in range(copies)]  # noqa: E731
     xs, dys = [x.requires_grad_() for x in draw(K)], draw(N)
     linears = [linear_for(Layer(M, K, N, LARGE.r), dtype, DEVICE) for _ in range(copies)]
-    runs, calls = {}, 1
-    for name in dict.fromkeys(("frozen", contender)):
-        enter(name)
-        runs[name] = steps([build(name, about["method"], linear) for linear in linears], xs, dys)
-    peak = None if INTERPRETING else peak_of(runs[contender]["both"]) - memory()
-    if about["graph"] == "yes":
-        calls = copies
-        for name, own in runs.items():
+    runs, graph = {}, about["graph"] == "yes"
+    with stream_for(graph):
+        for name in dict.fromkeys(("frozen", contender)):
+            enter(name)
+            runs[name] = steps([build(name, about["method"], linear) for linear in linears], xs, dys)
+        peak = None if INTERPRETING else peak_of(runs[contender]["both"]) - torch.cuda.memory_allocated() / 2**20
+        for name, own in runs.items() if graph else ():
             enter(name)
             runs[name] = {step: graph_of(run, copies) for step, run in own.items()}
+        found = {step: interleaved({name: own[step] for name, own in runs.items()}, enter) for step in STEPS}
     rows = []
-    for step in STEPS:
-        times = interleaved({name: own[step] for name, own in runs.items()}, enter)
+    for step, times in found.items():
         ratio = [s / f for s, f in zip(times[contender], times["frozen"], strict=True)]
-        ms = [1e3 * s / calls for s in times[contender]]
+        ms = [1e3 * s / (copies if graph else 1) for s in times[contender]]
         rows.append({"step": step, **spread("ms", ms), **spread("ratio", ratio), "peak_mb": peak})
     return rows
 
 
-def memory() -> float:
-    return torch.cuda.memory_allocated() / 2**20
+@contextmanager
+def stream_for(graph: bool) -> Iterator[None]:
+    """For a CUDA graph a stream of its own, on which all of its work must run from the start."""
+    if not graph:
+        yield
+        return
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        yield
 
 
 def peak_of(step: Step) -> float:
@@ -232,12 +240,10 @@ def peak_of(step: Step) -> float:
 
 
 def graph_of(step: Step, copies: int) -> Step:
-    """The step as a CUDA graph, warm."""
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for i in range(3):
-            step(i)
-        return captured(step, copies)
+    """The step, once warm, as a CUDA graph."""
+    for i in range(3):
+        step(i)
+    return captured(step, copies)
 
 
 # Stage 2
@@ -333,13 +339,14 @@ def trained(about: dict) -> list[dict]:
     """The row of one contender's steps, beside HF PEFT's in the same rounds; of a CUDA graph alone, since one that
     cannot be captured may take the other with it."""
     of, method, who, graph = about.values()
-    run, tokens = stepper(*adapted(of, method, who))
-    peak, runs = None if INTERPRETING else peak_of(run), {who: run}
-    if graph == "yes":
-        runs = {who: graph_of(run, 1)}
-    elif who != "peft":
-        runs["peft"], _ = stepper(*adapted(of, method, "peft"))
-    times = interleaved(runs, seconds=1.5)
+    with stream_for(graph == "yes"):
+        run, tokens = stepper(*adapted(of, method, who))
+        peak, runs = None if INTERPRETING else peak_of(run), {who: run}
+        if graph == "yes":
+            runs = {who: graph_of(run, 1)}
+        elif who != "peft":
+            runs["peft"], _ = stepper(*adapted(of, method, "peft"))
+        times = interleaved(runs, seconds=1.5)
     ratio = [s / p for s, p in zip(times[who], times["peft"], strict=True)] if "peft" in runs else []
     row = {"tokens": tokens, **spread("ms", [1e3 * s for s in times[who]]), "peak_mb": peak}
     row |= spread("tokens_per_second", [tokens / s for s in times[who]])
