@@ -216,9 +216,9 @@ def test_a_crash_a_hang_and_an_error_are_rows_and_cost_no_other_case(tmp_path, m
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """The first stage with answers of our own in the place of processes; a function that runs it."""
+    """A stage with answers of our own in the place of processes; a function that runs it."""
 
-    def run(folder, answer, builds=None):
+    def run(stage, folder, answer, builds=None):
         asked = []
 
         class Answers:
@@ -228,9 +228,9 @@ def scripted(monkeypatch):
                     yield number, answer(function, job[0])
 
         monkeypatch.setattr(gpu.isolated, "run", lambda *a: iter([(0, builds)]))
-        left, table = gpu.first(Answers(), folder, gpu.time.time() + 1e3)
+        left, table = gpu.RUN[stage](Answers(), folder, gpu.time.time() + 1e3)
         assert left == []
-        return asked, table.rows, tables.read(folder / "speed.csv")
+        return asked, table.rows, tables.read(folder / ("speed.csv" if stage == 1 else "training.csv"))
 
     return run
 
@@ -243,7 +243,7 @@ def test_what_fails_its_test_is_not_timed(tmp_path, scripted):
             return gpu.Failure("its process took too long", fatal=True)
         return gpu.Failure("out of time") if function == "correctness:check" else []
 
-    asked, proof, speed = scripted(tmp_path, answer)
+    asked, proof, speed = scripted(1, tmp_path, answer)
     assert {r["ok"] for r in proof if r["backend"] == "cuda" and r["case"] == "lora"} == {"false"}
     assert {r["ok"] for r in proof if r["case"] == "dropout mask"} == {"skipped"}
     halves = {(m, "peft_half", "its process took too long") for m in gpu.TRAINED}
@@ -255,8 +255,20 @@ def test_what_fails_its_test_is_not_timed(tmp_path, scripted):
     assert [about["method"] for about in timed if about["contender"] == "cuda"] == ["lora+dropout", "dora", "ssb"]
 
 
+def test_what_does_not_agree_is_not_timed(tmp_path, scripted):
+    def answer(function, about):
+        wrong = function == "gpu:agree" and about["case"] == "dora, MiniLM"
+        return gpu.Failure("its process was ended by signal 11", fatal=True) if wrong else []
+
+    asked, checks, training = scripted(3, tmp_path, answer)
+    assert [r["case"] for r in checks if r["ok"] == "false"] == ["dora, MiniLM"]
+    (row,) = training
+    assert (row["contender"], row["note"]) == ("accelerated", "it does not agree with HF PEFT's")
+    assert len([1 for function, *_ in asked if function == "gpu:trained"]) == 11
+
+
 def test_without_csrc_the_rest_goes_on(tmp_path, scripted, capsys):
-    asked, proof, speed = scripted(tmp_path, lambda function, about: [], gpu.Failure("BuildError: no nvcc"))
+    asked, proof, speed = scripted(1, tmp_path, lambda function, about: [], gpu.Failure("BuildError: no nvcc"))
     assert "csrc/ is left out: BuildError: no nvcc" in capsys.readouterr().out
     assert (proof, speed) == ([], [])
     words = {word for _, about, *_ in asked for word in about.values()}
