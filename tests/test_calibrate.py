@@ -345,6 +345,12 @@ def test_before_training_once_a_gpu(monkeypatch, caplog):
     for nothing in (soft_prompt, lambda m, tokens: [SimpleNamespace(problem=None)]):
         assert at_start(monkeypatch, rows=nothing) == (None, [])
 
+    def broken(m, tokens):
+        raise AttributeError("no such layer")
+
+    with pytest.warns(UserWarning, match="did not calibrate .AttributeError: no such layer"):
+        assert at_start(monkeypatch, rows=broken) == (None, [])
+
 
 def test_what_goes_wrong_before_training_is_a_warning(monkeypatch):
     with pytest.warns(UserWarning, match=r"did not calibrate \(RuntimeError: busy\); which GEMM runs is predicted"):

@@ -302,6 +302,9 @@ def at_start(model: nn.Module, rows: Sequence[int] = ROWS, seconds: float = 30.0
             return None
     except ValueError:  # no adapted layer, or a soft prompt
         return None
+    except Exception as e:
+        _not_done(e)
+        return None
     log.warning(
         "fused_peft tests and times its kernels on this %s once, for about %g s; FUSED_PEFT_CALIBRATE=0 skips it",
         torch.cuda.get_device_name(on), seconds,
@@ -310,8 +313,12 @@ def at_start(model: nn.Module, rows: Sequence[int] = ROWS, seconds: float = 30.0
         with _bar() as progress:
             return calibrate(model, rows, seconds, progress=progress)
     except Exception as e:
-        warnings.warn(f"fused_peft did not calibrate ({type(e).__name__}: {e}); which GEMM runs is predicted")
+        _not_done(e)
         return None
+
+
+def _not_done(e: Exception) -> None:
+    warnings.warn(f"fused_peft did not calibrate ({type(e).__name__}: {e}); which GEMM runs is predicted", stacklevel=3)
 
 
 @contextmanager
