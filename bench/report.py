@@ -191,8 +191,8 @@ def gpu() -> str:
 
 
 def choices() -> str:
-    """What is chosen where nothing was measured: predicted, forward + backward, the GPU's time or the host's; eager's and
-    HF PEFT's beside it."""
+    """What is chosen where nothing was measured: predicted, forward + backward, the GPU's time or the host's; eager's
+    and HF PEFT's beside it."""
     found = {(r["method"], r["M"]): r for r in rows("choices.csv")}
     shown = ("1", "1024", "2048", "4096", "8192", "32768")
     cell = lambda r: f"{r['choice']} {r['chosen_waited']} ({r['eager_waited']}, {r['peft_waited'] or '–'})"  # noqa: E731

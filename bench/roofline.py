@@ -261,8 +261,8 @@ def waited(who: str, method: str, shape: Shape, slowed: bool = False) -> float:
 
 
 def choices() -> Iterator[dict[str, str | int]]:
-    """Of what is chosen, of eager and of HF PEFT: the GPU's time, and the GPU's or the host's, as multiples of the frozen
-    layer's."""
+    """Of what is chosen, of eager and of HF PEFT: the GPU's time, and the GPU's or the host's, as multiples of the
+    frozen layer's."""
     for method, M in product(TIMED, (1 << n for n in range(16))):
         shape, peer = Shape(M, 4096, 4096, 16), has_peer(method)
         who, took = chosen(method, shape)
