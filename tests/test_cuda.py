@@ -351,7 +351,7 @@ def test_asked_for_by_name(hopper):
 def test_reasons(hopper, changes, reason):
     fp.set_backend("cuda")
     choice = dispatch.choose(replace(PROBLEM, **changes))
-    assert choice.backend.name in ("triton", "cublas")  # what comes after it
+    assert choice.backend.name in ("triton", "cublas", "eager")  # what comes after it
     assert reason in choice.why()
     fp.set_strict(True)
     with pytest.raises(fp.StrictError, match=re.escape(reason)):
