@@ -89,7 +89,7 @@ bench: $(VENV)/dev
 
 # in the Python environment of a GPU machine, whose PyTorch has CUDA
 bench-gpu:
-	for stage in 1 2 3; do bench/gpu.sh $$stage || exit 1; done
+	status=0; for stage in 1 2 3; do bench/gpu.sh $$stage || status=1; done; exit $$status
 
 report: $(VENV)/dev
 	$(BIN)/python bench/report.py

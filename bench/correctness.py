@@ -1,9 +1,10 @@
-"""The proof that bench/gpu.py runs: every case, dtype and shape with the Triton backend forced, then the CUDA one.
+"""The proof that bench/gpu.py runs: the calls that it times, csrc/'s plans, then every case, dtype and shape.
 
-A case is held to the paper formula in fp64 (where it runs in fp64 or fp32 on a small shape: half precision rounds what
-some formulas start from), and to the expression in fp64 on the same rounded inputs, beside plain PyTorch's error. Two
-runs must be bitwise equal. Then the dropout mask, CUDA graph replay and compute-sanitizer. The column ok: "true",
-"false", "refused" with the backend's or the config's reason, or "skipped" with the script's.
+A call that is timed is held to the formula as the package's self-test has it, on its very sizes. A case is held to the
+paper formula in fp64 (where it runs in fp64 or fp32 on a small shape: half precision rounds what some formulas start
+from), and to the expression in fp64 on the same rounded inputs, beside plain PyTorch's error. Two runs must be bitwise
+equal. Then the dropout mask, CUDA graph replay and compute-sanitizer. The column ok: "true", "false", "refused" with
+the backend's or the config's reason, or "skipped" with the script's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 from baselines import config
-from timing import DEVICE, GPU, INTERPRETING, captured
+from timing import CPU_OR_GPU, DEVICE, FACTS, INTERPRETING, captured
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -32,12 +33,14 @@ from fused_peft.kernels import dropout as kernel
 from plans import Gemm, clusters
 
 import fused_peft as fp
+from fused_peft.backends import extension
 from fused_peft.backends.extension import PLANS, Plan
 from fused_peft.core import dispatch
 from fused_peft.core.dropout import keep_mask, new_seed, threshold
-from fused_peft.tools import verify
+from fused_peft.core.operands import Problem
+from fused_peft.tools import selftest, verify
 
-COLUMNS = "case backend dtype shape tensor against error limit plain ok repeat gpu note"
+COLUMNS = f"case backend dtype shape tensor against error limit plain ok repeat note {FACTS}"
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BACKENDS = ("triton", "cublas", "cuda")
 # rows, columns and ranks that csrc/ takes: no tile is full, then many tiles
@@ -47,7 +50,7 @@ PAPER = {"fp64": 1e-6, "fp32": 1e-4}  # scalars reach a kernel in fp32; tf32 or 
 PAPER_SIZE = 20_000  # entries of a weight whose SVD in fp64 on the CPU costs little
 POOLED, SLACK = 1000, 4  # an error pooled over fewer numbers scatters, and may be this multiple of its limit
 KINK = 0.1  # gradients through relu in half precision: a number that rounds across the kink moves a row's gradient
-SANITIZE = ("--target-processes", "application-only", "--error-exitcode", "9", "--tool")
+SANITIZE = ("--target-processes", "application-only", "--error-exitcode", "9", "--tool", "memcheck")
 
 
 def ready() -> None:
@@ -65,42 +68,64 @@ def shaken(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def jobs() -> list[tuple[str, str, str, Shape | None]]:
-    """(case, backend, dtype, shape), what tells most first."""
-    extras = [("dropout mask", "triton", "", None), *(("CUDA graph", backend, "", None) for backend in BACKENDS)]
+def first() -> list[tuple[dict]]:
+    """The jobs of ``check`` that tell most: the dropout mask, a CUDA graph with each backend, every plan of csrc/."""
     plans = PLANS[3::13] if INTERPRETING else PLANS
-    extras += [(plan.name, "cuda", plan.dtype, None) for plan in plans]
+    asked = [("dropout mask", "triton", ""), *(("CUDA graph", name, "") for name in BACKENDS)]
+    asked += [(plan.name, "cuda", plan.dtype) for plan in plans]
+    return [({"case": case, "backend": backend, "dtype": dtype, "shape": ""},) for case, backend, dtype in asked]
+
+
+def rest() -> list[tuple[dict]]:
+    """The jobs of ``check`` for every case, dtype and shape, what tells most first."""
     whole = [Shape((M,), K, N, r) for M, K, N, r in WHOLE]
-    if INTERPRETING:
-        some = [c.name for c in CASES if c.name in ("lora+dropout", "dora+dropout", "ssb")]
-        found = [(name, "triton", dtype, SHAPES[1]) for dtype in DTYPES for name in some]
-        found += [(name, "cublas", "fp16", SHAPES[1]) for name in some]
-        return extras + found + [(name, "cuda", dtype, whole[0]) for dtype in ("bf16", "fp16") for name in some]
     odd = lambda r: [Shape((M,), K, N, r) for M, K, N in ODD]  # noqa: E731
-    first, rest = (SHAPES[0], *odd(16)), (*SHAPES[1:], *(s for r in (5, 64, 130, 1) for s in odd(r)))
-    triton = lambda shapes: [(c.name, "triton", d, s) for s in shapes for d in ("fp32", "bf16", "fp16") for c in CASES]  # noqa: E731
-    cuda = [(c.name, "cuda", dtype, s) for s in whole for dtype in ("bf16", "fp16") for c in CASES]
-    cublas = [(c.name, "cublas", dtype, s) for s in first for dtype in ("fp32", "bf16", "fp16") for c in CASES]
-    return extras + triton(first) + cuda + cublas + triton(rest)
+    halves, dtypes = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
+    near, far = (SHAPES[0], *odd(16)), (*SHAPES[1:], *(s for r in (5, 64, 130, 1) for s in odd(r)))
+    groups = [("triton", near, dtypes), ("cuda", whole, halves), ("cublas", near, dtypes), ("triton", far, dtypes)]
+    names = [case.name for case in CASES]
+    if INTERPRETING:
+        names = [name for name in names if name in ("lora+dropout", "dora+dropout", "ssb")]
+        groups = [("triton", SHAPES[1:2], DTYPES), ("cublas", SHAPES[1:2], ("fp16",)), ("cuda", whole[:1], halves)]
+    return [
+        ({"case": name, "backend": backend, "dtype": dtype, "shape": shape},)
+        for backend, shapes, dtypes in groups for shape in shapes for dtype in dtypes for name in names
+    ]  # fmt: skip
 
 
-def check(name: str, backend: str, dtype: str, shape: Shape | None) -> list[dict]:
-    """The rows of one job."""
+def check(about: dict) -> list[dict]:
+    """The rows of one job, but for the columns ``about``, which name it."""
+    name, backend, dtype, shape = about.values()
     ready()
-    about = {"case": name, "backend": backend, "dtype": dtype, "shape": shape, "gpu": GPU}
     if INTERPRETING and dtype == "bf16" and shape:
-        return [{**about, "ok": "skipped", "note": "Triton's interpreter truncates to bf16 instead of rounding"}]
+        return [{"ok": "skipped", "note": "Triton's interpreter truncates to bf16 instead of rounding"}]
     try:
         with dispatch.forcing(backend):
             if plan := next((p for p in PLANS if p.name == name), None):
-                rows = planned(plan)
-            else:
-                rows = EXTRAS[name]() if name in EXTRAS else _compared(_case(name), dtype, shape)
+                return planned(plan)
+            return EXTRAS[name]() if name in EXTRAS else _compared(_case(name), dtype, shape)
     except (fp.StrictError, _Refused) as e:
-        rows = [{"ok": "refused", "note": str(e).rpartition(f"{backend}: ")[2]}]
+        return [{"ok": "refused", "note": str(e).rpartition(f"{backend}: ")[2]}]
     except Exception as e:
-        rows = [{"ok": "false", "note": f"{type(e).__name__}: {e}"[:500]}]
-    return [{**about, **row} for row in rows]
+        if "CUDA error" in str(e):  # this process is of no more use
+            raise
+        return [{"ok": "false", "note": f"{type(e).__name__}: {e}"[:500]}]
+
+
+def exact(about: dict, problem: Problem) -> list[dict]:
+    """The row of one call on its very sizes: against the formula, as the package's self-test has it."""
+    ready()
+    backend = dispatch.backends()[about["backend"]]
+    with dispatch.forcing(backend.name):
+        if reasons := backend.available() or backend.reasons(problem):
+            return [{"ok": "refused", "note": ", ".join(reasons)}]
+        wrong = selftest.disagreement(backend, *selftest.draw(problem, CPU_OR_GPU))
+    return [{"against": "formula", "ok": _word(not wrong), "note": wrong or ""}]
+
+
+def build() -> None:
+    """Compile csrc/, once, before processes need it. Raises BuildError."""
+    extension.library(INTERPRETING)
 
 
 class _Refused(ValueError):
@@ -225,34 +250,25 @@ def planned(plan: Plan) -> list[dict]:
     return rows
 
 
-def tiny(backend: str) -> None:
-    """What compute-sanitizer watches: forward and backward through the kernels at edges inside tiles; of csrc/ one tile
-    size in every form and the largest, with clusters."""
-    ready()
-    fp.set_backend(backend)
-    if backend == "cuda":
-        watched = [p for p in PLANS if p.dtype == "bf16" and ((p.BM, p.BN) == (128, 192) or p.form == "LATE")]
-        for plan, way in ((p, way) for p in watched for way in clusters(p)):
-            wrong = Gemm(plan, 2 * plan.BM + 8, plan.BN + 8, 136, 8, device=DEVICE).disagreement(cluster=way)
-            assert not wrong, (plan, wrong)
-        return
-    dtype = torch.float32 if INTERPRETING else torch.bfloat16
-    for name in ("lora", "lora+dropout", "dora+dropout", "ssb", "liera"):
-        for M, K, N in ((5, 24, 40), ODD[0]):
-            layer = fp.PeftLinear(K, N, config=config(name, 4), device=DEVICE, dtype=dtype)
-            layer(torch.randn(M, K, device=DEVICE, dtype=dtype, requires_grad=True)).float().sum().backward()
+def tiny() -> None:
+    """What compute-sanitizer watches: csrc/'s kernel at edges inside tiles, with clusters: one tile size in every form,
+    one form in every tile size."""
+    watched = [p for p in PLANS if p.dtype == "bf16" and ((p.BM, p.BN) == (128, 192) or p.form == "LATE")]
+    for plan, way in ((p, way) for p in watched for way in clusters(p)):
+        wrong = Gemm(plan, 2 * plan.BM + 8, plan.BN + 8, 136, 8, device=DEVICE).disagreement(cluster=way)
+        assert not wrong, (plan, wrong)
 
 
-def sanitize(backend: str, what: str, seconds: float) -> dict:
-    """The row of one of compute-sanitizer's tools over ``tiny``; racecheck and synccheck report TMA kernels falsely."""
+def sanitize(seconds: float) -> dict:
+    """The row of compute-sanitizer's memcheck over ``tiny``; its racecheck and synccheck report TMA kernels falsely."""
     tool = shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin")
-    about = {"case": "compute-sanitizer", "backend": backend, "tensor": what}
+    about = {"case": "compute-sanitizer", "backend": "cuda", "dtype": "bf16", "tensor": "memcheck"}
     if INTERPRETING or tool is None:
         return {**about, "ok": "skipped", "note": "no GPU" if INTERPRETING else "compute-sanitizer is not installed"}
     here = Path(__file__).resolve().parent
     env = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = ["timeout", "-k", "5", f"{seconds:.0f}", tool, *SANITIZE, what, sys.executable, "-c"]
-    command.append(f"import correctness; correctness.tiny({backend!r})")
+    command = ["timeout", "-k", "5", f"{seconds:.0f}", tool, *SANITIZE, sys.executable, "-c"]
+    command.append("import correctness; correctness.tiny()")
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     late = done.returncode in (124, 137)
     last = " | ".join((done.stdout + done.stderr).splitlines()[-4:])[-400:]

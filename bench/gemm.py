@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 
 import torch
-from clock import quantile
-from timing import DEVICE, INTERPRETING, Step, copies_of, interleaved
+from timing import DEVICE, FACTS, INTERPRETING, copies_of, interleaved, spread
 
 from fused_peft.backends.triton import kernels
 from fused_peft.core.dispatch import backends
 
-COLUMNS = "M K N contender ms_p20 ms_p50 ms_p80 tflops ratio_p20 ratio_p50 ratio_p80 gpu driver torch triton commit"
+COLUMNS = f"M K N contender ms_p20 ms_p50 ms_p80 tflops ratio_p20 ratio_p50 ratio_p80 note {FACTS}"
+CONTENDERS = ("cublas", "cuda", "cuda+update", "triton", "triton+update")
 SHAPES = ((4096, 4096, 4096), (8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096))  # M, K, N
 if INTERPRETING:
     SHAPES = ((70, 72, 64),)
@@ -20,41 +19,29 @@ DTYPE = torch.float16 if INTERPRETING else torch.bfloat16
 R = 16
 
 
-def contenders(M: int, K: int, N: int, left: list[str]) -> dict[str, Step]:
-    """{name: step}; what cannot run here is told in ``left``."""
+def jobs() -> list[tuple]:
+    return [({"M": M, "K": K, "N": N, "contender": name},) for M, K, N in SHAPES for name in CONTENDERS]
+
+
+def rows(about: dict) -> list[dict]:
+    """The row of one contender, beside cuBLAS in the same rounds."""
+    M, K, N, contender = about.values()
+    name, _, update = contender.partition("+")
     k, copies = kernels(), copies_of((M * (K + N) + K * N) * DTYPE.itemsize)
     draw = lambda *shape: [torch.randn(*shape, device=DEVICE, dtype=DTYPE) for _ in range(copies)]  # noqa: E731
     xs, ws, ss, bs = draw(M, K), draw(N, K), draw(M, R), draw(N, R)
 
-    def own(name: str, updated: bool) -> Callable[[int], None]:
-        def step(i: int) -> None:
-            i %= copies
-            update = k.gemm_lowrank.Update(ss[i], bs[i], 1.0) if updated else None
-            backends()[name].gemm(xs[i], ws[i], (M, N), update)
-
-        return step
+    def own(i: int) -> None:
+        i %= copies
+        extra = k.gemm_lowrank.Update(ss[i], bs[i], 1.0) if update else None
+        backends()[name].gemm(xs[i], ws[i], (M, N), extra)
 
     steps = {"cublas": lambda i: torch.mm(xs[i % copies], ws[i % copies].t())}
-    for name in ("cuda", "triton"):
-        for suffix, updated in (("", False), ("+update", True)):
-            try:
-                if missing := backends()[name].available():
-                    raise RuntimeError(missing[0])
-                own(name, updated)(0)
-                steps[name + suffix] = own(name, updated)
-            except Exception as e:
-                left.append(f"gemm {name}{suffix}: {e}"[:200])
-    return steps
-
-
-def rows(M: int, K: int, N: int) -> tuple[list[dict], list[str]]:
-    """The rows of one shape, and what was left out."""
-    left: list[str] = []
-    found, times = [], interleaved(contenders(M, K, N, left))
-    for name, seconds in times.items():
-        relative = [s / c for s, c in zip(seconds, times["cublas"], strict=True)]
-        spread = {f"ms_p{q}": 1e3 * quantile(seconds, q / 100) for q in (20, 50, 80)}
-        spread |= {f"ratio_p{q}": quantile(relative, q / 100) for q in (20, 50, 80)}
-        rate = 2 * M * N * K / statistics.median(seconds) / 1e12
-        found.append({"M": M, "K": K, "N": N, "contender": name, "tflops": rate, **spread})
-    return found, left
+    if name != "cublas":
+        if missing := backends()[name].available():
+            raise RuntimeError(missing[0])
+        steps[contender] = own
+    times = interleaved(steps)
+    seconds, rate = times[contender], 2 * M * N * K / statistics.median(times[contender]) / 1e12
+    ratio = [s / c for s, c in zip(seconds, times["cublas"], strict=True)]
+    return [{"tflops": rate, **spread("ms", [1e3 * s for s in seconds]), **spread("ratio", ratio)}]

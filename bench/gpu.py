@@ -3,83 +3,181 @@
     bench/gpu.sh 1|2|3 [SECONDS]
     python bench/gpu.py --stage N [--seconds S] [--out out/gpu] [--dry-run]
 
-stage 1, 150 s   correctness.csv  every plan of csrc/, then every case, dtype and shape (bench/correctness.py)
-                 speed.csv        forward, backward and both of the five layers that matter, against the frozen layer
-                                  of the same round: Triton, cuBLAS, csrc/, eager, HF PEFT with fp32 adapters (its
-                                  default, and ours) and with bf16 ones (peft_half); in a CUDA graph too
-                 gemm.csv         the GEMM itself against cuBLAS (bench/gemm.py)
+stage 1, 150 s   correctness.csv  the calls that are timed, every plan of csrc/, then every case, dtype and shape
+                                  (bench/correctness.py)
+                 speed.csv        forward, backward and both of the five layers that matter, beside the frozen layer in
+                                  the same rounds: Triton, cuBLAS, csrc/, eager, HF PEFT with fp32 adapters (its
+                                  default, and ours) and with bf16 ones (peft_half); then the same in a CUDA graph
+                 gemm.csv         the GEMM itself beside cuBLAS's (bench/gemm.py)
 stage 2, 240 s   the record (JSON, for kernels/records) of Llama-3-8B's four shapes: every backend's self-test and time
                  (fused_peft.calibrate)
-stage 3, 240 s   training.csv     steps of a BERT of MiniLM's size and of a small Llama, by HF PEFT and accelerated:
-                                  tokens per second, peak memory, the step in a CUDA graph
-                 sanitizer.csv    compute-sanitizer's memcheck on csrc/'s kernel alone
+stage 3, 240 s   checks.csv       losses and gradients of the accelerated models against HF PEFT's; compute-sanitizer's
+                                  memcheck on csrc/'s kernel alone
+                 training.csv     steps of a BERT of MiniLM's size and of the small Llama of examples/causal_lm.py, HF
+                                  PEFT's and the same accelerated: tokens per second, peak memory; then in a CUDA graph
 
-Every case runs in a process of its own, with a time-out: a crash or a hang costs that case, which is told, and no more.
-Rows are on disk as soon as they are made. Rows with graph = no include the host's time, those with graph = yes do not.
-Exit status 1 if a row of correctness or of the sanitizer failed. Without a GPU, or with --dry-run: tiny shapes in
-Triton's interpreter on the CPU, and rows whose gpu is "interpreter".
+Every case runs in a process of its own, with a time-out: one that crashes or hangs is a row with a note, and costs no
+other. Rows are on disk as soon as they are made. Rows with graph = no include the host's time where that is more than
+the GPU's, as it is on few rows; those with graph = yes do not. Exit status 1 if a row of correctness.csv or checks.csv
+is wrong. Without a GPU, or with --dry-run: tiny shapes in Triton's interpreter on the CPU, and rows whose gpu is
+"interpreter".
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import os
-import shutil
-import subprocess
 import sys
 import time
 from collections import Counter
-from functools import cache
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import correctness
 import gemm
-import tables
 import torch
-import triton
 from baselines import Shape as Layer
 from baselines import config, has_peer, linear_for, peft_layer
-from clock import quantile
-from correctness import DTYPES, shaken
-from timing import DEVICE, GPU, INTERPRETING, Step, Table, captured, copies_of, interleaved
+from correctness import DTYPES, ready, shaken
+from timing import (
+    CPU_OR_GPU,
+    DEVICE,
+    FACTS,
+    INTERPRETING,
+    ROOT,
+    Step,
+    Table,
+    captured,
+    cases,
+    copies_of,
+    facts,
+    interleaved,
+    spread,
+)
 from torch import Tensor, nn
 
 import fused_peft as fp
-from fused_peft.backends import extension
 from fused_peft.core import dispatch, operands
-from fused_peft.core.dispatch import backends
-from fused_peft.tools import calibrate
+from fused_peft.tools import calibrate, isolated
 from fused_peft.tools.isolated import Failure, Pool
 
-ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {1: 150.0, 2: 240.0, 3: 240.0}  # of a stage
-EACH = 60.0 if not INTERPRETING else 300.0  # of a case
-FACTS = "gpu driver torch triton commit"
-SPEED = "method contender step M K N r dtype graph ms_p20 ms_p50 ms_p80 ratio_p20 ratio_p50 ratio_p80 peak_mb " + FACTS
-TRAINING = "model method contender graph tokens ms_p20 ms_p50 ms_p80 tokens_per_second ratio_p50 peak_mb note " + FACTS
-SANITIZER = "case backend tensor ok note " + FACTS
+EACH = 300.0 if INTERPRETING else 60.0  # of a case
+BUILD = 600.0 if INTERPRETING else 90.0  # of compiling csrc/
+GRACE = 10.0  # that a stage keeps for what has begun by its deadline
+SPREADS = "ms_p20 ms_p50 ms_p80 ratio_p20 ratio_p50 ratio_p80 peak_mb note " + FACTS
+SPEED = "method contender M K N r dtype graph step " + SPREADS
+TRAINING = "model method contender graph tokens tokens_per_second_p20 tokens_per_second_p50 tokens_per_second_p80 "
+TRAINING += SPREADS
 STEPS = ("forward", "backward", "both")
 CONTENDERS = ("frozen", "triton", "cublas", "cuda", "eager", "peft", "peft_half")
 FUSED = ("triton", "cublas", "cuda", "eager")
-METHODS = ("lora", "lora+dropout", "dora", "ssb")
-RANKLESS = ("ssb",)
+GRAPHS = ("no",) if INTERPRETING else ("no", "yes")
 DTYPE = "fp16" if INTERPRETING else "bf16"
-LARGE, SMALL = (Layer(8192, 4096, 4096, 16), Layer(2048, 4096, 4096, 16))
+METHODS = ("lora", "lora+dropout", "dora", "ssb")
+LARGE, SMALL = Layer(8192, 4096, 4096, 16), Layer(2048, 4096, 4096, 16)
+LLAMA_3_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))  # K, N
+ROWS = (8192, 2048, 1024, 4096, 16384, 256)  # what matters most first
 if INTERPRETING:
-    LARGE, SMALL = Layer(65, 72, 64, 8), Layer(64, 72, 64, 8)
+    LARGE, SMALL, LLAMA_3_8B, ROWS = Layer(72, 72, 64, 8), Layer(64, 72, 64, 8), ((72, 64),), (64,)
 TIMINGS = [*((method, LARGE) for method in METHODS), ("lora", SMALL)]
-LLAMA_3_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)) if not INTERPRETING else ((72, 64),)
-ROWS = (256, 1024, 2048, 4096, 8192, 16384) if not INTERPRETING else (65,)
+MODELS = ("MiniLM", "small Llama")
 TRAINED = {"lora": {}, "lora+dropout": {"lora_dropout": 0.1}, "dora": {"use_dora": True}}
+OFF = 1e-4 if INTERPRETING else 2e-2  # by so much a loss or a norm of gradients may differ; models are in bf16 on a GPU
 
 
-def build(contender: str, method: str, linear: nn.Linear, r: int) -> nn.Module:
+def enter(contender: str) -> None:
+    fp.set_backend(contender if contender in FUSED else None)
+
+
+# Stage 1
+
+
+def first(pool: Pool, out: Path, deadline: float) -> tuple[list[str], Table | None]:
+    begin, seconds = time.time(), deadline - time.time()
+    proof = Table(out / "correctness.csv", correctness.COLUMNS)
+    told = lambda jobs, share, of="check": cases(  # noqa: E731
+        proof, pool, f"correctness:{of}", jobs, EACH, begin + share * seconds
+    )
+    own, early = exact_jobs(), correctness.first()
+    of_cuda = lambda jobs: [job for job in jobs if job[0]["backend"] == "cuda"]  # noqa: E731
+    others = lambda jobs: [job for job in jobs if job[0]["backend"] != "cuda"]  # noqa: E731
+    with ThreadPoolExecutor(1) as beside:
+        building = beside.submit(built, deadline)
+        left = told(others(own), 0.4, "exact") + told(others(early), 0.4)
+        there = building.result()
+    if there:
+        left += told(of_cuda(early), 0.5) + told(of_cuda(own), 0.55, "exact")
+    late = [job for job in correctness.rest() if there or job[0]["backend"] != "cuda"]
+    left += told(late, 0.55)
+    print(f"{time.time() - begin:5.0f} s  tested: {dict(Counter(row['ok'] for row in proof.rows))}", flush=True)
+    wrong = {(r["case"], r["shape"], r["backend"]) for r in proof.rows if r["ok"] == "false"}
+    speed, jobs = Table(out / "speed.csv", SPEED), []
+    for about in timings():
+        if (about["method"], named(about), about["contender"]) in wrong:
+            speed.add(**about, note="its self-test failed")
+        elif there or about["contender"] != "cuda":
+            jobs.append((about,))
+    left += cases(speed, pool, "gpu:timed", jobs, EACH, begin + 0.93 * seconds, workers=1)
+    print(f"{time.time() - begin:5.0f} s  timed", flush=True)
+    table = Table(out / "gemm.csv", gemm.COLUMNS)
+    jobs = [job for job in gemm.jobs() if there or "cuda" not in job[0]["contender"]]
+    return left + cases(table, pool, "gemm:rows", jobs, EACH, deadline, workers=1), proof
+
+
+def built(deadline: float) -> bool:
+    """Whether csrc/ compiles, which it does once for all processes; says why not."""
+    answers = dict(isolated.run("correctness:build", [()], BUILD, deadline))
+    why = answers.get(0, Failure("out of time"))
+    if why is not None:
+        print(f"csrc/ is left out: {why.why}", flush=True)
+    return why is None
+
+
+def named(about: dict) -> str:
+    return "{M}x{K}x{N} r={r}".format(**about)
+
+
+def timings() -> list[dict]:
+    """The columns that name each timing; CUDA graphs last."""
+    return [
+        {
+            "method": method, "contender": contender, "M": at.M, "K": at.K, "N": at.N,
+            "r": 0 if method == "ssb" else at.r, "dtype": DTYPE, "graph": graph,
+        }
+        for graph in GRAPHS for method, at in TIMINGS for contender in CONTENDERS
+        if has_peer(method) or not contender.startswith("peft")
+    ]  # fmt: skip
+
+
+def exact_jobs() -> list[tuple[dict, operands.Problem]]:
+    """The jobs of ``correctness.exact`` for every call that is timed; their kernels are compiled on the way."""
+    jobs = []
+    for about in timings():
+        if about["graph"] == "no" and about["contender"] in correctness.BACKENDS:
+            case = {"case": about["method"], "backend": about["contender"], "dtype": DTYPE, "shape": named(about)}
+            jobs.append((case, problem_of(about)))
+    return [job for job in jobs if job[0]["case"] == "lora"] if INTERPRETING else jobs
+
+
+def problem_of(about: dict) -> operands.Problem:
+    """The call that the layer makes."""
+    M, K, N, dtype = about["M"], about["K"], about["N"], DTYPES[DTYPE]
+    with dispatch.forcing("eager"):
+        model = fp.PeftLinear(K, N, config=config(about["method"], LARGE.r), dtype=dtype, device="meta")
+        x = torch.empty(M, K, dtype=dtype, device="meta")
+        return operands.foreseen(model.factors(), x, model.weight, model.bias, None, True, CPU_OR_GPU)
+
+
+def build(contender: str, method: str, linear: nn.Linear) -> nn.Module:
     if contender == "frozen":
         return linear
     if not contender.startswith("peft"):
-        return shaken(fp.PeftLinear.from_linear(linear, config(method, r)))
-    return shaken(peft_layer(method, linear, r, autocast_adapter_dtype=contender == "peft"))
+        return shaken(fp.PeftLinear.from_linear(linear, config(method, LARGE.r)))
+    return shaken(peft_layer(method, linear, LARGE.r, autocast_adapter_dtype=contender == "peft"))
 
 
 def steps(layers: list[nn.Module], xs: list[Tensor], dys: list[Tensor]) -> dict[str, Step]:
@@ -95,242 +193,182 @@ def steps(layers: list[nn.Module], xs: list[Tensor], dys: list[Tensor]) -> dict[
     }
 
 
-def enter(contender: str) -> None:
-    fp.set_backend(contender if contender in FUSED else None)
-
-
-def why(what: str, layer: Layer, e: Exception) -> str:
-    """A line on what is left out; one line for all shapes of a peer's."""
-    shape = "" if "peft" in what else f" {layer}"
-    return f"{what}{shape}: {type(e).__name__}: {e}".splitlines()[0][:200]
-
-
-def cuda_takes(method: str, layer: Layer) -> bool:
-    """Whether the CUDA backend computes the layer's call."""
-    with dispatch.forcing("eager"):
-        model = fp.PeftLinear(layer.K, layer.N, config=config(method, layer.r), dtype=DTYPES[DTYPE], device="meta")
-        if model.forms_weight(layer.M):
-            return False
-        x, device = torch.empty(layer.M, layer.K, dtype=DTYPES[DTYPE], device="meta"), torch.device(DEVICE)
-        problem = operands.foreseen(model.factors(), x, model.weight, model.bias, None, True, device)
-    with dispatch.forcing("cuda"):
-        return not (backends()["cuda"].available() or backends()["cuda"].reasons(problem))
-
-
-def contenders(method: str, layer: Layer, linears, xs, dys, left: list[str]) -> tuple[dict, dict]:
-    """{contender: its layers} of those that run, and {contender: MB that one forward + backward adds}."""
-    models, peak = {}, {}
-    for name in CONTENDERS:
-        if name.startswith("peft") and not has_peer(method):
-            continue
-        if name == "cuda" and not cuda_takes(method, layer):
-            continue
-        try:
+def timed(about: dict) -> list[dict]:
+    """The rows of one contender, beside the frozen layer in the same rounds."""
+    ready()
+    contender, M, K, N, dtype = about["contender"], about["M"], about["K"], about["N"], DTYPES[DTYPE]
+    copies = copies_of((M * (K + N) + K * N) * dtype.itemsize)
+    draw = lambda n: [torch.randn(M, n, device=DEVICE, dtype=dtype) for _ in range(copies)]  # noqa: E731
+    xs, dys = [x.requires_grad_() for x in draw(K)], draw(N)
+    linears = [linear_for(Layer(M, K, N, LARGE.r), dtype, DEVICE) for _ in range(copies)]
+    runs, graph = {}, about["graph"] == "yes"
+    with stream_for(graph):
+        for name in dict.fromkeys(("frozen", contender)):
             enter(name)
-            models[name] = [build(name, method, linear, layer.r) for linear in linears]
-            both = steps(models[name][:1], xs[:1], dys[:1])["both"]
-            both(0)
-            if not INTERPRETING:
-                before = torch.cuda.memory_allocated()
-                torch.cuda.reset_peak_memory_stats()
-                both(0)
-                peak[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
-        except Exception as e:
-            models.pop(name, None)
-            left.append(why(f"{name} {method}", layer, e))
-    return models, peak
+            runs[name] = steps([build(name, about["method"], linear) for linear in linears], xs, dys)
+        peak = None if INTERPRETING else peak_of(runs[contender]["both"]) - torch.cuda.memory_allocated() / 2**20
+        for name, own in runs.items() if graph else ():
+            enter(name)
+            runs[name] = {step: graph_of(run, copies) for step, run in own.items()}
+        found = {step: interleaved({name: own[step] for name, own in runs.items()}, enter) for step in STEPS}
+    rows = []
+    for step, times in found.items():
+        ratio = [s / f for s, f in zip(times[contender], times["frozen"], strict=True)]
+        ms = [1e3 * s / (copies if graph else 1) for s in times[contender]]
+        rows.append({"step": step, **spread("ms", ms), **spread("ratio", ratio), "peak_mb": peak})
+    return rows
 
 
-def timed(method: str, layer: Layer, left: list[str]) -> list[tuple[str, str, dict, dict]]:
-    """(step, graph, {contender: seconds of every round}, peak) of one job."""
-    dtype = DTYPES[DTYPE]
-    copies = copies_of((layer.M * (layer.K + layer.N) + layer.K * layer.N) * dtype.itemsize)
-    draw = lambda n: [torch.randn(layer.M, n, device=DEVICE, dtype=dtype) for _ in range(copies)]  # noqa: E731
-    linears = [linear_for(layer, dtype, DEVICE) for _ in range(copies)]
-    xs, dys = [x.requires_grad_() for x in draw(layer.K)], draw(layer.N)
-    models, peak = contenders(method, layer, linears, xs, dys, left)
-    runs = {}
-    for name in models:
-        enter(name)
-        runs[name] = steps(models[name], xs, dys)
-    found = [(s, "no", interleaved({c: run[s] for c, run in runs.items()}, enter), peak) for s in STEPS]
-    if INTERPRETING:
-        return found
+@contextmanager
+def stream_for(graph: bool) -> Iterator[None]:
+    """For a CUDA graph a stream of its own, on which all of its work must run from the start."""
+    if not graph:
+        yield
+        return
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        graphs = {}
-        for name in models:
-            try:
-                enter(name)
-                own = steps(models[name], xs, dys)
-                own["both"](0)
-                graphs[name] = {step: captured(run, copies) for step, run in own.items()}
-            except Exception as e:
-                left.append(why(f"graph of {name} {method}", layer, e))
-        for step in STEPS if "frozen" in graphs else ():
-            seconds = interleaved({c: graph[step] for c, graph in graphs.items()})
-            found.append((step, "yes", {c: [s / copies for s in of] for c, of in seconds.items()}, peak))
-    return found
+        yield
 
 
-def speed_rows(method: str, layer: Layer) -> tuple[list[dict], list[str]]:
-    """The rows of one layer, and what was left out."""
-    left, rows = [], []
-    for step, graph, times, peak in timed(method, layer, left):
-        for name, seconds in times.items():
-            relative = [s / f for s, f in zip(seconds, times["frozen"], strict=True)]
-            spread = {f"ms_p{q}": 1e3 * quantile(seconds, q / 100) for q in (20, 50, 80)}
-            spread |= {f"ratio_p{q}": quantile(relative, q / 100) for q in (20, 50, 80)}
-            about = {"method": method, "contender": name, "step": step, "M": layer.M, "K": layer.K, "N": layer.N}
-            about |= {"r": 0 if method in RANKLESS else layer.r, "dtype": DTYPE, "graph": graph}
-            rows.append({**about, **spread, "peak_mb": peak.get(name)})
-    return rows, left
+def peak_of(step: Step) -> float:
+    """MB that are allocated at most in a step's second call."""
+    step(0)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    step(1)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
-@cache
-def environment() -> dict[str, str]:
-    """The columns that say where a figure comes from."""
-    answer = lambda *command: subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: E731
-    commit = answer("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") if shutil.which("git") else ""
-    if not commit:
-        commit = (ROOT / "COMMIT").read_text().strip() if (ROOT / "COMMIT").is_file() else "unknown"
-    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    driver = "" if INTERPRETING else answer(*query).split("\n")[0]
-    return {"gpu": GPU, "driver": driver, "torch": torch.__version__, "triton": triton.__version__, "commit": commit}
+def graph_of(step: Step, copies: int) -> Step:
+    """The step, once warm, as a CUDA graph."""
+    for i in range(3):
+        step(i)
+    return captured(step, copies)
 
 
-def tabled(table: Table, pool: Pool, function: str, jobs: list[tuple], deadline: float, workers: int = 1) -> list[str]:
-    """The rows of ``function(*job) -> (rows, what was left)`` into the table as they come; what was left."""
-    left, done = [], set()
-    for number, answer in pool.run(function, jobs, EACH, deadline, workers):
-        done.add(number)
-        rows, also = ([], [f"{_named(jobs[number])}: {answer.why}"]) if isinstance(answer, Failure) else answer
-        left += also
-        for row in rows:
-            table.add(**row, **environment())
-    return left + [f"{_named(job)}, for want of time" for i, job in enumerate(jobs) if i not in done]
+# Stage 2
 
 
-def _named(job: tuple) -> str:
-    return " ".join(map(str, job))
-
-
-def first(out: Path, pool: Pool, begin: float, seconds: float) -> list[str]:
-    try:
-        extension.library(INTERPRETING)  # once, before processes need it
-        print(f"{time.time() - begin:5.0f} s  csrc/ is built", flush=True)
-    except extension.BuildError as e:
-        print(f"csrc/ is left out: {e}")
-    proof, jobs, left = Table(out / "correctness.csv", correctness.COLUMNS), correctness.jobs(), []
-    untold = set(range(len(jobs)))
-    for number, rows in pool.run("correctness:check", jobs, EACH, begin + 0.6 * seconds):
-        untold.discard(number)
-        if isinstance(rows, Failure):
-            case, backend, dtype, shape = jobs[number]
-            said = "false" if rows.fatal else "skipped"
-            rows = [{"case": case, "backend": backend, "dtype": dtype, "shape": shape, "ok": said, "note": rows.why}]
-        for row in rows:
-            proof.add(**{"gpu": GPU, **row})
-    left += [f"correctness of {jobs[i][1]} on {jobs[i][3] or jobs[i][0]}" for i in untold]
-    print(f"{time.time() - begin:5.0f} s  correctness: {dict(Counter(row['ok'] for row in proof.rows))}", flush=True)
-    left += tabled(Table(out / "speed.csv", SPEED), pool, "gpu:speed_rows", TIMINGS, begin + 0.95 * seconds)
-    print(f"{time.time() - begin:5.0f} s  timed", flush=True)
-    return left + tabled(Table(out / "gemm.csv", gemm.COLUMNS), pool, "gemm:rows", gemm.SHAPES, begin + seconds)
-
-
-def second(out: Path, pool: Pool, begin: float, seconds: float) -> list[str]:
+def second(pool: Pool, out: Path, deadline: float) -> tuple[list[str], Table | None]:
+    built(deadline)
     layers = nn.ModuleList(
         fp.PeftLinear(K, N, bias=False, config=config(method, LARGE.r), dtype=DTYPES[DTYPE], device=DEVICE)
         for method in METHODS for K, N in LLAMA_3_8B
     )  # fmt: skip
-    found = calibrate.calibrate(layers, ROWS, seconds - (time.time() - begin), folder=out)
+    try:
+        found = calibrate.calibrate(layers, ROWS, max(10.0, deadline - time.time()), folder=out)
+    except RuntimeError as e:
+        return [f"calibration: {e}"], None
     print(f"{found}\nrecord: {found.file}")
-    return [f"calibration: {what}" for what in found.left]
+    return [f"calibration: {what}" for what in found.left], None
 
 
-def third(out: Path, pool: Pool, begin: float, seconds: float) -> list[str]:
-    jobs = [(of, method) for of in ("MiniLM", "small Llama") for method in TRAINED]
-    left = tabled(Table(out / "training.csv", TRAINING), pool, "gpu:training_rows", jobs, begin + 0.7 * seconds)
+# Stage 3
+
+
+def third(pool: Pool, out: Path, deadline: float) -> tuple[list[str], Table | None]:
+    begin, seconds = time.time(), deadline - time.time()
+    there = built(deadline)
+    checks = Table(out / "checks.csv", correctness.COLUMNS)
+    jobs = [({"case": f"{method}, {of}", "backend": "accelerated"}, of, method) for of in MODELS for method in TRAINED]
+    left = cases(checks, pool, "gpu:agree", jobs, EACH, begin + 0.3 * seconds)
+    wrong = {r["case"] for r in checks.rows if r["ok"] == "false"}
+    table, jobs = Table(out / "training.csv", TRAINING), []
+    for graph, of, method, who in product(GRAPHS, MODELS, TRAINED, ("peft", "accelerated")):
+        about = {"model": of, "method": method, "contender": who, "graph": graph}
+        if who == "accelerated" and f"{method}, {of}" in wrong:
+            table.add(**about, note="it does not agree with HF PEFT's")
+        else:
+            jobs.append((about,))
+    left += cases(table, pool, "gpu:trained", jobs, EACH, begin + 0.7 * seconds, workers=1)
     print(f"{time.time() - begin:5.0f} s  trained", flush=True)
-    watched = Table(out / "sanitizer.csv", SANITIZER)
-    watched.add(**correctness.sanitize("cuda", "memcheck", max(10.0, begin + seconds - time.time())), **environment())
-    return left
+    if there:
+        checks.add(**correctness.sanitize(max(10.0, deadline - time.time())))
+    return left, checks
 
 
 def model_of(of: str) -> tuple[nn.Module, Tensor, list[str]]:
     """The model with random weights, token ids (batch, length), and the names of what is adapted."""
     from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
-    tiny = {"num_hidden_layers": 1, "vocab_size": 64} if INTERPRETING else {}
+    sys.path.append(str(ROOT / "bench/examples"))
+    import causal_lm
+
+    tiny = {"num_hidden_layers": 1} if INTERPRETING else {}
     if of == "MiniLM":
         sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
         model = BertForSequenceClassification(BertConfig(**{**sizes, **tiny}))
-        batch, targets = (2, 8) if INTERPRETING else (128, 128), ["query", "key", "value", "dense"]
+        batch, targets = (128, 128), ["query", "key", "value", "dense"]
     else:
-        sizes = {"hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "intermediate_size": 4096}
-        sizes |= {"vocab_size": 4096, "use_cache": False}
-        if INTERPRETING:
-            sizes |= {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128}
-        model = LlamaForCausalLM(LlamaConfig(**{**sizes, **tiny}))
-        batch = (2, 8) if INTERPRETING else (8, 1024)
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        model = LlamaForCausalLM(LlamaConfig(**{**causal_lm.CONFIG.to_dict(), **tiny}))
+        batch, targets = (causal_lm.BATCH, causal_lm.BLOCK + 1), causal_lm.TARGETS
+    if INTERPRETING:
+        batch = (2, 8)
     dtype = torch.float32 if INTERPRETING else torch.bfloat16
-    return model.to(DEVICE, dtype), torch.randint(0, 64, batch, device=DEVICE), targets
+    return model.to(DEVICE, dtype), torch.randint(0, 256, batch, device=DEVICE), targets
 
 
-def training_rows(of: str, method: str) -> tuple[list[dict], list[str]]:
-    """Steps by HF PEFT and accelerated in turn: forward, backward and AdamW; the rows, and what was left out."""
+def adapted(of: str, method: str, contender: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """PEFT's model, accelerated or not, with the same weights every time, and what it is called with."""
     import peft
 
     torch.manual_seed(0)
     base, ids, targets = model_of(of)
-    found = peft.get_peft_model(base, peft.LoraConfig(r=16, target_modules=targets, **TRAINED[method]))
-    models = {"peft": found, "accelerated": fp.accelerate(copy.deepcopy(found))}
-    runs, graphs, peak, left = {}, {}, {}, []
-    for name, model in models.items():
-        model.train()
-        runs[name] = stepper(of, model, ids)
-        runs[name](0)
-        if not INTERPRETING:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            runs[name](1)
-            torch.cuda.synchronize()
-            peak[name] = torch.cuda.max_memory_allocated() / 2**20
-            try:
-                with torch.cuda.stream(torch.cuda.Stream()):
-                    for i in range(3):
-                        runs[name](i)
-                    graphs[name] = captured(runs[name], 1)
-            except Exception as e:
-                left.append(f"graph of {name} {of} {method}: {type(e).__name__}: {e}".splitlines()[0][:200])
+    model = shaken(peft.get_peft_model(base, peft.LoraConfig(r=16, target_modules=targets, **TRAINED[method])))
+    labels = ids if of != "MiniLM" else torch.zeros(len(ids), dtype=torch.long, device=DEVICE)
+    return fp.accelerate(model) if contender == "accelerated" else model, {"input_ids": ids, "labels": labels}
+
+
+def agree(about: dict, of: str, method: str) -> list[dict]:
+    """The rows of loss and gradients, without dropout, whose masks are each model's own."""
+    found = {}
+    for who in ("peft", "accelerated"):
+        model, asked = adapted(of, method, who)
+        model.train()(**asked).loss.backward()  # compiles what training launches
+        model.eval().zero_grad()
+        loss = model(**asked).loss
+        loss.backward()
+        grads = [p.grad.float().norm() for p in model.parameters() if p.requires_grad]
+        found[who] = {"loss": loss.item(), "gradients": torch.stack(grads).norm().item()}
     rows = []
-    for graph, steps in (("no", runs), ("yes", graphs)):
-        times = interleaved(steps, seconds=4.0) if steps else {}
-        for name, seconds in times.items():
-            spread = {f"ms_p{q}": 1e3 * quantile(seconds, q / 100) for q in (20, 50, 80)}
-            ratio = [s / p for s, p in zip(seconds, times["peft"], strict=True)] if "peft" in times else []
-            rows.append(
-                {
-                    "model": of, "method": method, "contender": name, "graph": graph, "tokens": ids.numel(), **spread,
-                    "tokens_per_second": ids.numel() / quantile(seconds, 0.5),
-                    "ratio_p50": quantile(ratio, 0.5) if ratio else "", "peak_mb": peak.get(name, ""),
-                }
-            )  # fmt: skip
-    return rows, left
+    for name, exact in found["peft"].items():
+        off = abs(found["accelerated"][name] - exact) / abs(exact)
+        ok = "true" if off <= OFF else "false"
+        rows.append({"tensor": name, "against": "HF PEFT", "error": off, "limit": OFF, "ok": ok})
+    return rows
 
 
-def stepper(of: str, model: nn.Module, ids: Tensor) -> Step:
-    """A training step that a CUDA graph can hold."""
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 1e-4, capturable=not INTERPRETING)
-    labels = ids if of != "MiniLM" else torch.zeros(ids.shape[0], dtype=torch.long, device=ids.device)
+def trained(about: dict) -> list[dict]:
+    """The row of one contender's steps, beside HF PEFT's in the same rounds; of a CUDA graph alone, since one that
+    cannot be captured may take the other with it."""
+    of, method, who, graph = about.values()
+    with stream_for(graph == "yes"):
+        run, tokens = stepper(*adapted(of, method, who))
+        peak, runs = None if INTERPRETING else peak_of(run), {who: run}
+        if graph == "yes":
+            runs = {who: graph_of(run, 1)}
+        elif who != "peft":
+            runs["peft"], _ = stepper(*adapted(of, method, "peft"))
+        times = interleaved(runs, seconds=1.5)
+    ratio = [s / p for s, p in zip(times[who], times["peft"], strict=True)] if "peft" in runs else []
+    row = {"tokens": tokens, **spread("ms", [1e3 * s for s in times[who]]), "peak_mb": peak}
+    row |= spread("tokens_per_second", [tokens / s for s in times[who]])
+    return [row | (spread("ratio", ratio) if ratio else {})]
+
+
+def stepper(model: nn.Module, asked: dict[str, Tensor]) -> tuple[Step, int]:
+    """A training step, forward, backward and AdamW, that a CUDA graph can hold; its number of tokens."""
+    model.train()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, 1e-4, capturable=not INTERPRETING)
 
     def step(i: int) -> None:
         optimizer.zero_grad(set_to_none=False)
-        model(input_ids=ids, labels=labels).loss.backward()
+        model(**asked).loss.backward()
         optimizer.step()
 
-    return step
+    return step, asked["input_ids"].numel()
 
 
 RUN = {1: first, 2: second, 3: third}
@@ -345,15 +383,14 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    print(*(f"{name} {value};" for name, value in environment().items()), flush=True)
+    print(*(f"{name} {value};" for name, value in facts().items()), flush=True)
     with Pool(1 if INTERPRETING else max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
-        left = RUN[args.stage](args.out, pool, begin, args.seconds or SECONDS[args.stage])
-    for what, n in list(Counter(left).items())[:60]:
-        print("left out:", what, f"({n} times)" if n > 1 else "")
-    failed = []
-    for file in ("correctness.csv", "sanitizer.csv") if args.stage != 2 else ():
-        if (args.out / file).exists():
-            failed += [row for row in tables.read(args.out / file) if row["ok"] == "false"]
+        left, rows = RUN[args.stage](pool, args.out, begin + (args.seconds or SECONDS[args.stage]) - GRACE)
+    for what in left[:60]:
+        print("left out:", what)
+    if len(left) > 60:
+        print(f"and {len(left) - 60} more")
+    failed = [row for row in rows.rows if row["ok"] == "false"] if rows else []
     for row in failed[:20]:
         print("FAILED", *(f"{k}={v}" for k, v in row.items() if v))
     print(f"{time.time() - begin:.0f} s in all")

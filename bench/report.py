@@ -175,7 +175,7 @@ def gpu() -> str:
     measured = [r for r in rows("gpu/speed.csv") if all(r[n] == v for n, v in chosen.items())] if file.exists() else []
     steps = {"forward": "forward", "both": "forward + backward"}
     real = {(r["method"], r["contender"], steps.get(r["step"]), r["N"]): r["ratio_p50"] for r in measured
-            if r["r"] in ("16", "") and r["graph"] == "no"}  # fmt: skip
+            if r["r"] in ("16", "0") and r["graph"] == "no" and r["ratio_p50"]}  # fmt: skip
 
     def cell(row: dict[str, str]) -> str:
         others = ", ".join(row[who] or "–" for who in ("eager", "peft"))

@@ -29,7 +29,7 @@ import torch
 from baselines import config as config_of
 from correctness import ready, shaken
 from fused_peft.kernels.configs import Config
-from timing import CPU_OR_GPU, DEVICE, GPU, INTERPRETING, Table, captured, copies_of, interleaved
+from timing import CPU_OR_GPU, DEVICE, FACTS, INTERPRETING, Table, captured, copies_of, interleaved
 from torch import Tensor
 
 import fused_peft as fp
@@ -38,13 +38,13 @@ from fused_peft.backends.kernel_modules import configs, launch
 from fused_peft.core import dispatch, records
 from fused_peft.tools.isolated import Failure, Pool
 
-EACH = 120.0  # seconds that compiling and checking a candidate may take
+EACH = 120.0  # seconds that compiling and checking a candidate, or timing all of a key, may take
 GAIN = 0.98  # a config is kept below this multiple of the closed form's time
 CLOSE = 2e-2  # relative Frobenius distance between the results under two configs
 R = 16
 DTYPE = torch.float16 if INTERPRETING else torch.bfloat16
 MOST = 2 if INTERPRETING else 24  # candidates around one config
-COLUMNS = "kind key config ms_p50 default_ms ratio_p50 note gpu"
+COLUMNS = f"kind key config ms_p50 default_ms ratio_p50 note {FACTS}"
 TILES = {
     "BM": (16, 32, 64, 128, 256), "BN": (32, 64, 128, 192, 256), "BK": (32, 64, 128, 256), "warps": (4, 8),
     "stages": (2, 3, 4, 5), "group": (4, 8, 16), "late": (True, False), "flatten": (True, False),
@@ -148,8 +148,17 @@ def attempt(kind: str, M: int, K: int, N: int, key: str, config: Config) -> str:
     return "" if all(o <= CLOSE for o in off) else "off by " + " ".join(f"{o:.1e}" for o in off)
 
 
+def forms(*target) -> dict[str, Config]:
+    """{key: the closed form's config} of what forward and backward of the target's layers look up."""
+    ready()
+    with using(target[0]) as seen:
+        work(*target)()
+    return seen.asked
+
+
 def times(target: tuple, key: str, chosen: list[Config]) -> dict[Config, list[float]]:
     """Seconds that the key's launches take with each config in every round; on a GPU as CUDA graphs."""
+    ready()
     kind, M, K, N = target
     copies = 1 if INTERPRETING else copies_of((M * K + M * N + K * N) * DTYPE.itemsize)
     runs = [work(*target) for _ in range(copies)]
@@ -170,6 +179,14 @@ def times(target: tuple, key: str, chosen: list[Config]) -> dict[Config, list[fl
     return {c: [s / copies for s in seconds] for c, seconds in found.items()}
 
 
+def alone(pool: Pool, function: str, *job):
+    """``function(*job)`` in a process of its own. Raises RuntimeError where it fails, crashes or takes too long."""
+    ((_, answer),) = pool.run(function, [job], EACH)
+    if isinstance(answer, Failure):
+        raise RuntimeError(answer.why)
+    return answer
+
+
 def tune(target: tuple, key: str, form: Config, table: Table, pool: Pool, deadline: float) -> Config:
     """The best config for the key: the closed form's, or one that beats it by enough."""
     best, gain, tried = form, GAIN, {form}
@@ -180,9 +197,9 @@ def tune(target: tuple, key: str, form: Config, table: Table, pool: Pool, deadli
         notes = {}
         for i, note in pool.run("tune:attempt", jobs, EACH, deadline):
             notes[jobs[i][-1]] = note.why if isinstance(note, Failure) else note
-        found = times(target, key, [form, *(c for c, note in notes.items() if not note)])
+        found = alone(pool, "tune:times", target, key, [form, *(c for c, note in notes.items() if not note)])
         for c, note in notes.items():
-            row = {"kind": target[0], "key": key, "config": " ".join(map(str, astuple(c))), "note": note, "gpu": GPU}
+            row = {"kind": target[0], "key": key, "config": " ".join(map(str, astuple(c))), "note": note}
             if c in found:
                 ratio = statistics.median(a / b for a, b in zip(found[c], found[form], strict=True))
                 row |= {"ms_p50": 1e3 * statistics.median(found[c]), "ratio_p50": ratio}
@@ -195,16 +212,13 @@ def tune(target: tuple, key: str, form: Config, table: Table, pool: Pool, deadli
 
 def sweep(seconds: float, out: Path, pool: Pool, kinds=tuple(configs.CLOSED_FORMS)) -> list[str]:
     """Tune for so many seconds: winners to the GPU's record in ``out``, candidates to tuning.csv; what was left."""
-    ready()
     deadline, table, done, left = time.time() + seconds, Table(out / "tuning.csv", COLUMNS), {}, []
     for target in (t for t in (TINY if INTERPRETING else TARGETS) if t[0] in kinds):
         if time.time() >= deadline:
             left.append(f"tuning {' '.join(map(str, target))}")
             continue
         try:
-            with using(target[0]) as seen:
-                work(*target)()
-            for key, form in list(seen.asked.items())[: 1 if INTERPRETING else None]:
+            for key, form in list(alone(pool, "tune:forms", *target).items())[: 1 if INTERPRETING else None]:
                 if time.time() >= deadline:
                     left.append(f"tuning {key}")
                 elif key not in done:

@@ -18,6 +18,8 @@ pytest.importorskip("triton", reason="Triton runs on Linux")
 
 import correctness
 import gpu
+import report
+import tables
 import tune
 
 from fused_peft.backends.kernel_modules import configs
@@ -28,11 +30,11 @@ CONTENDERS = {"frozen", "triton", "cublas", "cuda", "eager"}
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """The folder of the three stages' and the tuner's results, and what they printed."""
+    """The folder of the three stages' results, and what they printed."""
     out, printed = tmp_path_factory.mktemp("gpu"), []
     env = {**os.environ, "OUT": str(out), "PYTHON": sys.executable}
-    tuner = [sys.executable, str(gpu.ROOT / "bench/tune.py"), "--out", str(out / "tuned")]
-    for command in (*(["bash", str(gpu.ROOT / "bench/gpu.sh"), n, "900"] for n in "123"), tuner):
+    for stage in "123":
+        command = ["bash", str(gpu.ROOT / "bench/gpu.sh"), stage, "900"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         printed.append(done.stdout)
@@ -40,24 +42,36 @@ def ran(tmp_path_factory):
 
 
 def rows(file, columns):
+    """The rows of a table; each says where it comes from."""
     with file.open(newline="") as f:
         reader = csv.DictReader(f)
         found = list(reader)
     assert reader.fieldnames == columns.split()
-    assert {r["gpu"] for r in found} == {"interpreter"}
+    assert {tuple(r[name] for name in gpu.FACTS.split()) for r in found} == {tuple(gpu.facts().values())}
+    assert gpu.facts()["gpu"] == "interpreter"
+    assert all(gpu.facts().values())
     return found
+
+
+def ordered(row, name):
+    low, middle, high = (float(row[f"{name}_p{q}"]) for q in (20, 50, 80))
+    return 0 < low <= middle <= high
 
 
 def test_nothing_is_left_out_and_few_files_come_back(ran):
     out, printed = ran
-    assert "left out" not in printed
-    assert len([file for file in out.iterdir() if file.is_file()]) <= 8
+    assert not [word for word in ("left out", "failed:", "FAILED") if word in printed]
+    names = {file.name for file in out.iterdir()}
+    (record,) = out.glob("*.json")
+    assert names == {f"{n}.csv" for n in ("correctness", "speed", "gemm", "checks", "training")} | {record.name}
+    assert len(names) <= 8
+    assert all(f"{name} {value};" in printed for name, value in gpu.facts().items())
 
 
-def test_the_stages_take_ten_minutes_and_a_half_and_no_case_is_without_an_end():
-    assert gpu.SECONDS == {1: 150, 2: 240, 3: 240}
-    assert 0 < gpu.EACH < float("inf")
-    assert 0 < tune.EACH < float("inf")
+def test_the_stages_fit_into_ten_minutes_and_a_half_and_every_case_ends():
+    assert sum(gpu.SECONDS.values()) <= 630
+    assert (gpu.SECONDS[1], *gpu.SECONDS) == (150, 1, 2, 3)
+    assert all(0 < limit < float("inf") for limit in (gpu.EACH, gpu.BUILD, gpu.GRACE, tune.EACH))
 
 
 def test_every_row_of_the_proof_holds(ran):
@@ -72,12 +86,21 @@ def test_every_row_of_the_proof_holds(ran):
     held = [r for r in found if r not in skipped and r not in refused]
     assert {r["ok"] for r in held} == {"true"}
     plans = {p.name for p in correctness.PLANS[3::13]}
-    assert {r["case"] for r in held if r["backend"] == "cuda"} == {"lora+dropout", "ssb", *plans}
+    assert {r["case"] for r in held if r["backend"] == "cuda"} == {"lora", "lora+dropout", "ssb", *plans}
     assert {r["dtype"] for r in held} == {"", "fp64", "fp32", "fp16", "bf16"}
-    assert {r["against"] for r in held} == {"PyTorch's", "1 - p", "paper", "expression", "fp64"}
-    assert len({r["case"] for r in held if r["case"] not in plans}) == 4
+    assert {r["against"] for r in held} == {"PyTorch's", "1 - p", "paper", "expression", "fp64", "formula"}
     for r in held:
-        assert r["against"] == "fp64" or float(r["error"]) <= float(r["limit"])
+        assert r["against"] in ("fp64", "formula") or float(r["error"]) <= float(r["limit"])
+
+
+def test_the_calls_that_are_timed_are_tested_first(ran, monkeypatch):
+    found = rows(ran[0] / "correctness.csv", correctness.COLUMNS)
+    own = [(r["backend"], r["shape"]) for r in found if r["against"] == "formula"]
+    assert set(own) == {(n, str(at)) for n in correctness.BACKENDS for at in (gpu.LARGE, gpu.SMALL)}
+    assert found[0]["against"] == "formula"
+    monkeypatch.setattr(gpu, "INTERPRETING", False)
+    asked = {(about["case"], about["backend"], about["shape"]) for about, _ in gpu.exact_jobs()}
+    assert len(asked) == len(gpu.TIMINGS) * len(correctness.BACKENDS)
 
 
 def test_the_layers_that_matter_are_timed_with_every_contender(ran):
@@ -85,17 +108,26 @@ def test_the_layers_that_matter_are_timed_with_every_contender(ran):
     timed = {(r["method"], r["contender"], r["step"], int(r["M"])) for r in found}
     contenders = {m: CONTENDERS | ({"peft", "peft_half"} if gpu.has_peer(m) else set()) for m in gpu.METHODS}
     assert [m for m, who in contenders.items() if "peft" in who] == ["lora", "lora+dropout", "dora"]
-    assert timed == {(m, c, s, layer.M) for m, layer in gpu.TIMINGS for c in contenders[m] for s in gpu.STEPS}
+    assert timed == {(m, c, s, at.M) for m, at in gpu.TIMINGS for c in contenders[m] for s in gpu.STEPS}
     for r in found:
-        assert 0 < float(r["ms_p20"]) <= float(r["ms_p50"]) <= float(r["ms_p80"])
-        assert float(r["ratio_p50"]) == 1 if r["contender"] == "frozen" else float(r["ratio_p50"]) > 0
-        assert r["commit"]
+        assert ordered(r, "ms")
+        assert ordered(r, "ratio")
+        assert float(r["ratio_p50"]) == 1 or r["contender"] != "frozen"
+        assert (r["graph"], r["note"]) == ("no", "")
+
+
+def test_graphs_are_timed_apart_and_last(monkeypatch):
+    monkeypatch.setattr(gpu, "GRAPHS", ("no", "yes"))
+    asked = gpu.timings()
+    half = len(asked) // 2
+    assert [about["graph"] for about in asked] == ["no"] * half + ["yes"] * half
+    assert [{**about, "graph": "no"} for about in asked[half:]] == asked[:half]
 
 
 def test_the_gemm_is_timed(ran):
     found = rows(ran[0] / "gemm.csv", gpu.gemm.COLUMNS)
     assert [r["contender"] for r in found] == ["cublas", "cuda", "cuda+update", "triton", "triton+update"]
-    assert all(float(r["tflops"]) > 0 for r in found)
+    assert all(float(r["tflops"]) > 0 and ordered(r, "ratio") for r in found)
 
 
 def test_the_record_of_calibration_reads_back(ran):
@@ -104,33 +136,37 @@ def test_the_record_of_calibration_reads_back(ran):
     assert record.identity == records.identity(torch.device("cpu"))
     assert {call["kind"] for call in record.calls} == {"low", "low+dropout", "low+out", "in+out"}
     assert {call["M"] for call in record.calls} == set(gpu.ROWS)
-    assert all({"triton", "cublas", "eager"} <= call["ms"].keys() for call in record.calls)
+    assert all({"triton", "cublas", "cuda", "eager"} == call["ms"].keys() for call in record.calls)
     assert not record.failed
     assert {variant.split()[0] for variant in record.passed} == {"triton", "cublas", "cuda"}
 
 
-def test_training_steps_are_timed(ran):
+def test_training_steps_are_timed_once_they_agree(ran):
     found = rows(ran[0] / "training.csv", gpu.TRAINING)
-    want = {(of, m, who) for of in ("MiniLM", "small Llama") for m in gpu.TRAINED for who in ("peft", "accelerated")}
-    assert {(r["model"], r["method"], r["contender"]) for r in found} == want
-    assert all(float(r["tokens_per_second"]) > 0 and r["graph"] == "no" for r in found)
-    (watched,) = rows(ran[0] / "sanitizer.csv", gpu.SANITIZER)
+    want = [(of, m, who) for of in gpu.MODELS for m in gpu.TRAINED for who in ("peft", "accelerated")]
+    assert [(r["model"], r["method"], r["contender"]) for r in found] == want
+    for r in found:
+        assert ordered(r, "tokens_per_second")
+        assert ordered(r, "ratio")
+        assert (r["graph"], r["note"]) == ("no", "")
+    checks = rows(ran[0] / "checks.csv", correctness.COLUMNS)
+    watched = checks.pop()
     assert (watched["backend"], watched["tensor"], watched["ok"]) == ("cuda", "memcheck", "skipped")
-
-
-def test_candidates_are_tuned_into_a_record_of_no_gpu(ran):
-    found = rows(ran[0] / "tuned/tuning.csv", tune.COLUMNS)
-    assert {r["kind"] for r in found} >= {
-        "gemm_lowrank",
-        "gemm_lowrank_tma",
-        "down",
-        "outer",
-        "hadamard",
-        "row_norm",
-        "gemm_cuda",
+    assert {(r["case"], r["tensor"], r["ok"]) for r in checks} == {
+        (f"{m}, {of}", t, "true") for of in gpu.MODELS for m in gpu.TRAINED for t in ("loss", "gradients")
     }
+
+
+def test_candidates_are_tuned_into_a_record_of_no_gpu(tmp_path):
+    kinds = ["gemm_lowrank_tma", "row_norm", "gemm_cuda"]
+    command = [sys.executable, str(gpu.ROOT / "bench/tune.py"), "--out", str(tmp_path), "--kinds", *kinds]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "left out" not in done.stdout
+    found = rows(tmp_path / "tuning.csv", tune.COLUMNS)
+    assert {r["kind"] for r in found} == set(kinds)
     assert {r["note"] for r in found} == {""}
-    (file,) = (ran[0] / "tuned").glob("*.json")
+    (file,) = tmp_path.glob("*.json")
     assert records.read(file).gpu == records.INTERPRETER
 
 
@@ -148,52 +184,125 @@ def test_candidates_are_legal_and_near(kind):
 FAULTY = """
 import os, time
 
-def case(kind):
-    if kind == "crash":
+def case(about):
+    if about["case"] == "crash":
         os.abort()
-    if kind == "hang":
+    if about["case"] == "hang":
         time.sleep(600)
-    if kind == "raise":
+    if about["case"] == "raise":
         raise RuntimeError("no such instruction")
-    return [{"case": kind}], ["what " + kind + " left"]
+    return [{"note": "it ran"}]
 """
 
 
-def test_a_crash_a_hang_and_an_error_cost_one_case(tmp_path, monkeypatch):
+def test_a_crash_a_hang_and_an_error_are_rows_and_cost_no_other_case(tmp_path, monkeypatch):
     (tmp_path / "faulty.py").write_text(FAULTY)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(gpu, "EACH", 3.0)
-    table = gpu.Table(tmp_path / "cases.csv", "case " + gpu.FACTS)
-    jobs = [(kind,) for kind in ("crash", "one", "hang", "two", "raise", "three")]
+    columns = f"case ok note {gpu.FACTS}"
+    table = gpu.Table(tmp_path / "cases.csv", columns)
+    jobs = [({"case": kind},) for kind in ("crash", "one", "hang", "two", "raise", "three")]
     with Pool() as pool:
-        left = gpu.tabled(table, pool, "faulty:case", jobs, float("inf"))
-        late = gpu.tabled(table, pool, "faulty:case", jobs[:1], deadline=0.0)
-    assert [r["case"] for r in rows(tmp_path / "cases.csv", "case " + gpu.FACTS)] == ["one", "two", "three"]
-    assert [line for line in left if line.startswith("what")] == [f"what {n} left" for n in ("one", "two", "three")]
-    said = dict(line.split(": ", 1) for line in left if not line.startswith("what"))
+        assert gpu.cases(table, pool, "faulty:case", jobs, 3.0, float("inf")) == []
+        assert gpu.cases(table, pool, "faulty:case", jobs[:1], 3.0, deadline=0.0) == ["crash"]
+    found = rows(tmp_path / "cases.csv", columns)
+    assert [r["case"] for r in found] == [about["case"] for (about,) in jobs]
+    said = {r["case"]: r["note"] for r in found}
     assert said["crash"].startswith("its process was ended by signal 6")
     assert said["hang"] == "its process took too long"
     assert said["raise"] == "RuntimeError: no such instruction"
-    assert late == ["crash, for want of time"]
+    assert {said[kind] for kind in ("one", "two", "three")} == {"it ran"}
+    assert [r["ok"] for r in found] == ["false", "", "false", "", "false", ""]
 
 
-def test_a_crash_in_the_proof_is_a_failed_row(tmp_path, monkeypatch):
-    answers = [(0, gpu.Failure("ended by signal 11", fatal=True)), (1, gpu.Failure("out of time"))]
+@pytest.fixture
+def scripted(monkeypatch):
+    """A stage with answers of our own in the place of processes; a function that runs it."""
 
-    class Answers:
-        def run(self, function, jobs, *rest):
-            return iter(answers if function == "correctness:check" else ())
+    def run(stage, folder, answer, builds=None):
+        asked = []
 
-    monkeypatch.setattr(gpu.extension, "library", lambda emulated: None)
-    left = gpu.first(tmp_path, Answers(), gpu.time.time(), 100.0)
-    found = rows(tmp_path / "correctness.csv", correctness.COLUMNS)
-    assert [(r["ok"], r["note"]) for r in found] == [("false", "ended by signal 11"), ("skipped", "out of time")]
-    assert len([line for line in left if line.startswith("correctness of")]) == len(correctness.jobs()) - 2
+        class Answers:
+            def run(self, function, jobs, *rest):
+                for number, job in enumerate(jobs):
+                    asked.append((function, *job))
+                    yield number, answer(function, job[0])
+
+        monkeypatch.setattr(gpu.isolated, "run", lambda *a: iter([(0, builds)]))
+        left, table = gpu.RUN[stage](Answers(), folder, gpu.time.time() + 1e3)
+        assert left == []
+        return asked, table.rows, tables.read(folder / ("speed.csv" if stage == 1 else "training.csv"))
+
+    return run
+
+
+def test_what_fails_its_test_is_not_timed(tmp_path, scripted):
+    def answer(function, about):
+        if function == "correctness:exact" and about["backend"] == "cuda":
+            return gpu.Failure("its process was ended by signal 11", fatal=True)
+        if function == "gpu:timed" and about["contender"] == "peft_half":
+            return gpu.Failure("its process took too long", fatal=True)
+        return gpu.Failure("out of time") if function == "correctness:check" else []
+
+    asked, proof, speed = scripted(1, tmp_path, answer)
+    assert {r["ok"] for r in proof if r["backend"] == "cuda" and r["case"] == "lora"} == {"false"}
+    assert {r["ok"] for r in proof if r["case"] == "dropout mask"} == {"skipped"}
+    halves = {(m, "peft_half", "its process took too long") for m in gpu.TRAINED}
+    assert {(r["method"], r["contender"], r["note"]) for r in speed} == halves | {
+        ("lora", "cuda", "its self-test failed")
+    }
+    timed = [about for function, about, *_ in asked if function == "gpu:timed"]
+    assert len(timed) == len(gpu.timings()) - 2
+    assert [about["method"] for about in timed if about["contender"] == "cuda"] == ["lora+dropout", "dora", "ssb"]
+
+
+def test_what_does_not_agree_is_not_timed(tmp_path, scripted):
+    def answer(function, about):
+        wrong = function == "gpu:agree" and about["case"] == "dora, MiniLM"
+        return gpu.Failure("its process was ended by signal 11", fatal=True) if wrong else []
+
+    asked, checks, training = scripted(3, tmp_path, answer)
+    assert [r["case"] for r in checks if r["ok"] == "false"] == ["dora, MiniLM"]
+    (row,) = training
+    assert (row["contender"], row["note"]) == ("accelerated", "it does not agree with HF PEFT's")
+    assert len([1 for function, *_ in asked if function == "gpu:trained"]) == 11
+
+
+def test_without_csrc_the_rest_goes_on(tmp_path, scripted, capsys):
+    asked, proof, speed = scripted(1, tmp_path, lambda function, about: [], gpu.Failure("BuildError: no nvcc"))
+    assert "csrc/ is left out: BuildError: no nvcc" in capsys.readouterr().out
+    assert (proof, speed) == ([], [])
+    words = {word for _, about, *_ in asked for word in about.values()}
+    assert not {"cuda", "cuda+update"} & words
+    assert {"triton", "cublas", "peft"} <= words
+
+
+def test_the_report_shows_what_was_measured(tmp_path, monkeypatch):
+    (tmp_path / "gpu").mkdir()
+    (tmp_path / "roofline.csv").write_bytes((report.RESULTS / "roofline.csv").read_bytes())
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    assert set(report.gpu().split("| ")) >= {"not measured yet "}
+    table = gpu.Table(tmp_path / "gpu/speed.csv", gpu.SPEED)
+    for about in gpu.timings():
+        about |= {"M": 8192, "K": 4096, "N": 4096, "r": 2 * about["r"]}
+        table.add(**about, step="both", ratio_p50=1.0625 if about["contender"] == "triton" else 3.0)
+        table.add(**about, note="its process took too long")
+    shown = {line.split(" | ")[0].strip("| "): line for line in report.gpu().splitlines()}
+    assert {m for m, line in shown.items() if "1.0625" in line} == set(gpu.METHODS)
+
+
+def test_the_exit_status_tells_of_a_wrong_row(tmp_path, monkeypatch):
+    table = gpu.Table(tmp_path / "proof.csv", correctness.COLUMNS)
+    monkeypatch.setitem(gpu.RUN, 1, lambda pool, out, deadline: ([], table))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--stage", "1", "--out", str(tmp_path)])
+    for verdict, status in (("true", 0), ("skipped", 0), ("refused", 0), ("false", 1)):
+        table.add(case="lora", ok=verdict)
+        assert gpu.main() == status
 
 
 def test_a_failed_case_is_a_row():
-    (row,) = correctness.check("no such case", "triton", "fp32", correctness.SHAPES[0])
+    case = {"case": "no such case", "backend": "triton", "dtype": "fp32", "shape": correctness.SHAPES[0]}
+    (row,) = correctness.check(case)
     assert row["ok"] == "false"
     assert "StopIteration" in row["note"]
-    (row,) = correctness.check("pissa", "triton", "fp32", correctness.Shape((2,), 4, 5, 6))
+    (row,) = correctness.check({**case, "case": "pissa", "shape": correctness.Shape((2,), 4, 5, 6)})
     assert (row["ok"], "r=6" in row["note"]) == ("refused", True)
