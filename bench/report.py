@@ -191,10 +191,11 @@ def gpu() -> str:
 
 
 def choices() -> str:
-    """What is chosen where nothing was measured: predicted, forward + backward, and eager's and HF PEFT's beside it."""
+    """What is chosen where nothing was measured: predicted, forward + backward, the GPU's time or the host's; eager's
+    and HF PEFT's beside it."""
     found = {(r["method"], r["M"]): r for r in rows("choices.csv")}
-    shown = ("1", "128", "1024", "8192", "32768")
-    cell = lambda r: f"{r['choice']} {r['chosen']} ({r['eager']}, {r['peft'] or '–'})"  # noqa: E731
+    shown = ("1", "1024", "2048", "4096", "8192", "32768")
+    cell = lambda r: f"{r['choice']} {r['chosen_waited']} ({r['eager_waited']}, {r['peft_waited'] or '–'})"  # noqa: E731
     body = [[m, *(cell(found[m, M]) for M in shown)] for m in dict.fromkeys(m for m, _ in found)]
     return markdown(["predicted: chosen (eager, HF PEFT)", *(f"M = {M}" for M in shown)], body)
 

@@ -3,7 +3,8 @@
     python bench/roofline.py [--launch-us 0] [--out roofline.csv] [--choices choices.csv]
 
 --choices: what dispatch prefers on an H200 that nothing was measured on, for 1 to 32768 rows, and what that is
-predicted to take, with Triton's GEMM at the share of cuBLAS's rate that ``backends.rates`` assumes.
+predicted to take, with Triton's GEMM at the share of cuBLAS's rate that ``backends.rates`` assumes: on the GPU alone,
+and ("waited") by the GPU's time or the host's.
 
 time = Σ over launches of max(FLOPs / rate, bytes / bandwidth), on an H200: what a layer costs when each launch is as
 good as the hardware lets it be. Something to hold measurements against, not a measurement.
@@ -44,6 +45,7 @@ from fused_peft.core import dispatch
 from fused_peft.core.operands import Problem
 
 GEMM, FP32, MEMORY = 790e12, 54e12, 4.3e12  # FLOP/s achieved in bf16, and in fp32 without tf32; bytes/s
+CALLS = {"eager": rates.CALL, "peft": 100e-6, "frozen": 20e-6}  # seconds of host time beside the launches
 ARCH = (9, 0)
 ROWS, RANKS = (1, 16, 128, 1024, 8192), (8, 16, 64, 256)
 WIDTHS = ((4096, 4096), (4096, 14336), (14336, 4096), (1024, 1024))  # K, N
@@ -227,6 +229,7 @@ def chosen(method: str, shape: Shape) -> tuple[str, float]:
     finally:
         dispatch.unregister("asked")
     who = "cublas" if any(map(rates.slower, problems)) else "ours"
+    who = "eager" if any(map(rates.slower_than_eager, problems)) else who
     slowed = {"gemm_lowrank", "gemm_lowrank_tma"} if who == "ours" else set()
     both = sum(x.seconds / (rates.SHARE if x.name in slowed else 1) for x in schedule(who, method, shape, True))
     return who, both / sum(x.seconds for x in schedule("frozen", method, shape, True))
@@ -249,14 +252,29 @@ def rows(launch_us: float) -> Iterator[dict[str, str | int | float]]:
             }  # fmt: skip
 
 
+def waited(who: str, method: str, shape: Shape, slowed: bool = False) -> float:
+    """Predicted seconds of forward and backward: the GPU's or the host's, whichever are more."""
+    launches = schedule(who, method, shape, True)
+    share = lambda x: rates.SHARE if slowed and x.name in ("gemm_lowrank", "gemm_lowrank_tma") else 1  # noqa: E731
+    host = rates.HOST if who in ON_PAPER else CALLS[who] + rates.LAUNCH * len(launches)
+    return max(host, sum(x.seconds / share(x) for x in launches))
+
+
 def choices() -> Iterator[dict[str, str | int]]:
+    """Of what is chosen, of eager and of HF PEFT: the GPU's time, and the GPU's or the host's, as multiples of the
+    frozen layer's."""
     for method, M in product(TIMED, (1 << n for n in range(16))):
-        shape = Shape(M, 4096, 4096, 16)
+        shape, peer = Shape(M, 4096, 4096, 16), has_peer(method)
         who, took = chosen(method, shape)
-        peft = f"{predict('peft', method, shape, True):.3f}" if has_peer(method) else ""
+        peft = f"{predict('peft', method, shape, True):.3f}" if peer else ""
         eager = f"{predict('eager', method, shape, True):.3f}"
-        name = {"ours": "triton"}.get(who, who)
-        yield {"method": method, "M": M, "choice": name, "chosen": f"{took:.3f}", "eager": eager, "peft": peft}
+        frozen = waited("frozen", method, shape)
+        both = {w: f"{waited(w, method, shape, True) / frozen:.3f}" for w in (who, "eager", *(["peft"] * peer))}
+        yield {
+            "method": method, "M": M, "choice": {"ours": "triton"}.get(who, who), "chosen": f"{took:.3f}",
+            "eager": eager, "peft": peft, "chosen_waited": both[who], "eager_waited": both["eager"],
+            "peft_waited": both.get("peft", ""),
+        }  # fmt: skip
 
 
 def main() -> None:

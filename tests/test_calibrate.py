@@ -94,7 +94,9 @@ def test_end_to_end_in_processes_of_their_own(own_cache, capsys):
     assert main(["info"]) == 0
     assert f"on disk      {found.file}: interpreter" in capsys.readouterr().out
     begin = time.time()
-    assert fp.calibrate(m, rows=(65, 3)).record == found.record  # nothing left to measure
+    again = fp.calibrate(m, rows=(65, 3), folder=own_cache / "copy")  # nothing left to measure
+    assert again.record == found.record == records.read(again.file)
+    assert again.file == own_cache / "copy" / found.file.name
     assert time.time() - begin < 2
 
 
@@ -344,6 +346,12 @@ def test_before_training_once_a_gpu(monkeypatch, caplog):
 
     for nothing in (soft_prompt, lambda m, tokens: [SimpleNamespace(problem=None)]):
         assert at_start(monkeypatch, rows=nothing) == (None, [])
+
+    def broken(m, tokens):
+        raise AttributeError("no such layer")
+
+    with pytest.warns(UserWarning, match="did not calibrate .AttributeError: no such layer"):
+        assert at_start(monkeypatch, rows=broken) == (None, [])
 
 
 def test_what_goes_wrong_before_training_is_a_warning(monkeypatch):

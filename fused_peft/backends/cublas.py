@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from ..core.operands import Problem
+from . import rates
 from . import triton as base
 
 
@@ -19,7 +20,7 @@ class Cublas(base.Triton):
     name = "cublas"
 
     def predicted_slower(self, problem: Problem) -> str | None:
-        return None
+        return rates.slower_than_eager(problem)
 
     def inlines(self, o, x, mask) -> bool:
         return False

@@ -1,9 +1,12 @@
-"""Which GEMM is faster where nothing was measured: a slower product against the passes over memory that it saves.
+"""Which backend is faster where nothing was measured: a slower product against the passes over memory that it saves,
+and on few rows the time that the host takes.
 
 A GEMM takes max(2 M N K / FLOP/s, bytes / bandwidth). Triton's runs at a share of cuBLAS's rate; cuBLAS's is followed,
-or preceded, by passes that read and write x or y once more. What both do (the skinny products, the sums over rows) is
-left out, so that a ratio is of the GEMMs and their passes alone. The rates are what the hardware was seen to reach in
-public measurements, the shares an estimate: neither was measured with this library.
+or preceded, by passes that read and write x or y once more, and plain PyTorch by still more. What all do (the sums over
+rows, the skinny products) counts its bytes. A call takes what the GPU takes or what the host does, whichever is more;
+the host's share of other layers is not known. The rates are what the hardware was seen to reach in public measurements,
+the shares and plain PyTorch's host time an estimate, ours taken on a stand-in for the driver: none was measured with
+this library on a GPU. Inside a CUDA graph the host does not count, and this model does not know that it is in one.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ RATES = {
 SHARE, SHARE_FP32 = 0.85, 0.4  # Triton's GEMM, of cuBLAS's rate
 FEW_ROWS = 64  # up to which Triton's, without split-K, leaves most processors idle
 TIE = 1.03  # up to here the fused kernel runs
+HOST = 410e-6  # seconds of host time of a LoRA layer's forward and backward through our launches
+CALL, LAUNCH = 60e-6, 6e-6  # of plain PyTorch's: a call each way through autograd, and each of its launches
 
 
 def rates(arch: tuple[int, int]) -> tuple[float, float, float]:
@@ -36,18 +41,57 @@ def passes(problem: Problem) -> int:
     return forward + backward
 
 
-def ratio(problem: Problem) -> float:
-    """Predicted time with Triton's GEMM as a multiple of that with cuBLAS's, forward and backward."""
+def eager_passes(problem: Problem) -> tuple[int, int]:
+    """Elements that plain PyTorch moves beyond cuBLAS's way, forward and backward, and its launches: as
+    ``bench/roofline.py`` counts them. The mask is some fifty operations each way."""
+    x, y = problem.M * problem.K, problem.M * problem.N
+    if problem.hadamard:  # B A, the product with W and their gradients, each of the weight's size
+        return 33 * problem.N * problem.K, 16
+    scales_in, scales_out, low = (name in problem.present for name in ("d_in", "d_out", "A"))
+    moved = 107 * x * bool(problem.p) + 8 * x * scales_in + (16 if low else 7) * y * scales_out
+    launches = 2 + 12 * low + 50 * bool(problem.p) + 9 * scales_in + (25 if low else 9) * scales_out
+    return moved, launches
+
+
+def seconds(problem: Problem) -> tuple[float, float, float]:
+    """Predicted time on the GPU with Triton's GEMM, with cuBLAS's, and of plain PyTorch, forward and backward."""
     M, N, K, size = problem.M, problem.N, problem.K, problem.dtype.itemsize
     half, single, bandwidth = rates(problem.arch or (9, 0))
     share, rate = (SHARE_FP32, single) if problem.dtype == torch.float32 else (SHARE, half)
     gemm = 2 * (1 + problem.drop_base) * max(2 * M * N * K / rate, size * (M * K + N * K + M * N) / bandwidth)
-    return gemm / share / (gemm + size * passes(problem) / bandwidth)
+    cublas = gemm + size * passes(problem) / bandwidth
+    return gemm / share, cublas, cublas + size * eager_passes(problem)[0] / bandwidth
+
+
+def ratio(problem: Problem) -> float:
+    """Predicted time with Triton's GEMM as a multiple of that with cuBLAS's, forward and backward."""
+    fused, cublas, _ = seconds(problem)
+    return fused / cublas
+
+
+def _has_gemm(problem: Problem) -> bool:
+    return not problem.hadamard and "w" in problem.present
+
+
+def said(problem: Problem) -> str:
+    """The prediction in words; empty where there is no GEMM to choose."""
+    return f" to take {ratio(problem):.2f} of the time with cuBLAS's GEMM" if _has_gemm(problem) else ""
+
+
+def slower_than_eager(problem: Problem) -> str | None:
+    """Why plain PyTorch is to be preferred: its host takes less, where the host is what a call waits for."""
+    if "w" not in problem.present or problem.device != "cuda":
+        return None
+    *ours, eager = seconds(problem)
+    fused, plain = max(HOST, min(ours)), max(CALL + LAUNCH * eager_passes(problem)[1], eager)
+    if fused <= TIE * plain:
+        return None
+    return f"predicted to take {fused / plain:.2f} times as long as plain PyTorch, whose host time is less"
 
 
 def slower(problem: Problem) -> str | None:
     """Why cuBLAS's GEMM is to be preferred to Triton's; None where it is not, or where there is no GEMM to choose."""
-    if problem.hadamard or "w" not in problem.present:
+    if not _has_gemm(problem):
         return None
     if problem.M <= FEW_ROWS:
         return f"predicted slower than cuBLAS on {problem.M} rows, which its tiles do not fill"

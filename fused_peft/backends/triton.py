@@ -127,14 +127,14 @@ class Triton:
 
     def predicted_slower(self, problem: Problem) -> str | None:
         """``slower`` where nothing near was measured."""
-        return rates.slower(problem)
+        return rates.slower_than_eager(problem) or rates.slower(problem)
 
     def basis(self, problem: Problem) -> str:
         """What speaks for this backend once it is chosen, in words."""
         measured = records.measured(problem, self.name)
         tested = "" if records.tested(problem, self.name) else "; not self-tested on this GPU"
         if measured is None:
-            return f"{self.name}: predicted, not measured{tested}"
+            return f"{self.name}: predicted{rates.said(problem) if self.name == 'triton' else ''}, not measured{tested}"
         return f"{self.name}: measured to take {measured[0]:.2f} of the fastest after it, {measured[1]}{tested}"
 
     def inlines(self, o: Operands, x: Tensor, mask) -> bool:

@@ -89,6 +89,10 @@ def calibrate(
     with _alone(records.cache_dir()):
         records.forget()  # another process may just have made it
         todo = [p for p in problems if not _known(p)]
+        if not todo:
+            known = records.find(device)
+            file = records.keep(known, Path(folder)) if folder else records.cache_dir() / known.name
+            return Calibration(known, file, problems)
         made = records.Record(**identity, when=datetime.date.today().isoformat())
         session = _Session(made, todo, device, seconds, progress or (lambda done, of: None))
         with isolated.Pool(min(TESTERS, os.cpu_count() or 1)) if apart else nullcontext(_Here()) as pool:
@@ -149,14 +153,14 @@ def _known(p: Problem) -> bool:
 
 
 def _candidates(p: Problem) -> list[str]:
-    """The backends that can compute a call, whatever is known of them, in dispatch's order."""
+    """The backends that can compute a call, and have not failed on one like it, in dispatch's order."""
     found = []
     for name in records.ORDER:
         backend = dispatch.backends().get(name)
         if backend is not None and name != "eager":
             with dispatch.forcing(name):
                 reasons = backend.available() or backend.reasons(p)
-            if [reason for reason in reasons if reason != records.failed(p, name)]:
+            if reasons:
                 continue
         if backend is not None:
             found.append(name)
@@ -302,6 +306,9 @@ def at_start(model: nn.Module, rows: Sequence[int] = ROWS, seconds: float = 30.0
             return None
     except ValueError:  # no adapted layer, or a soft prompt
         return None
+    except Exception as e:
+        _not_done(e)
+        return None
     log.warning(
         "fused_peft tests and times its kernels on this %s once, for about %g s; FUSED_PEFT_CALIBRATE=0 skips it",
         torch.cuda.get_device_name(on), seconds,
@@ -310,8 +317,12 @@ def at_start(model: nn.Module, rows: Sequence[int] = ROWS, seconds: float = 30.0
         with _bar() as progress:
             return calibrate(model, rows, seconds, progress=progress)
     except Exception as e:
-        warnings.warn(f"fused_peft did not calibrate ({type(e).__name__}: {e}); which GEMM runs is predicted")
+        _not_done(e)
         return None
+
+
+def _not_done(e: Exception) -> None:
+    warnings.warn(f"fused_peft did not calibrate ({type(e).__name__}: {e}); which GEMM runs is predicted", stacklevel=3)
 
 
 @contextmanager
