@@ -24,7 +24,7 @@ from clock import quantile
 
 from fused_peft.core import records
 from fused_peft.tools import timing
-from fused_peft.tools.isolated import Failure, Pool
+from fused_peft.tools.isolated import LATE, Failure, Pool
 from fused_peft.tools.timing import Step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +78,7 @@ def cases(
         if isinstance(answer, Failure):
             print("failed:", *about.values(), answer.why, flush=True)
             # where rows are right or wrong it is wrong, but for want of time
-            verdict = {"ok": "skipped" if answer.why == "out of time" else "false"} if "ok" in table.columns else {}
+            verdict = {"ok": "skipped" if answer == LATE else "false"} if "ok" in table.columns else {}
             answer = [{**verdict, "note": answer.why}]
         for row in answer:
             table.add(**{**about, **row})

@@ -63,6 +63,17 @@ def test_what_is_right_passes(kind, name):
     assert selftest.failure(name, p, CPU) is None
 
 
+def test_a_backend_that_waits_for_its_self_test_runs_on_every_size(monkeypatch):
+    """That it was not tested yet is no reason to skip the odd sizes, on which most faults show."""
+    kept = backend_file.Triton.reasons
+    waits = lambda self, p: kept(self, p) or (["not self-tested"] if dispatch.forced() != "triton" else [])  # noqa: E731
+    monkeypatch.setattr(backend_file.Triton, "reasons", waits)
+    drawn, draw = [], selftest.draw
+    monkeypatch.setattr(selftest, "draw", lambda p, *rest: drawn.append(p) or draw(p, *rest))
+    assert selftest.failure("triton", KINDS["low"], CPU) is None
+    assert drawn == selftest.shapes(KINDS["low"], False) and len(drawn) > 1
+
+
 def faults(p: Problem, o, dy):
     """(what, results) of a backend with each fault that the call can have."""
     eager = dispatch.backends()["eager"]

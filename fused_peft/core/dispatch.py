@@ -49,11 +49,14 @@ class Backend(Protocol):
 class Choice:
     backend: Backend
     refusals: tuple[tuple[str, tuple[str, ...]], ...]
-    basis: str = ""  # what speaks for it: what was measured, or that it is predicted
+    problem: Problem | None = None  # None where even the last backend refused
 
     def why(self) -> str:
+        """The refusals, and what speaks for the backend: what was measured, or that it is predicted."""
         said = [f"{name}: {', '.join(reasons)}" for name, reasons in self.refusals]
-        return "; ".join([*said, *([self.basis] if self.basis else [])]) or "first choice for this device"
+        if self.problem is not None and hasattr(self.backend, "basis"):
+            said.append(self.backend.basis(self.problem))
+        return "; ".join(said) or "first choice for this device"
 
 
 class StrictError(RuntimeError):
@@ -149,8 +152,7 @@ def choose(problem: Problem) -> Choice:
         if not reasons:
             break
         refusals.append((name, reasons))
-    basis = getattr(backend, "basis", None)
-    choice = Choice(backend, tuple(refusals), basis(problem) if basis and not reasons else "")
+    choice = Choice(backend, tuple(refusals), None if reasons else problem)
     if reasons or (_strict and refusals and (name == "eager" or _forced)):
         raise StrictError(f"no preferred backend can compute {problem}: {choice.why()}")
     return choice

@@ -46,6 +46,13 @@ class Operands(NamedTuple):
         """With the weight as a matrix in x's dtype where it is stored in parts."""
         return self._replace(w=decode(self.spec, self.parts, self.x.dtype)) if self.spec else self
 
+    def factors(self) -> Factors:
+        """What ``call_of`` was given, less the bias that replaces a layer's own."""
+        return Factors(
+            A=self.A, B=self.B, G=self.G, a=self.a, d_in=self.d_in, d_out=self.d_out, s=self.s, h=self.h, p=self.p,
+            scale_bias=self.scale_bias, drop_base=self.drop_base, hadamard=self.hadamard,
+        )  # fmt: skip
+
     def kept(self, reads_x: bool, bias: bool) -> tuple[Tensor | None, ...]:
         """The tensors that backward reads, by their places; ``bias``: for its dtype alone, as its gradient's."""
         x, w, _, b, *rest = self[:TENSORS]

@@ -138,18 +138,23 @@ def _driver() -> str:
     return "unknown"
 
 
+@cache
+def _triton() -> str:
+    """Triton's version, from its metadata, which every new size of a call would read again."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
 def identity(device: torch.device) -> dict[str, str]:
     """What a record of this device holds for; a CPU's stands for Triton's interpreter on it."""
     on_gpu = device.type == "cuda"
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "none"
     return {
         "gpu": torch.cuda.get_device_name(device) if on_gpu else INTERPRETER,
         "driver": _driver() if on_gpu else "none",
         "torch": torch.__version__,
-        "triton": triton,
+        "triton": _triton(),
         "kernels": kernels_hash(),
     }
 

@@ -26,7 +26,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..core import dispatch, ops, records
-from ..core.factors import Factors
 from ..core.operands import Problem
 from ..model.explain import explain
 from . import isolated, selftest, timing
@@ -48,7 +47,6 @@ class Calibration:
 
     record: records.Record
     file: Path | None
-    problems: list[Problem]
     left: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -84,7 +82,7 @@ def calibrate(
     RuntimeError inside a CUDA graph's capture. A record that cannot be written is a UserWarning, and counts in this
     process.
     """
-    rows, device, problems = _asked(model, rows, seconds, dtype)
+    device, problems = _asked(model, rows, seconds, dtype)
     identity = records.identity(device)
     with _alone(records.cache_dir()):
         records.forget()  # another process may just have made it
@@ -92,7 +90,7 @@ def calibrate(
         if not todo:
             known = records.find(device)
             file = records.keep(known, Path(folder)) if folder else records.cache_dir() / known.name
-            return Calibration(known, file, problems)
+            return Calibration(known, file)
         made = records.Record(**identity, when=datetime.date.today().isoformat())
         session = _Session(made, todo, device, seconds, progress or (lambda done, of: None))
         with isolated.Pool(min(TESTERS, os.cpu_count() or 1)) if apart else nullcontext(_Here()) as pool:
@@ -109,28 +107,29 @@ def calibrate(
     known = records.find(device) or made
     for variant, why in made.failed.items():
         warnings.warn(f"{variant} is off on this {identity['gpu']}: its self-test failed: {why}", stacklevel=2)
-    return Calibration(known, file, problems, session.left)
+    return Calibration(known, file, session.left)
 
 
-def _asked(model: nn.Module, rows, seconds, dtype) -> tuple[tuple[int, ...], torch.device, list[Problem]]:
-    """Arguments checked: rows, the device, the distinct calls that training makes."""
+def _asked(model: nn.Module, rows, seconds, dtype) -> tuple[torch.device, list[Problem]]:
+    """Arguments checked: the device, and the distinct calls that training makes on it."""
     rows = tuple(rows) if isinstance(rows, (tuple, list)) else (rows,)
     if not rows or any(not isinstance(M, int) or isinstance(M, bool) or M < 1 for M in rows):
         raise ValueError(f"rows={rows!r} must be positive integers: tokens a step, batch times length")
     if not isinstance(seconds, (int, float)) or not seconds > 0:
         raise ValueError(f"seconds={seconds!r} must be a positive number")
     with _training(model):
-        calls = [(row.problem, M) for M in rows for row in explain(model, M, dtype) if row.problem is not None]
+        asked = (row.problem for M in rows for row in explain(model, M, dtype))
+        problems = list(dict.fromkeys(p for p in asked if p is not None))
     device = next((p.device for p in (*model.parameters(), *model.buffers()) if p.device.type == "cuda"), None)
     triton = dispatch.backends()["triton"]
     if device is None:
-        if triton.available() or not any(not triton.reasons(p) for p, _ in calls):
+        if triton.available() or not any(not triton.reasons(p) for p in problems):
             on = next((p.device for p in model.parameters()), "no device")
             raise ValueError(f"model is on {on}: calibrate measures a GPU; move the model with .to('cuda') first")
         device = torch.device("cpu")  # Triton's interpreter
     elif torch.cuda.is_current_stream_capturing():
         raise RuntimeError("calibrate cannot run while a CUDA graph is captured; call it before")
-    return rows, device, list(dict.fromkeys(p for p, _ in calls))
+    return device, problems
 
 
 @contextmanager
@@ -254,8 +253,7 @@ def step_of(p: Problem, device: torch.device, seed: int) -> Callable[[], object]
     o, dy = selftest.draw(p, device, seed)
     names = selftest.trained(o)
     leaves = {n: getattr(o, n).requires_grad_() for n in names}
-    low = {n: getattr(o, n) for n in ("A", "B", "G", "a", "d_in", "d_out")}
-    f = Factors(**low, s=o.s, h=o.h, p=o.p, scale_bias=o.scale_bias, drop_base=o.drop_base, hadamard=o.hadamard)
+    f = o.factors()
 
     def run() -> object:
         y = ops.linear(o.x, o.w, f, o.bias, o.c)

@@ -36,6 +36,9 @@ class Failure:
     fatal: bool = False
 
 
+LATE = Failure("out of time")  # the deadline cut the job short
+
+
 class Pool:
     """Processes that are kept from one ``run`` to the next; a context that ends them."""
 
@@ -144,7 +147,7 @@ class _Process:
             return answer
         self.over = True
         if short and not self.silent:
-            return Failure("out of time")
+            return LATE
         return Failure(f"its process {self._how()}", fatal=True)
 
     def _answer(self, end: float) -> bytes | None:
