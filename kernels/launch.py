@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Launch] | None = None
+_told = threading.local()
 _arch: tuple[int, int] | None = None
 
 
@@ -115,8 +117,25 @@ def submit(kernel, grid: tuple[int, ...], args: dict[str, Any], config: Config, 
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, config))
         return
+    compiled = start(kernel, grid, args, config, device)
+    if (listener := getattr(_told, "listener", None)) is not None:
+        listener(kernel, grid, args, config, compiled)
+
+
+def start(kernel, grid: tuple[int, ...], args: dict[str, Any], config: Config, device: torch.device):
+    """Start the kernel with just its arguments; what Triton compiled for them."""
     with on(device):
-        kernel[grid](**args, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+        return kernel[grid](**args, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+
+
+@contextmanager
+def listening(listener: Callable) -> Iterator[None]:
+    """Tell ``listener`` of every launch that this thread makes: kernel, grid, args, config, what Triton compiled."""
+    _told.listener = listener
+    try:
+        yield
+    finally:
+        _told.listener = None
 
 
 def on(device: torch.device):

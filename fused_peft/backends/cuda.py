@@ -145,6 +145,7 @@ def _inlines(r: int, mask, a, G, h: str, d_in) -> bool:
 class Cuda(base.Triton):
     name = "cuda"
     overlaps = True
+    replays = False  # csrc/ is called past ``launch``
 
     def available(self) -> list[str]:
         found, gpus = super().available(), range(torch.cuda.device_count()) if torch.cuda.is_available() else None

@@ -7,7 +7,7 @@ raises them in one message.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,6 +67,14 @@ _backends: dict[str, Backend] = {}
 _priority: dict[str, list[str]] = {}
 _forced: str | None = None
 _strict = False
+ON_CHANGE: list[Callable[[], object]] = []  # called when another backend may be chosen than before
+
+
+def changed() -> None:
+    """Forget what was chosen."""
+    choose.cache_clear()
+    for forget in ON_CHANGE:
+        forget()
 
 
 def register(backend: Backend, devices: tuple[str, ...] = ()) -> None:
@@ -74,7 +82,7 @@ def register(backend: Backend, devices: tuple[str, ...] = ()) -> None:
     _backends[backend.name] = backend
     for device in devices:
         _priority.setdefault(device, []).insert(0, backend.name)
-    choose.cache_clear()
+    changed()
 
 
 def unregister(name: str) -> None:
@@ -84,7 +92,7 @@ def unregister(name: str) -> None:
         _priority[device] = [n for n in names if n != name]
         if not _priority[device]:
             del _priority[device]
-    choose.cache_clear()
+    changed()
 
 
 def backends() -> dict[str, Backend]:
@@ -107,7 +115,7 @@ def set_backend(name: str | None) -> None:
     if name is not None and name not in _backends:
         raise ValueError(f"backend={name!r} is unknown; choose one of {sorted(_backends)} or None")
     _forced = name
-    choose.cache_clear()
+    changed()
 
 
 def forced() -> str | None:
@@ -132,7 +140,7 @@ def set_strict(strict: bool) -> None:
     if not isinstance(strict, bool):
         raise TypeError(f"strict={strict!r} must be True or False")
     _strict = strict
-    choose.cache_clear()
+    changed()
 
 
 @lru_cache(maxsize=4096)

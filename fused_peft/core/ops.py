@@ -23,10 +23,23 @@ from torch.compiler import is_compiling
 from . import eager
 from .dispatch import backend_for, is_eager
 from .dropout import keep_mask, new_seed
-from .factors import Factors
+from .factors import ACTIVATIONS, Factors
 from .frozen import Stored, decode
 from .operands import SCHEMA, TENSORS, Operands, call_of
 from .torch_internals import autocast_is_on, function_apply, tracing, transforming
+
+host: ModuleType | None = None  # csrc/replay.cpp, once ``backends.replay`` has loaded it
+ACTIVATION_NAMES = tuple(ACTIVATIONS)
+FORWARD, BACKWARD, NORM = range(3)  # kinds of calls that it replays
+
+
+def _replays(x: Tensor) -> bool:
+    return not (is_eager(x) or is_compiling() or transforming() or tracing())
+
+
+def tf32(x: Tensor) -> bool:
+    """Whether products of x may be taken in tf32; not allow_tf32: reading it raises once a user has set this."""
+    return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def on_dtensors() -> ModuleType:
@@ -69,6 +82,20 @@ def linear(
         return _scaled_linear(x, w, f, bias)
     p = f.p if training else 0.0
     seed = None if not p else new_seed(x.device) if seed is None else seed
+    if host is not None and not spec and _replays(x):
+        try:
+            numbers = (
+                f.s,
+                p,
+                ACTIVATION_NAMES.index(f.h),
+                f.scale_bias | f.drop_base << 1 | f.hadamard << 2 | tf32(x) << 3,
+            )
+            y = host.linear(x, w, c, bias, f.d_in, f.d_out, f.A, f.a, f.G, f.B, seed, *numbers)
+        except (RuntimeError, IndexError):
+            _check(x, w)
+            raise
+        if y is not None:
+            return y
     o = call_of(x, w, f, bias, c, seed, p, parts, spec)
     try:
         if transforming():
@@ -129,6 +156,10 @@ def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tens
         return torch.ops.fused_peft.row_norm(W, squared, A, B, s)
     if transforming():
         return eager.row_norm(W, squared, A, B, s)
+    if host is not None and _replays(W):
+        norm = host.norm(W, squared, A, B, s, tf32(W) << 3)
+        if norm is not None:
+            return norm
     with torch.no_grad():
         return _row_norm_op_body(W, squared, A, B, s)
 
@@ -255,7 +286,7 @@ def _reads(need: tuple[bool, ...], h: str, hadamard: bool) -> tuple[bool, bool]:
     return x, T
 
 
-_D_OUT = Operands._fields.index("d_out")
+D_OUT = Operands._fields.index("d_out")
 _C = Operands._fields.index("c")
 _BIAS = Operands._fields.index("bias")
 _NOT_TENSORS = (None,) * (len(Operands._fields) - TENSORS)
@@ -266,7 +297,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, backend, *operands):
         need = ctx.needs_input_grad[1 : TENSORS + 1]
         o = Operands(*operands)
-        y, T, z = backend.forward(o, need[_D_OUT])
+        y, T, z = backend.forward(o, need[D_OUT])
         read_x, read_T = _reads(need, o.h, o.hadamard)
         ctx.save_for_backward(*o.kept(read_x, need[_BIAS]), T if read_T else None, z, *o.parts)
         ctx.rest = (backend, need, operands[TENSORS + 1 :])

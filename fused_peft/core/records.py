@@ -265,8 +265,9 @@ def keep(record: Record, folder: Path | None = None) -> Path:
 
 def forget() -> None:
     """Read the records again when next asked, and choose anew."""
-    for cached in (_found, tiles, dispatch.choose, *ON_FORGET):
+    for cached in (_found, tiles, *ON_FORGET):
         cached.cache_clear()
+    dispatch.changed()
 
 
 ON_FORGET: list = []  # further caches of what follows from records
