@@ -15,14 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("standin.c")
+NAME = "libcuda.so.1"
 
 
 class StandIn:
     """The loaded library, and what it wrote down."""
 
     def __init__(self, folder: Path):
-        library = folder / "libcuda.so.1"
-        command = ["cc", "-shared", "-fPIC", "-O2", "-w", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(SOURCE)]
+        library = folder / NAME
+        command = ["cc", "-shared", "-fPIC", "-O2", "-w", f"-Wl,-soname,{NAME}", "-o", str(library), str(SOURCE)]
         subprocess.run(command, check=True)
         self.library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)  # what is opened by this name later is this
         self.library.standin_text.restype = ctypes.c_size_t

@@ -220,7 +220,7 @@ bool add(Key& key, const Tensor& t) {
     const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
     if (impl.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Negative,
                                                      c10::DispatchKey::Conjugate})) ||
-        t.layout() != at::kStrided)
+        t.layout() != at::kStrided || !(t.is_cuda() || t.is_cpu()))
         return false;
     const auto sizes = t.sizes(), strides = t.strides();
     const int64_t aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
@@ -258,9 +258,17 @@ Tensors in_python(Kind kind, const Key& key, bool make, const Tensors& inputs, c
     py::gil_scoped_acquire gil;
     py::list given;
     for (const Tensor& t : inputs) given.append(t.defined() ? py::cast(t) : py::none());
-    py::tuple answer = python(static_cast<int64_t>(kind), given, n.s, n.p, n.h, n.flags, n.backend, need, make);
+    py::tuple answer;
+    try {
+        answer = python(static_cast<int64_t>(kind), given, n.s, n.p, n.h, n.flags, n.backend, need, make);
+    } catch (py::error_already_set& e) {  // as autograd's threads carry what Python raises
+        e.restore();
+        python_error raised;
+        raised.persist();
+        throw raised;
+    }
     Tensors outputs;
-    for (py::handle t : answer[0]) outputs.push_back(t.is_none() ? Tensor() : py::cast<Tensor>(t));
+    for (py::handle t : py::list(answer[0])) outputs.push_back(t.is_none() ? Tensor() : py::cast<Tensor>(t));
     const Wanted w{py::cast<bool>(answer[2]), py::cast<bool>(answer[3]), py::cast<int64_t>(answer[4])};
     if (wanted) *wanted = w;
     std::lock_guard<std::mutex> lock(mutex);

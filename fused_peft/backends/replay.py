@@ -11,6 +11,7 @@ minute once, in the background; until it is there, and where it cannot be built,
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ from .triton import kernels
 
 SOURCE = source_dir("csrc") / "replay.cpp"
 DRIVER = "libcuda.so.1"
+PATIENCE = 300  # seconds: another process that builds it may have died
 
 without_plan: Counter[str] = Counter()  # reason -> classes of calls
 _module: types.ModuleType | None = None
@@ -61,14 +63,14 @@ def state() -> str:
         return f"off: {_failure}"
     if _module is not None:
         return "on"
-    return "being built" if _builder is not None else "built on the first call on a GPU"
+    return "being built, or read" if _builder is not None else "begins with the first call on a GPU"
 
 
 def start() -> None:
     """Build and load the library in the background, once; ``ops`` uses it as soon as it is there."""
     global _builder
     with _lock:
-        if _builder is None and wanted():
+        if _builder is None and wanted() and torch.cuda.is_available():
             _builder = threading.Thread(target=_load, name="fused_peft replay", daemon=True)
             _builder.start()
 
@@ -77,25 +79,26 @@ def ready() -> bool:
     """Build and load it, and wait for that; False where it cannot be, and ``state`` says why."""
     start()
     if _builder is not None:
-        _builder.join()
+        _builder.join(PATIENCE)
     return _module is not None
 
 
 def _load() -> None:
-    global _module, _failure
+    global _failure
     try:
-        module = _build()
-        module.open(DRIVER)
+        load(DRIVER)
     except Exception as e:  # whatever a compiler, a loader or a driver says: Python does without
         said = str(e).strip().splitlines() or [type(e).__name__]
         _failure = next((line for line in said if "error" in line.lower()), said[0])
-        return
-    use(module)
 
 
-def use(module: types.ModuleType) -> None:
-    """Replay calls with a library that was loaded."""
+def load(driver: str | None) -> None:
+    """Build and read the library, and replay calls with it, kernels through this driver; RuntimeError where it
+    cannot be."""
     global _module
+    module = _build()
+    if driver is not None:
+        module.open(driver)
     module.start(_answer)
     dispatch.ON_CHANGE.append(module.forget)
     _module, ops.host = module, module
@@ -107,7 +110,8 @@ def _build() -> types.ModuleType:
 
     if shutil.which("ninja") is None or not any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++")):
         raise RuntimeError("no C++ compiler and ninja on PATH; install g++ and pip install ninja")
-    return cpp_extension.load("fused_peft_replay", [str(SOURCE)], extra_cflags=["-O2", "-std=c++17"])
+    version = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
+    return cpp_extension.load(f"fused_peft_replay_{version}", [str(SOURCE)], extra_cflags=["-O2", "-std=c++17"])
 
 
 # ---- what Python computes, and the plan that it makes of it

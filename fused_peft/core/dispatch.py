@@ -68,6 +68,7 @@ _priority: dict[str, list[str]] = {}
 _forced: str | None = None
 _strict = False
 ON_CHANGE: list[Callable[[], object]] = []  # called when another backend may be chosen than before
+ON_GPU: list[Callable[[], object]] = []  # called when a call on a GPU is judged
 
 
 def changed() -> None:
@@ -147,6 +148,8 @@ def set_strict(strict: bool) -> None:
 def choose(problem: Problem) -> Choice:
     """The first backend that can compute the problem, less those that one after them beats. Strict mode does not count
     eager among those, and raises StrictError where only eager, or not the backend asked for, is left."""
+    for prepare in ON_GPU if problem.device == "cuda" else ():
+        prepare()
     names = _priority.get(problem.device, [])
     if _forced:
         names = [_forced, *names[names.index(_forced) + 1 :]] if _forced in names else [_forced]

@@ -149,6 +149,10 @@ def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tens
     Computed from squared, W Aᵀ and A Aᵀ in squared's dtype (fp32 or wider): nothing of W's shape is made (arXiv
     2402.09353, whose norm is not differentiated).
     """
+    if host is not None and not _distributed(W) and _replays(W):
+        norm = host.norm(W, squared, A, B, s, tf32(W) << 3)
+        if norm is not None:
+            return norm
     A, B = A.detach(), B.detach()
     if _distributed(W):
         return on_dtensors().row_norm(W, squared, A, B, s)
@@ -156,10 +160,6 @@ def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tens
         return torch.ops.fused_peft.row_norm(W, squared, A, B, s)
     if transforming():
         return eager.row_norm(W, squared, A, B, s)
-    if host is not None and _replays(W):
-        norm = host.norm(W, squared, A, B, s, tf32(W) << 3)
-        if norm is not None:
-            return norm
     with torch.no_grad():
         return _row_norm_op_body(W, squared, A, B, s)
 

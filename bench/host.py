@@ -1,0 +1,106 @@
+"""Host time of a layer's forward and backward on a stand-in for the CUDA driver (``standin``): what the CPU does until
+every launch is made, one thread. No GPU is needed, and none takes part.
+
+    python bench/host.py --out bench/results/cpu
+
+Ours: 128 x 128 x 128, r = 16, bf16, adapters in fp32, every launch that an H100 would get; with calls replayed, and
+through Python alone. HF PEFT's layer, and the frozen one: 4 x 16 x 16, r = 2, where PyTorch's CPU kernels stand for
+launches. Contenders in turn, a sample is CALLS calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import standin
+
+standin.install()
+
+import tables
+import torch
+from baselines import Shape, config, has_peer, peft_layer
+from clock import environment, spread
+from torch import nn
+
+import fused_peft as fp
+from fused_peft.backends import replay
+from fused_peft.core import ops
+
+METHODS = ("lora", "lora+dropout", "dora", "dora+dropout", "ssb", "ia3")
+FULL, TINY, CALLS = Shape(128, 128, 128, 16), Shape(4, 16, 16, 2), 100
+
+
+def base(shape: Shape) -> nn.Linear:
+    return nn.Linear(shape.K, shape.N, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+
+
+def contenders(method: str) -> dict[str, tuple[nn.Module, Shape, bool]]:
+    """{name: layer, its shape, whether calls are replayed}."""
+    mine = fp.PeftLinear.from_linear(base(FULL), config(method, FULL.r))
+    found = {"frozen": (base(TINY), TINY, False), "ours": (mine, FULL, True), "python": (mine, FULL, False)}
+    if has_peer(method):
+        found["peft"] = peft_layer(method, base(TINY), TINY.r).train(), TINY, False
+        model = nn.Sequential(peft_layer(method, base(FULL), FULL.r).train())
+        fp.accelerate(model)
+        found["accelerated"] = model[0], FULL, True
+    return found
+
+
+def microseconds(run: Callable[[], object]) -> float:
+    run()
+    start = time.thread_time()
+    for _ in range(CALLS):
+        run()
+    return 1e6 * (time.thread_time() - start) / CALLS
+
+
+def steps(layer: nn.Module, shape: Shape) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Forward, and the backward of one forward."""
+    x = torch.zeros(shape.M, shape.K, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.zeros(shape.M, shape.N, dtype=torch.bfloat16)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    for _ in range(3):  # a plan is made the second time
+        y = layer(x)
+        torch.autograd.grad(y, wanted, dy, retain_graph=True)
+    return lambda: layer(x), lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
+
+
+def measured(method: str, rounds: int) -> list[dict]:
+    fp.set_backend("triton")
+    module, runs, times = ops.host, {}, {}
+    for name, (layer, shape, replayed) in contenders(method).items():
+        ops.host = module if replayed else None
+        runs[name] = steps(layer, shape), replayed
+    for _ in range(rounds):
+        for name, (both, replayed) in runs.items():
+            ops.host = module if replayed else None
+            for step, run in zip(("forward", "backward"), both, strict=True):
+                times.setdefault((name, step), []).append(microseconds(run))
+    ops.host = module
+    return [
+        {"method": method, "contender": name, "step": step, **spread("us", values, 1), **environment()}
+        for (name, step), values in times.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    replay.load(standin.NAME)
+    rows = []
+    for method in args.methods:
+        rows += measured(method, args.rounds)
+        for r in (r for r in rows if r["method"] == method):
+            print(f"{method:<14}{r['contender']:<12}{r['step']:<9}{r['us_p50']:7.1f} µs", flush=True)
+    tables.write(args.out and args.out / "host.csv", rows)
+
+
+if __name__ == "__main__":
+    main()

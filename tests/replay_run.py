@@ -1,0 +1,79 @@
+"""A process of its own, on a stand-in for the CUDA driver: each call is launched by Triton and by csrc/replay.cpp, and
+what the driver gets is compared byte for byte. Prints one JSON line a case."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent.parent / "bench"), str(Path(__file__).parent)]
+import standin
+
+driver = standin.install()
+
+import torch
+from cases import CASES, Shape
+from oracle import build
+
+import fused_peft as fp
+from fused_peft.backends import replay
+from fused_peft.backends.triton import kernels
+from fused_peft.core import ops
+
+SHAPES = Shape((3, 64), 256, 320, 16), Shape((24,), 200, 136, 8)  # through TMA, and not
+launch, from_python = kernels().launch, []
+start = launch.start
+
+
+def watched(*args):
+    compiled = start(*args)
+    driver.layout(compiled.function, replay.parameter_sizes(compiled.asm["ptx"]))
+    from_python.append(args[0].__name__)
+    return compiled
+
+
+def told(launches, tensors):
+    """Launches with each pointer as the tensor that it points into, since what is made on the way lies elsewhere."""
+
+    def place(data: bytes):
+        at = int.from_bytes(data[:8], "little")
+        for i, t in enumerate(tensors):
+            if t.data_ptr() <= at < t.data_ptr() + t.nbytes:
+                return i, at - t.data_ptr(), data[8:].hex()
+        return "made" if at > 1 << 32 else at, data[8:].hex()
+
+    return [
+        (function, shape, shared, [place(p) if len(p) in (8, 128) else p.hex() for p in parameters])
+        for function, shape, shared, parameters in launches
+    ]
+
+
+def compared(case, shape):
+    fp.set_backend(None)
+    layer = build(case, shape, dtype=torch.bfloat16)
+    fp.set_backend("triton")
+    x = torch.randn(*shape.lead, shape.K, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(*shape.lead, shape.N, dtype=torch.bfloat16)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+
+    def step(host):
+        ops.host = host
+        from_python.clear()
+        torch.manual_seed(0)
+        with driver.launches() as found:
+            torch.autograd.grad(layer(x), wanted, dy, allow_unused=True)
+        return told(found, [x, dy, *layer.parameters(), *layer.buffers()])
+
+    module, _ = ops.host, step(None)
+    triton = step(None)
+    step(module), step(module)
+    ours = step(module)
+    return {"launches": len(ours), "equal": triton == ours, "from Python": len(from_python)}
+
+
+replay.load(standin.NAME)
+launch.start = watched
+for case in CASES:
+    if case.name in sys.argv[1:]:
+        for shape in SHAPES:
+            print(json.dumps({"case": f"{case.name} {shape}", **compared(case, shape)}), flush=True)
+print(json.dumps({"without plan": dict(replay.without_plan)}))
