@@ -16,9 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import standin
-
-standin.install()
-
 import tables
 import torch
 from baselines import Shape, config, has_peer, peft_layer
@@ -93,6 +90,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    standin.install()
     replay.load(standin.NAME)
     rows = []
     for method in args.methods:

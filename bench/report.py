@@ -200,6 +200,17 @@ def choices() -> str:
     return markdown(["predicted: chosen (eager, HF PEFT)", *(f"M = {M}" for M in shown)], body)
 
 
+def host() -> str:
+    """Host time on a stand-in for the CUDA driver, forward + backward."""
+    found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for r in rows("cpu/host.csv"):
+        found[r["method"]][r["contender"]].append(f"{float(r['us_p50']):.0f}")
+    shown = {"ours": "ours", "accelerated": "PEFT accelerated", "peft": "HF PEFT", "python": "ours, not replayed"}
+    cell = lambda each: " + ".join(each) if each else "–"  # noqa: E731
+    body = [[m, *(cell(found[m][who]) for who in shown)] for m in found]
+    return markdown(["µs, forward + backward", *shown.values()], body)
+
+
 def mpc() -> str:
     body = [[r["step"], r["ms_p50"], r["percent_of_the_model_p50"]] for r in rows("cpu/mpc.csv")]
     return markdown(["forward + backward", "milliseconds", "% of the model"], body)
@@ -247,6 +258,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "estimate": estimate,
     "first": first,
     "gpu": gpu,
+    "host": host,
     "init": init,
     "law": law,
     "memory": memory,

@@ -45,7 +45,7 @@ from fused_peft.core import dispatch
 from fused_peft.core.operands import Problem
 
 GEMM, FP32, MEMORY = 790e12, 54e12, 4.3e12  # FLOP/s achieved in bf16, and in fp32 without tf32; bytes/s
-CALLS = {"eager": rates.CALL, "peft": 100e-6, "frozen": 20e-6}  # seconds of host time beside the launches
+IN_PYTHON = {"peft": 100e-6, "frozen": 20e-6}  # seconds of host time beside the launches
 ARCH = (9, 0)
 ROWS, RANKS = (1, 16, 128, 1024, 8192), (8, 16, 64, 256)
 WIDTHS = ((4096, 4096), (4096, 14336), (14336, 4096), (1024, 1024))  # K, N
@@ -256,7 +256,7 @@ def waited(who: str, method: str, shape: Shape, slowed: bool = False) -> float:
     """Predicted seconds of forward and backward: the GPU's or the host's, whichever are more."""
     launches = schedule(who, method, shape, True)
     share = lambda x: rates.SHARE if slowed and x.name in ("gemm_lowrank", "gemm_lowrank_tma") else 1  # noqa: E731
-    host = rates.HOST if who in ON_PAPER else CALLS[who] + rates.LAUNCH * len(launches)
+    host = IN_PYTHON[who] + rates.PLAIN[1] * len(launches) if who in IN_PYTHON else rates.host(len(launches))
     return max(host, sum(x.seconds / share(x) for x in launches))
 
 

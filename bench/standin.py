@@ -14,6 +14,12 @@ import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver
+
+from fused_peft.backends import triton as base
+
 SOURCE = Path(__file__).with_name("standin.c")
 NAME = "libcuda.so.1"
 
@@ -59,9 +65,6 @@ def install(arch: tuple[int, int] = (9, 0)) -> StandIn:
     folder = Path(tempfile.mkdtemp(prefix="standin-"))
     stand_in = StandIn(folder)
     os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia import driver
 
     class Driver(driver.CudaDriver):
         def __init__(self):
@@ -80,8 +83,6 @@ def install(arch: tuple[int, int] = (9, 0)) -> StandIn:
             raise RuntimeError("no kernel of this library takes scratch memory")
 
     triton.runtime.driver.set_active(Driver())
-    from fused_peft.backends import triton as base
-
     base.Triton.available = lambda self: []
     base.Triton.reasons = lambda self, problem: []
     base.kernels().launch._arch = arch

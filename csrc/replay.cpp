@@ -166,7 +166,8 @@ Tensors run(const Plan& plan, const Tensors& inputs) {
         if (t.defined() && (on = &t)) break;
     if (on && on->is_cuda()) {
         guard.reset_device(on->device());
-        stream = c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getStream(on->device()).native_handle();
+        const c10::impl::VirtualGuardImpl of_device(c10::DeviceType::CUDA);
+        stream = of_device.getStreamNativeHandle(of_device.getStream(on->device()));
     }
     Tensors slots(inputs);
     slots.resize(plan.slots);
@@ -245,7 +246,7 @@ Found look_up(const Key& key) {
     return {c.plan, ++c.seen == 2, c.wanted};
 }
 
-enum Kind : int64_t { FORWARD, BACKWARD, NORM };
+enum Kind : int64_t { FORWARD, BACKWARD, NORM };  // of core.ops; of others nothing is known here
 
 struct Numbers {  // the operands that are no tensors
     double s = 1, p = 0;
@@ -344,10 +345,13 @@ struct Linear : torch::autograd::Function<Linear> {
             if (key_of(key, BACKWARD, inputs, n, need)) found = look_up(key);
             found_grads = found.plan ? run(*found.plan, inputs) : in_python(BACKWARD, key, found.make, inputs, n, need);
         }
-        if (twice)
+        if (twice) {  // only what requires a gradient gets the node that raises
+            for (Tensor& t : found_grads)
+                if (t.defined()) t = t.detach().set_requires_grad(true);
             found_grads = torch::autograd::DelayedError(
                 "trying to differentiate twice a function that was marked with @once_differentiable",
                 static_cast<int64_t>(found_grads.size()))(std::move(found_grads));
+        }
         Tensors results;
         for (size_t i = 0; i < OPERANDS; ++i)
             if (there >> i & 1) results.push_back(std::move(found_grads[i]));
@@ -404,6 +408,22 @@ PyObject* norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Tensors made = found.plan ? run(*found.plan, inputs) : in_python(NORM, key, found.make, inputs, n, {});
     return THPVariable_Wrap(made[0]);
     END_HANDLE_TH_ERRORS
+}
+
+// What an op of torch.compile's graphs returns, or None where Python must do it.
+py::object run_op(int64_t kind, const std::vector<c10::optional<Tensor>>& tensors, double s, double p, int64_t h, int64_t flags,
+                  const std::vector<bool>& need) {
+    Tensors inputs;
+    for (const auto& t : tensors) inputs.push_back(t ? *t : Tensor());
+    const Numbers n{s, p, h, flags, 0};
+    at::NoGradGuard no_grad;
+    Key key;
+    if (!key_of(key, static_cast<Kind>(kind), inputs, n, need)) return py::none();
+    const Found found = look_up(key);
+    Tensors made = found.plan ? run(*found.plan, inputs) : in_python(static_cast<Kind>(kind), key, found.make, inputs, n, need);
+    py::list outputs;
+    for (const Tensor& t : made) outputs.append(t.defined() ? py::cast(t) : py::none());
+    return outputs;
 }
 
 // ---- how Python builds a plan
@@ -525,6 +545,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         std::lock_guard<std::mutex> lock(mutex);
         classes.clear();
     });
+    m.def("run", run_op);
     m.def("known", [] {  // classes seen, and those with a plan
         std::lock_guard<std::mutex> lock(mutex);
         size_t plans = 0;

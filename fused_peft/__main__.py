@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
+from .backends import replay
 from .core import dispatch, records
 from .methods import METHODS
 from .model.layer import PeftLinear
@@ -49,7 +50,7 @@ def info() -> int:
         if hasattr(backend, "standing"):
             devices += f"; {backend.standing()}"
         print(f"backend      {name}: {'; '.join(reasons) if reasons else 'available'} ({devices})")
-    print()
+    print(f"replay       {replay.state()}\n")
     for i in range(torch.cuda.device_count()):
         known = records.find(torch.device("cuda", i))
         said = "none for this GPU, and which GEMM runs is predicted; python -m fused_peft calibrate makes one"

@@ -3,13 +3,8 @@ what the driver gets is compared byte for byte. Prints one JSON line a case."""
 
 import json
 import sys
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent.parent / "bench"), str(Path(__file__).parent)]
 import standin
-
-driver = standin.install()
-
 import torch
 from cases import CASES, Shape
 from oracle import build
@@ -20,6 +15,7 @@ from fused_peft.backends.triton import kernels
 from fused_peft.core import ops
 
 SHAPES = Shape((3, 64), 256, 320, 16), Shape((24,), 200, 136, 8)  # through TMA, and not
+driver = standin.install()
 launch, from_python = kernels().launch, []
 start = launch.start
 

@@ -106,7 +106,9 @@ def test_the_choice_where_nothing_was_measured(changes, fused):
         ({"hadamard": True, "M": 1024}, False),
     ],
 )
-def test_plain_pytorch_where_the_host_is_what_a_call_waits_for(changes, eager):
+def test_plain_pytorch_where_the_host_is_what_a_call_waits_for(changes, eager, monkeypatch):
+    """Where calls cannot be replayed, so that each launch goes through Python."""
+    monkeypatch.setattr(rates, "replayed", lambda: False)
     problem = PROBLEM.__class__(**{**PROBLEM.__dict__, **changes})
     assert (rates.slower_than_eager(problem) is not None) == eager
 
@@ -132,7 +134,7 @@ def test_dispatch_prefers_it_and_says_why(monkeypatch, record):
 
 # up to how many rows HF PEFT is predicted ahead by more than 3 %, for want of host time: of a mask, which eager takes
 # fifty operations for, or of our launches
-BEHIND_PEFT = {"lora+dropout": 2048, "dora+dropout": 1024, "liera": 1024, "dora": 1, "ia3": 2048}
+BEHIND_PEFT = {}
 
 
 @pytest.mark.parametrize("method", TIMED)

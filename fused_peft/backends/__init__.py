@@ -1,7 +1,7 @@
 """Backends compute the expression of ``core.factors``; they never name a method. Eager, the definition, is in core."""
 
 from ..core import dispatch
-from . import replay
+from . import rates, replay
 from .cublas import Cublas
 from .cuda import Cuda
 from .triton import Triton
@@ -9,4 +9,5 @@ from .triton import Triton
 for backend in (Cublas(), Triton(), Cuda()):  # each before those registered earlier
     dispatch.register(backend, ("cuda",))
 dispatch.ON_GPU.append(replay.start)
+rates.replayed = replay.expected
 dispatch.set_backend_from_environment()

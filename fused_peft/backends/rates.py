@@ -11,6 +11,8 @@ this library on a GPU. Inside a CUDA graph the host does not count, and this mod
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..core.operands import Problem
@@ -23,8 +25,18 @@ RATES = {
 SHARE, SHARE_FP32 = 0.85, 0.4  # Triton's GEMM, of cuBLAS's rate
 FEW_ROWS = 64  # up to which Triton's, without split-K, leaves most processors idle
 TIE = 1.03  # up to here the fused kernel runs
-HOST = 410e-6  # seconds of host time of a LoRA layer's forward and backward through our launches
-CALL, LAUNCH = 60e-6, 6e-6  # of plain PyTorch's: a call each way through autograd, and each of its launches
+OURS = 8  # launches of a fused call, forward and backward, or fewer
+# seconds of the host: a call each way through autograd, and each launch; replayed (csrc/replay.cpp), and in Python
+REPLAYED, PLAIN = (50e-6, 4e-6), (60e-6, 6e-6)
+IN_PYTHON = 410e-6  # a fused call each way, through Triton's launcher
+replayed: Callable[[], bool] = lambda: True  # noqa: E731  whether calls are; the package replaces this function
+
+
+def host(launches: int | None = None) -> float:
+    """Seconds of the host for forward and backward of a fused call, or of plain PyTorch's with so many launches."""
+    if not replayed():
+        return IN_PYTHON if launches is None else PLAIN[0] + PLAIN[1] * launches
+    return REPLAYED[0] + REPLAYED[1] * (OURS if launches is None else launches)
 
 
 def rates(arch: tuple[int, int]) -> tuple[float, float, float]:
@@ -83,7 +95,7 @@ def slower_than_eager(problem: Problem) -> str | None:
     if "w" not in problem.present or problem.device != "cuda":
         return None
     *ours, eager = seconds(problem)
-    fused, plain = max(HOST, min(ours)), max(CALL + LAUNCH * eager_passes(problem)[1], eager)
+    fused, plain = max(host(), min(ours)), max(host(eager_passes(problem)[1]), eager)
     if fused <= TIE * plain:
         return None
     return f"predicted to take {fused / plain:.2f} times as long as plain PyTorch, whose host time is less"

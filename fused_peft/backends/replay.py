@@ -24,12 +24,12 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core import dispatch, ops
-from ..core.operands import TENSORS, Operands
-from ..core.ops import ACTIVATION_NAMES, FORWARD, NORM
+from ..core import dispatch, ops, records
+from ..core.operands import TENSORS, Operands, Problem
+from ..core.ops import ACTIVATION_NAMES, FORWARD, NORM, OP_BACKWARD, OP_FORWARD
 from ..core.paths import source_dir
+from ..core.torch_internals import TorchDispatchMode
 from .triton import kernels
 
 SOURCE = source_dir("csrc") / "replay.cpp"
@@ -48,6 +48,11 @@ class NoPlan(Exception):
 
 
 # ---- building and loading
+
+
+def expected() -> bool:
+    """Whether calls on a GPU are replayed, or will be once the library is built."""
+    return wanted() and _failure is None
 
 
 def wanted() -> bool:
@@ -128,7 +133,7 @@ def _answer(kind, tensors, s, p, h, flags, place, need, make):
         mine = [None if t is None else t.detach() for t in tensors]
     with torch.no_grad():
         backend, compute = _prepared(kind, mine, numbers, place, tuple(need))
-        outputs, plan = _watched(backend, compute, mine) if make else (compute(), None)
+        outputs, plan = _watched(backend, compute, mine, _failed(kind, mine, numbers)) if make else (compute(), None)
     if backend not in _chosen:
         _chosen.append(backend)
     reads = ops._reads(tuple(need), numbers[2], numbers[5]) if kind == FORWARD else (False, False)
@@ -141,13 +146,28 @@ def _prepared(kind, tensors, numbers, place, need) -> tuple[dispatch.Backend, Ca
         W, squared, A, B = tensors
         backend = dispatch.backend_for(Operands(x=W, A=A, B=B, s=numbers[0]))
         return backend, lambda: [_settled(W, backend.row_norm, W, squared, A, B, numbers[0])]
-    if kind == FORWARD:
+    if kind in (FORWARD, OP_FORWARD):
         o = Operands(*tensors, (), *numbers)
         backend = dispatch.backend_for(o)
+        if kind == OP_FORWARD:
+            return backend, lambda: ops.op_forward(backend, o, need[0])
         return backend, lambda: backend.forward(o, need[ops.D_OUT])
     *operands, T, z, dy = tensors
-    backend, o = _chosen[place], Operands(*operands, (), *numbers)
+    o = Operands(*operands, (), *numbers)
+    if kind == OP_BACKWARD:
+        backend = ops.op_backward_backend(dy, o, need)
+        return backend, lambda: ops.op_backward(backend, dy, o, T, z, need)
+    backend = _chosen[place]
     return backend, lambda: _settled(dy, backend.backward, dy, o, T, z, need)
+
+
+def _failed(kind, tensors, numbers) -> str | None:
+    """Why such calls are not replayed on this GPU: their self-test failed."""
+    if kind == NORM:
+        return None
+    if kind not in (FORWARD, OP_FORWARD):  # dy, with as many rows, for an x that was not kept
+        tensors = [tensors[-1], *tensors[1:TENSORS]]
+    return records.failed(Problem.of(Operands(*tensors, (), *numbers)), "replay")
 
 
 def _settled(t: Tensor, function: Callable, *args):
@@ -156,10 +176,13 @@ def _settled(t: Tensor, function: Callable, *args):
         return function(*args)
 
 
-def _watched(backend, compute, inputs):
+def _watched(backend, compute, inputs, why: str | None):
     """What is computed, and its plan or None."""
     if not getattr(backend, "replays", True):
         without_plan[f"the {backend.name} backend starts kernels that cannot be watched"] += 1
+        return compute(), None
+    if why:
+        without_plan[why] += 1
         return compute(), None
     recorder = Recorder(_module, inputs)
     with recorder:

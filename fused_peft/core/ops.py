@@ -30,7 +30,7 @@ from .torch_internals import autocast_is_on, function_apply, tracing, transformi
 
 host: ModuleType | None = None  # csrc/replay.cpp, once ``backends.replay`` has loaded it
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
-FORWARD, BACKWARD, NORM = range(3)  # kinds of calls that it replays
+FORWARD, BACKWARD, NORM, OP_FORWARD, OP_BACKWARD = range(5)  # kinds of calls that it replays
 
 
 def _replays(x: Tensor) -> bool:
@@ -40,6 +40,11 @@ def _replays(x: Tensor) -> bool:
 def tf32(x: Tensor) -> bool:
     """Whether products of x may be taken in tf32; not allow_tf32: reading it raises once a user has set this."""
     return x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def flags(f: Factors | Operands, x: Tensor) -> int:
+    """What a call says with yes and no, as bits."""
+    return f.scale_bias | f.drop_base << 1 | f.hadamard << 2 | tf32(x) << 3
 
 
 def on_dtensors() -> ModuleType:
@@ -333,13 +338,24 @@ _apply = function_apply(_Linear)
 )
 def _linear_op(*args):
     *operands, keep_z = args
-    o = Operands(*operands)
-    whole = o.decoded()
-    y, T, z = backend_for(whole).forward(whole, keep_z)
+    o = Operands(*operands).decoded()
+    return tuple(_replayed(o.x, OP_FORWARD, o, (), (keep_z,)) or op_forward(backend_for(o), o, keep_z))
+
+
+def op_forward(backend, o: Operands, keep_z: bool) -> list[Tensor]:
+    """y, T and z of the functional op: tensors all, which share no memory."""
+    y, T, z = backend.forward(o, keep_z)
     if z is not None and z.data_ptr() in (y.data_ptr(), 0 if o.c is None else o.c.data_ptr()):
         z = z.clone()
     nothing = o.x.new_empty(0)
-    return y, nothing if T is None else T, nothing.clone() if z is None else z
+    return [y, nothing if T is None else T, nothing.clone() if z is None else z]
+
+
+def _replayed(x: Tensor, kind: int, o: Operands, more: tuple[Tensor | None, ...], need) -> list[Tensor] | None:
+    """What the op returns, where calls on x are replayed."""
+    if host is None or is_eager(x):
+        return None
+    return host.run(kind, [*o[:TENSORS], *more], o.s, o.p, ACTIVATION_NAMES.index(o.h), flags(o, x), list(need))
 
 
 @_linear_op.register_fake
@@ -362,12 +378,23 @@ def _linear_backward_op(dy, *args):
     o = Operands(*operands)
     if o.spec:
         o = o._replace(w=decode(o.spec, o.parts, dy.dtype))
-    # x and c need not be kept; dy stands in for what a Problem reads of them
+    grads = _replayed(dy, OP_BACKWARD, o, (T, z, dy), need)
+    if grads is None:
+        grads = op_backward(op_backward_backend(dy, o, need), dy, o, T, z, need)
+    return [g for g in grads if g is not None]
+
+
+def op_backward_backend(dy: Tensor, o: Operands, need: Sequence[bool]):
+    """The backend of the op's backward; x and c need not be kept: dy stands in for what a Problem reads of them."""
     behind = o.w is None or need[_C]
-    backend = backend_for(o._replace(x=dy if o.x is None else o.x, c=dy if behind else None))
+    return backend_for(o._replace(x=dy if o.x is None else o.x, c=dy if behind else None))
+
+
+def op_backward(backend, dy: Tensor, o: Operands, T, z, need: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients that share no memory, as a functional op must return them; a backend may return parts of a buffer."""
     grads = backend.backward(dy, o, T, z, tuple(need))
-    # a functional op's results share no memory, and a backend may return parts of one buffer
-    return [g.contiguous() if g.untyped_storage().nbytes() == g.nbytes else g.clone() for g in grads if g is not None]
+    parts = lambda g: g is not None and g.untyped_storage().nbytes() != g.nbytes  # noqa: E731
+    return [g.clone() if parts(g) else g if g is None else g.contiguous() for g in grads]
 
 
 @_linear_backward_op.register_fake

@@ -115,7 +115,7 @@ def kernels_hash() -> str:
     """Of what computes: the Triton kernels, csrc/ and the backends that call them."""
     digest = hashlib.sha256()
     folders = [(PACKAGE / "backends", "*.py")]
-    for name, pattern in (("kernels", "*.py"), ("csrc", "*.cuh")):
+    for name, pattern in (("kernels", "*.py"), ("csrc", "*.cuh"), ("csrc", "*.cpp")):
         with suppress(FileNotFoundError):
             folders.append((source_dir(name), pattern))
     for folder, pattern in folders:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,10 @@ except ImportError:
     def is_traceable_wrapper_subclass(t: object) -> bool:
         """Whether a tensor is of a class that wraps others."""
         return isinstance(t, Tensor) and hasattr(t, "__tensor_flatten__")
+
+
+# Sees every operation that PyTorch's dispatcher runs, below autograd
+TorchDispatchMode: type = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
 
 
 def function_apply(function: type[torch.autograd.Function]) -> Callable:

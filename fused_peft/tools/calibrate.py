@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..backends import replay
 from ..core import dispatch, ops, records
 from ..core.operands import Problem
 from ..model.explain import explain
@@ -172,6 +173,8 @@ class _Session:
     def __init__(self, made: records.Record, problems: list[Problem], device: torch.device, seconds: float, progress):
         self.made, self.device, self.seconds, self.left = made, device, seconds, []
         self.tests = [(name, p, device) for p in problems for name in _candidates(p) if name != "eager"]
+        if device.type == "cuda" and replay.expected():
+            self.tests += [("replay", p, device) for p in problems]
         self.passing: dict[Problem, list[str]] = {p: [] for p in problems}
         self.begin, self.done, self.total = time.time(), 0, len(self.tests) + len(problems)
         self.progress = progress
@@ -185,7 +188,7 @@ class _Session:
         for (name, p, _), why in self._answers(pool, "test", self.tests, TESTING, TESTERS, "self-tests"):
             variant = records.variant(name, p)
             if why is None:
-                self.passing[p].append(name)
+                self.passing[p] += [name] if name in records.ORDER else []
                 self.made.passed.append(variant)
             elif isinstance(why, Failure) and not why.fatal:  # the test itself, memory most often
                 self.left.append(f"{name} on {_sizes(p)}: {why.why}")
@@ -235,12 +238,15 @@ class _Here:
 
 
 def usable(device: torch.device) -> None:
-    """Whether a process can allocate on the device; raises what CUDA says."""
+    """Whether a process can allocate on the device, for which it raises what CUDA says; with calls replayed, if they
+    can be."""
     torch.zeros(1, device=device)
+    replay.ready()
 
 
 def test(name: str, p: Problem, device: torch.device) -> str | None:
     """``selftest.failure``; leaves no memory behind."""
+    replay.ready()
     try:
         return selftest.failure(name, p, device)
     finally:
@@ -264,6 +270,7 @@ def step_of(p: Problem, device: torch.device, seed: int) -> Callable[[], object]
 
 def timed(p: Problem, names: list[str], device: torch.device) -> dict[str, float]:
     """{backend: seconds} of a call's forward and backward, the median of rounds in which each has its turn."""
+    replay.ready()
     size = p.dtype.itemsize * (p.M * (p.K + p.N) + p.N * p.K)
     runs = [step_of(p, device, seed) for seed in range(timing.copies_of(size, device))]
     before = dispatch.forced()

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import dispatch
+from ..core import dispatch, ops
 from ..core.dropout import keep_mask, new_seed
 from ..core.operands import TENSORS, Operands, Problem
 from . import verify
@@ -127,6 +127,28 @@ def _norms(backend: dispatch.Backend, p: Problem, device: torch.device) -> str |
     return None if worst <= NORM_LIMIT else f"the norm of rows is off by {error:.1e}"
 
 
+def _replayed(p: Problem, device: torch.device) -> str | None:
+    """Where a call that is replayed differs, in any bit, from the same one through Python, whichever backend it is
+    computed by; None also where nothing is replayed."""
+    o, dy = draw(p, device)
+    leaves = [getattr(o, n).requires_grad_() for n in trained(o)]
+
+    def step() -> list[Tensor]:
+        y = ops.linear(o.x, o.w, o.factors(), o.bias, o.c, seed=o.seed)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    for name, backend in dispatch.backends().items():
+        with dispatch.forcing(name):
+            if backend.available() or backend.reasons(p):
+                continue
+            first = step()
+            for _ in range(3):  # seen, made a plan of, replayed
+                for what, got, right in zip(("y", *trained(o)), step(), first, strict=True):
+                    if not torch.equal(got, right):
+                        return f"{what} replayed is not {what} through Python ({name})"
+    return None
+
+
 def shapes(p: Problem, many: bool) -> list[Problem]:
     """The problem itself, then sizes at which no tile is full, on few rows and on more, since which kernels run depends
     on the rows; ``many``: on as many as only a GPU computes in no time, too."""
@@ -141,6 +163,8 @@ def failure(name: str, p: Problem, device: torch.device) -> str | None:
     """Why backend ``name`` must not compute calls like p on this device; None when every result is right, on p's sizes
     and on odd ones. What a kernel raises is a failure too; OutOfMemoryError is raised, since it says nothing about it.
     """
+    if name == "replay":
+        return _replayed(p, device)
     backend = dispatch.backends()[name]
     for number, shape in enumerate(shapes(p, device.type == "cuda")):
         with dispatch.forcing(name):  # that it was not tested yet is no reason here
