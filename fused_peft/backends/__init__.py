@@ -3,8 +3,9 @@
 from ..core import dispatch
 from .cublas import Cublas
 from .cuda import Cuda
+from .gluon import Gluon
 from .triton import Triton
 
-for backend in (Cublas(), Triton(), Cuda()):  # each before those registered earlier
+for backend in (Cublas(), Triton(), Gluon(), Cuda()):  # each before those registered earlier
     dispatch.register(backend, ("cuda",))
 dispatch.set_backend_from_environment()
