@@ -104,21 +104,22 @@ def _put(desc, value, m, n, buffer):
 
 
 @gluon.jit
-def _emit(part, y_desc, z_desc, m, n, N, d_out_ptr, bias_ptr, first, second, BIAS_INSIDE: gl.constexpr):
-    """z and y of one piece of columns. Buffers alternate: first and second with z, else first alone."""
+def _emit(part, i, y_desc, z_desc, m, n, N, d_out_ptr, bias_ptr, outs, BIAS_INSIDE: gl.constexpr):
+    """z and y of the i-th piece of columns, each through the other buffer than the one before."""
+    n += i * part.shape[1]
     col = n + gl.arange(0, part.shape[1], gl.SliceLayout(0, part.type.layout))
     if bias_ptr is not None:
         bias = gl.expand_dims(gl.load(bias_ptr + col, mask=col < N, other=0.0).to(gl.float32), 0)
         if BIAS_INSIDE:
             part += bias
     if z_desc is not None:
-        _put(z_desc, part, m, n, second)
+        _put(z_desc, part, m, n, outs.index(0))
     if d_out_ptr is not None:
         part *= gl.expand_dims(gl.load(d_out_ptr + col, mask=col < N, other=0.0).to(gl.float32), 0)
     if bias_ptr is not None:
         if not BIAS_INSIDE:
             part += bias
-    _put(y_desc, part, m, n, first)
+    _put(y_desc, part, m, n, outs.index(i % 2 if z_desc is None else 1))
 
 
 @gluon.jit
@@ -129,7 +130,6 @@ def _consume(
 ):  # fmt: skip
     """Rows I·BM/2 on of every tile."""
     ROWS: gl.constexpr = BM // CONSUMERS
-    QUARTER: gl.constexpr = BN // 4
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     left, right, full, free = ring
     STAGES: gl.constexpr = left.shape[0]
@@ -164,11 +164,10 @@ def _consume(
         near, far = _halves(acc)
         a, b = _halves(near)
         c, d = _halves(far)
-        one, two = outs.index(0), outs.index(1)
-        _emit(a, y_desc, z_desc, m, n, N, d_out_ptr, bias_ptr, one, two, BIAS_INSIDE)
-        _emit(b, y_desc, z_desc, m, n + QUARTER, N, d_out_ptr, bias_ptr, two, one, BIAS_INSIDE)
-        _emit(c, y_desc, z_desc, m, n + 2 * QUARTER, N, d_out_ptr, bias_ptr, one, two, BIAS_INSIDE)
-        _emit(d, y_desc, z_desc, m, n + 3 * QUARTER, N, d_out_ptr, bias_ptr, two, one, BIAS_INSIDE)
+        _emit(a, 0, y_desc, z_desc, m, n, N, d_out_ptr, bias_ptr, outs, BIAS_INSIDE)
+        _emit(b, 1, y_desc, z_desc, m, n, N, d_out_ptr, bias_ptr, outs, BIAS_INSIDE)
+        _emit(c, 2, y_desc, z_desc, m, n, N, d_out_ptr, bias_ptr, outs, BIAS_INSIDE)
+        _emit(d, 3, y_desc, z_desc, m, n, N, d_out_ptr, bias_ptr, outs, BIAS_INSIDE)
     tma.store_wait(0)
 
 
