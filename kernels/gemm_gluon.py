@@ -15,7 +15,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -225,10 +224,11 @@ def _describe(t: Tensor | None, rows: int, columns: int) -> TensorDescriptor | N
 
 
 def _readable(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A factor in dtype with rows that TMA reads: copied where they are not whole, aligned 16 bytes."""
+    """A factor in dtype with rows that TMA reads, from whole 16 bytes on: else a copy."""
     if t.dtype == dtype and _describable(t):
         return t
-    return F.pad(t.to(dtype), (0, -t.shape[1] % 8)).contiguous()
+    rows, columns = t.shape
+    return t.new_empty(rows, 8 * tiles(columns, 8), dtype=dtype)[:, :columns].copy_(t)
 
 
 def gemm(

@@ -116,6 +116,16 @@ def test_it_is_rounded_once(case, monkeypatch, poison):
         assert error(loaded(monkeypatch, seed=seed, case=case), case, seed) <= 1.001
 
 
+def test_factors_that_tma_cannot_read_are_copied(monkeypatch, poison):
+    module = loaded(monkeypatch, case=CASES[1])
+    x, w = torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    S, B = torch.randn(64 * 8 + 1).bfloat16()[1:].view(64, 8), torch.randn(8, 64).bfloat16().t()
+    assert not k.gemm_lowrank._describable(S) + k.gemm_lowrank._describable(B)
+    got = module.gemm(x, w, (64, 64), k.gemm_lowrank.Update(S, B, 1.0)).y
+    exact = x.double() @ w.double().t() + S.double() @ B.double().t()
+    assert torch.allclose(got.double(), exact, rtol=2**-8, atol=1e-4)
+
+
 FORWARD, DX = Case(300, 520, 328, programs=2), Case(300, 520, 328, across=True, masked=True, bias=None)
 SCALED = Case(d_out=True, bias="outside", z=True)
 MUTANTS = {  # what the source says, what the mutant says, the case that must notice
