@@ -299,6 +299,12 @@ def test_off_until_it_is_tested_and_measured(hopper, record):
 def test_off_where_gluon_is_another(version, monkeypatch):
     monkeypatch.setattr(k.triton_internals.triton, "__version__", version)
     assert f"Gluon of Triton 3.6 to 3.9, not of {version}" in k.triton_internals.no_gluon()
+    if not torch.cuda.is_available():
+        assert dispatch.backends()["gluon"].available() == [k.triton_internals.no_gluon()]
+
+
+def test_the_kernel_is_not_imported_where_it_cannot_be_had():
+    assert (k.gemm_gluon is None) == (k.triton_internals.no_gluon() is not None)
 
 
 def test_info_says_why_it_is_off(capsys):
