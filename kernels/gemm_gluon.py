@@ -213,14 +213,12 @@ def config_of_gemm(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: 
 
 
 @cache
-def _layout(block: tuple[int, int], dtype: torch.dtype):
-    return gl.NVMMASharedLayout.get_default_for(list(block), {2: gl.bfloat16}[dtype.itemsize])
+def _layout(rows: int, columns: int):
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)  # fp16's too: it goes by the bits
 
 
 def _describe(t: Tensor | None, rows: int, columns: int) -> TensorDescriptor | None:
-    if t is None:
-        return None
-    return TensorDescriptor.from_tensor(t, [rows, columns], _layout((rows, columns), t.dtype))
+    return None if t is None else TensorDescriptor.from_tensor(t, [rows, columns], _layout(rows, columns))
 
 
 def _readable(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,10 +20,8 @@ from typing import Any
 import triton
 
 MISSING: list[str] = []
-GLUON = (
-    (3, 6),
-    (3, 9),
-)  # the oldest and the newest Triton whose Gluon, still an experiment, ``gemm_gluon`` is known by
+# the oldest and the newest Triton whose Gluon, still an experiment, ``gemm_gluon`` is written for
+GLUON = (3, 6), (3, 9)
 
 
 def _found(module: str, name: str) -> Any:
