@@ -1,4 +1,4 @@
-"""The GEMM itself against cuBLAS: csrc/'s and Triton's, alone and with a rank-16 update whose S is there already."""
+"""The GEMM itself against cuBLAS: csrc/'s, Gluon's and Triton's, alone and with a rank-16 update, S given."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from fused_peft.core.dispatch import backends
 
 COLUMNS = f"M K N contender ms_p20 ms_p50 ms_p80 tflops ratio_p20 ratio_p50 ratio_p80 note {FACTS}"
 CONTENDERS = ("cublas", "cuda", "cuda+update", "triton", "triton+update")
+if not backends()["gluon"].available():
+    CONTENDERS += ("gluon", "gluon+update")
 SHAPES = ((4096, 4096, 4096), (8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096))  # M, K, N
 if INTERPRETING:
     SHAPES = ((70, 72, 64),)

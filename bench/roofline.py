@@ -78,6 +78,7 @@ def _gemm(a: dict) -> int:
 FLOPS: dict[str, Callable[[dict], int]] = {  # of a kernel's arguments
     "gemm_lowrank": _gemm,
     "gemm_lowrank_tma": _gemm,
+    "gemm_gluon": lambda a: 2 * a["M"] * a["N"] * (a["K"] + (a["s_desc"].shape[1] if a["s_desc"] else 0)),
     "down": lambda a: 2 * a["M"] * a["K"] * a["R"] + _gate(a),
     "back": lambda a: 4 * a["M"] * a["N"] * a["R"] + _gate(a),
     "outer": lambda a: 2 * a["M"] * a["R"] * (a["C0"] * a["PRODUCT0"] + a["C1"] * a["PRODUCT1"]),

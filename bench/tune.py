@@ -50,7 +50,7 @@ TILES = {
     "stages": (2, 3, 4, 5), "group": (4, 8, 16), "late": (True, False), "flatten": (True, False),
     "cluster": (1, 2),
 }  # fmt: skip
-BANDED = ("gemm_cuda", "gemm_lowrank", "gemm_lowrank_tma", "hadamard", "hadamard_grads")  # read ``group``
+BANDED = ("gemm_cuda", "gemm_gluon", "gemm_lowrank", "gemm_lowrank_tma", "hadamard", "hadamard_grads")  # read ``group``
 METHOD = dict.fromkeys(("hadamard", "form", "hadamard_grads"), "liera") | {"row_norm": "dora"}
 LAYERS = ((4096, 4096), (4096, 14336), (14336, 4096), (1024, 1024))  # K, N
 ORDER = (
@@ -68,6 +68,8 @@ def fields(kind: str, c: Config) -> list[str]:
     """What may differ: a size that is 0 is not the kernel's, and back's BM decides what another launch adds up."""
     if kind == "gemm_cuda":
         return ["BM", "BN", "group", "cluster"]
+    if kind == "gemm_gluon":
+        return ["BN", "stages", "group"]
     sizes = [f for f in ("BM", "BN", "BK") if getattr(c, f) and (kind, f) != ("back", "BM")]
     return [*sizes, "warps", "stages", *(("group",) * (kind in BANDED)), *(("late", "flatten") * kind.endswith("tma"))]
 
@@ -76,6 +78,8 @@ def legal(kind: str, c: Config, rows: int) -> bool:
     """Whether the accumulator fits the registers, the stages fit shared memory, and the rows are not mostly padding."""
     if kind == "gemm_cuda":
         return (c.BM, c.BN) in TILES_OF_CSRC
+    if kind == "gemm_gluon":  # beside the ring, two pieces of a quarter of the columns for each half of the rows
+        return c.BN in (128, 256) and (c.stages * (c.BM + c.BN) * 64 + c.BM * c.BN // 2) * 2 <= 226 * 1024
     if c.BN == 192:  # no power of two
         return False
     by_rows = {"outer": (c.BN, R, c.BM), "hadamard_grads": (c.BN, c.BK, c.BM), "back": (c.BM, R, c.BN)}
@@ -127,7 +131,7 @@ def work(kind: str, M: int, K: int, N: int) -> Callable[[], list[Tensor]]:
     both = lambda layer, leaves, dy: (y := layer(leaves[0]), *torch.autograd.grad(y, leaves, dy))  # noqa: E731
 
     def run() -> list[Tensor]:
-        with dispatch.forcing("cuda" if kind == "gemm_cuda" else "triton"):
+        with dispatch.forcing({"gemm_cuda": "cuda", "gemm_gluon": "gluon"}.get(kind, "triton")):
             return [t.detach() for call in calls for t in both(*call)]
 
     return run

@@ -20,6 +20,8 @@ from typing import Any
 import triton
 
 MISSING: list[str] = []
+# the oldest and the newest Triton whose Gluon, still an experiment, ``gemm_gluon`` is written for
+GLUON = (3, 6), (3, 9)
 
 
 def _found(module: str, name: str) -> Any:
@@ -49,6 +51,20 @@ def interpreted(kernel) -> bool:
     return not isinstance(kernel, triton.JITFunction)
 
 
+def no_gluon() -> str | None:
+    """Why kernels in Gluon cannot be had; ``gemm_gluon`` is imported where this is None."""
+    first, last = (".".join(map(str, version)) for version in GLUON)
+    if not GLUON[0] <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= GLUON[1]:
+        return f"its kernel is written for the Gluon of Triton {first} to {last}, not of {triton.__version__}"
+    if interpreted(_nothing):
+        return "TRITON_INTERPRET is set, and Triton's interpreter cannot run Gluon"
+    try:
+        importlib.import_module("triton.experimental.gluon.language.nvidia.hopper")
+    except ImportError as e:
+        return f"Triton {triton.__version__} has no Gluon ({e})"
+    return None
+
+
 def arg_names(kernel) -> list[str]:
     """A kernel's arguments in order."""
     return getattr(kernel, "arg_names", None) or list(inspect.signature(kernel.fn).parameters)
@@ -69,7 +85,10 @@ def compiled(kernel, signature: dict, constants: dict, attributes: dict, arch: t
     """
     if _ASTSource is None or _GPUTarget is None:
         raise RuntimeError(f"Triton {triton.__version__} cannot compile ahead of time: it has no {', '.join(MISSING)}")
-    source = _ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = _ASTSource
+    if getattr(kernel, "is_gluon", bool)():
+        source = importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
+    source = source(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     with _told(), redirect_stdout(io.StringIO()) as printed:
         result = triton.compile(source, target=_GPUTarget("cuda", 10 * arch[0] + arch[1], 32), options=options)
     log = printed.getvalue()

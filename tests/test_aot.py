@@ -64,8 +64,8 @@ def test_every_kernel_is_among_the_launches(arch):
     )
     rows = [line.split() for line in listed.stdout.splitlines()]
     found = {kernel for _, kernel, _ in rows}
-    elsewhere = {"gemm_cuda"} | ({"gemm_lowrank_tma"} if arch == "sm_80" else set())
-    assert found == {*kernels().configs.CLOSED_FORMS, "add_up", "split"} - elsewhere
+    elsewhere = {"gemm_cuda"} | ({"gemm_lowrank_tma", "gemm_gluon"} if arch == "sm_80" else set())
+    assert found == {*kernels().configs.CLOSED_FORMS, "gemm_gluon", "add_up", "split"} - elsewhere
     assert all(name.startswith(f"{kernel}-") for name, kernel, _ in rows)
     wanted = {("gemm_lowrank", "bf16"), ("gemm_lowrank", "fp32"), ("form", "fp32"), ("outer", "bf16")}
     assert wanted <= {(kernel, dtype) for _, kernel, dtype in rows}
@@ -81,6 +81,34 @@ def test_the_main_kernel_uses_wgmma_and_tma(tmp_path):
         assert min(row["wgmma"], row["tma_load"], row["tma_store"]) > 0, row
         assert not row["stack"] + row["spilled"] + len(row["faults"]), row
         assert (tmp_path / f"cubins/{row['name']}.cubin").stat().st_size > 1000
+
+
+def test_the_gluon_kernel_stays_on_tma_and_wgmma(tmp_path):
+    assert replace(CLEAN, kernel="gemm_gluon", tma_store=0).faults() == [
+        "not wgmma on what TMA loads, stored through TMA"
+    ]
+    only = "gemm_gluon-128x256x64w4s4-bf16-r64-dropout"
+    done = _compile(tmp_path, "--arch", "sm_90", "--only", only, "--json", tmp_path / "report.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "report.json").read_text())["kernels"]
+    assert not row["stack"] + row["spilled"] + row["serialised"] + len(row["faults"]), row
+
+
+def test_every_form_of_the_gluon_kernel_is_compiled():
+    code = """
+from fused_peft.tools import compile_gluon
+found = compile_gluon.launches()
+args = [launch.args for launch in found.values()]
+there = lambda a, *names: tuple(a[n] is not None for n in names)
+assert {(a["TRANSPOSED"], there(a, "s_desc"), a["BR"]) for a in args} == {
+    (t, (r > 0,), max(r, 16)) for t in (False, True) for r in (0, 16, 32, 64)}
+assert {(a["BN"], a["MASK"], str(a["x_desc"].base.dtype)) for a in args} == {
+    (n, m, f"torch.{d}") for n in (128, 256) for m in (False, True) for d in ("bfloat16", "float16")}
+ends = {there(a, "bias_ptr", "d_out_ptr", "z_desc") + (a["BIAS_INSIDE"],) for a in args}
+assert {e[:3] for e in ends} == {(0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 1, 1), (0, 1, 1)}, ends
+assert {e[3] for e in ends if e[0] and e[1]} == {False, True}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, env=_compiling())
 
 
 def test_a_cover_shows_every_two_options_of_a_kernel_together():

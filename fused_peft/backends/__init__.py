@@ -4,9 +4,10 @@ from ..core import dispatch
 from . import rates, replay
 from .cublas import Cublas
 from .cuda import Cuda
+from .gluon import Gluon
 from .triton import Triton
 
-for backend in (Cublas(), Triton(), Cuda()):  # each before those registered earlier
+for backend in (Cublas(), Triton(), Gluon(), Cuda()):  # each before those registered earlier
     dispatch.register(backend, ("cuda",))
 dispatch.ON_GPU.append(replay.start)
 rates.replayed = replay.expected

@@ -4,8 +4,7 @@ forward   down (S) and one GEMM, which starts while down is running and waits fo
           GEMM that makes S itself
 backward  dx from the same GEMM; what sums over rows, and GEMMs that csrc/ does not take, are the Triton backend's
 
-Off by default: it runs where a record of this GPU says that its self-test passed and that it is the fastest
-(``core.records``), or where it is asked for by name.
+Off by default, as ``hopper`` says.
 """
 
 from __future__ import annotations
@@ -15,16 +14,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..core import dispatch, records
 from ..core.operands import Problem
 from ..kernels import configs
-from . import extension
+from . import extension, hopper
 from . import triton as base
 from .extension import KINDS, Call, Cast, Factor, Plan
+from .hopper import HALF, LEAST
+from .hopper import rows as _rows
 
-HALF = (torch.bfloat16, torch.float16)
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-LEAST = 64  # rows, columns and depth below which tiles are mostly padding
 
 
 @configs.closed_form("gemm_cuda")
@@ -92,17 +90,10 @@ def _broken(emulated: bool) -> str | None:
     return None
 
 
-def _rows(t: Tensor) -> bool:
-    """Whether TMA can address it row by row."""
-    return base.kernels().gemm_lowrank._describable(t)
-
-
 def fits(x, w, N: int, update, c, d_in, d_out, bias, mask, dual: bool, u) -> bool:
     """Whether csrc/ takes the GEMM that ``kernels.gemm_lowrank.gemm`` is asked for."""
     k = base.kernels()
-    if x is None or w is None or c is not None or dual or u is not None or x.dtype not in HALF or w.dtype != x.dtype:
-        return False
-    if min(x.shape[0], N, x.shape[1]) < LEAST or N % 8 or not _rows(x) or not (_rows(w) or _rows(w.t())):
+    if not hopper.fits(x, w, N, c, dual, u):
         return False
     if any(v is not None and (v.data_ptr() % 16 or v.dtype not in KINDS) for v in (d_in, d_out, bias)):
         return False
@@ -142,52 +133,28 @@ def _inlines(r: int, mask, a, G, h: str, d_in) -> bool:
     return plain and r <= max(extension.INNER)
 
 
-class Cuda(base.Triton):
+class Cuda(hopper.Hopper):
     name = "cuda"
     overlaps = True
     replays = False  # csrc/ is called past ``launch``
 
     def available(self) -> list[str]:
-        found, gpus = super().available(), range(torch.cuda.device_count()) if torch.cuda.is_available() else None
-        if not found and gpus is not None and not any(torch.cuda.get_device_capability(i) == (9, 0) for i in gpus):
-            found = ["no GPU here is an sm_90 (H100, H200), which the kernel is written for"]
-        if not found and (known := extension.failure(gpus is None)):
+        found = super().available()
+        if not found and (known := extension.failure(not torch.cuda.is_available())):
             found = [known]
         return found
 
-    def predicted_slower(self, problem: Problem) -> str | None:
-        return "not measured on this GPU"
-
     def reasons(self, problem: Problem) -> list[str]:
         found = super().reasons(problem)
-        if problem.arch not in ((9, 0), None):
-            found.append(f"sm_{problem.arch[0]}{problem.arch[1]} is not sm_90, which the kernel is written for")
-        if "w" in problem.present or "c" in problem.present:  # else a norm of rows, which is Triton's
-            found += self._unfit(problem)
-        if not found and dispatch.forced() != self.name and not records.tested(problem, self.name):
-            found.append("not self-tested on this GPU")
         if not found and (broken := _broken(problem.device != "cuda")):
             found.append(broken)
         return found
 
-    @staticmethod
-    def _unfit(problem: Problem) -> list[str]:
-        """Why csrc/ cannot compute the call's forward GEMM."""
-        found = []
-        if problem.dtype not in HALF:
-            found.append(f"{problem.dtype} is not bfloat16 or float16")
-        if problem.hadamard or problem.drop_base or "c" in problem.present:
-            found.append("the call is not one GEMM with a frozen weight")
-        if min(problem.M, problem.N, problem.K) < LEAST or problem.N % 8 or problem.K % 8:
-            shape = f"{problem.M} x {problem.K} x {problem.N}"
-            found.append(f"{shape} is below {LEAST} somewhere, or its rows are not whole 16 bytes")
+    def unfit(self, problem: Problem) -> list[str]:
+        found = super().unfit(problem)
         if problem.r % 8:
             found.append(f"r={problem.r} is not a multiple of 8, so that S's rows are not whole 16 bytes")
         return found
-
-    def standing(self) -> str:
-        """Whether it runs without being asked for, in words."""
-        return "where its self-test passed and it was measured fastest"
 
     def factor(self, B: Tensor, scale: float, x: Tensor) -> tuple[Tensor, float]:
         """The GEMM reads rows of x's dtype, the scale in them; what it cannot read anyway stays as it is."""

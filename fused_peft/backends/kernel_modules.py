@@ -7,7 +7,23 @@ reads TRITON_INTERPRET when they are imported.
 from ..core import records
 from ..kernels import configs, down, dropout, gemm_lowrank, hadamard, launch, outer, row_norm, triton_internals
 
-__all__ = ["configs", "down", "dropout", "gemm_lowrank", "hadamard", "launch", "outer", "row_norm", "triton_internals"]
+if triton_internals.no_gluon() is None:
+    from ..kernels import gemm_gluon
+else:
+    gemm_gluon = None
+
+__all__ = [
+    "configs",
+    "down",
+    "dropout",
+    "gemm_gluon",
+    "gemm_lowrank",
+    "hadamard",
+    "launch",
+    "outer",
+    "row_norm",
+    "triton_internals",
+]
 
 configs.table = records.tiles
 records.ON_FORGET.append(configs.choose)

@@ -33,7 +33,7 @@ from . import dispatch
 from .operands import Problem
 from .paths import PACKAGE, source_dir
 
-ORDER = ("cuda", "triton", "cublas", "eager")  # the order in which dispatch asks
+ORDER = ("cuda", "gluon", "triton", "cublas", "eager")  # the order in which dispatch asks
 IDENTITY = ("gpu", "driver", "torch", "triton", "kernels")
 NEAR = 2.0  # the largest ``distance`` at which a measured call stands for another
 NAMES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

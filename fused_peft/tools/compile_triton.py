@@ -22,6 +22,7 @@ import torch
 from ..backends.cuda import GEMM, Cuda
 from ..backends.triton import Triton, _missing, kernels
 from ..core.operands import TENSORS, Operands
+from . import compile_gluon
 
 ARCHES = {"sm_80": (8, 0), "sm_90": (9, 0)}
 COUNTED = {  # in PTX
@@ -67,6 +68,8 @@ class Report:
             found.append("ptxas serialises its wgmma (C75xx)")
         if self.multiplies and self.dtype != "fp32" and not self.wgmma + self.mma:
             found.append("no tensor-core instruction")
+        if self.kernel == "gemm_gluon" and not min(self.wgmma, self.tma_load, self.tma_store):
+            found.append("not wgmma on what TMA loads, stored through TMA")
         return found
 
 
@@ -157,7 +160,7 @@ def launches(arch: str) -> dict[str, object]:
             form = "x".join(str(n) for n in (c.BM, c.BN, c.BK)) + f"w{c.warps}s{c.stages}"
             name = f"{launch.kernel.__name__}-{form}-{_dtype(launch)}-{label}-{phase}"
             found[name if name not in found else f"{name}-{len(found)}"] = launch
-    return found
+    return found | compile_gluon.launches() if arch == "sm_90" else found
 
 
 def covering(found: dict[str, object], together: int) -> dict[str, object]:
@@ -227,7 +230,8 @@ def _signature(launch) -> tuple[dict, dict, dict]:
             signature[name] = "fp32"
         else:
             block = ",".join(str(n) for n in value.block_shape)
-            signature[name] = f"tensordesc<{_SHORT[value.base.dtype]}[{block}]>"
+            layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's say how a tile lies
+            signature[name] = f"tensordesc<{_SHORT[value.base.dtype]}[{block}]{layout}>"
         if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
