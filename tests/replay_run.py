@@ -1,5 +1,5 @@
 """A process of its own, on a stand-in for the CUDA driver: each call is launched by Triton and by csrc/replay.cpp, and
-what the driver gets is compared byte for byte. Prints one JSON line a case."""
+what the driver gets is compared byte for byte. Arguments: cases, or CASE@BACKEND. Prints one JSON line a case."""
 
 import json
 import sys
@@ -43,10 +43,10 @@ def told(launches, tensors):
     ]
 
 
-def compared(case, shape):
+def compared(case, shape, backend):
     fp.set_backend(None)
     layer = build(case, shape, dtype=torch.bfloat16)
-    fp.set_backend("triton")
+    fp.set_backend(backend)
     x = torch.randn(*shape.lead, shape.K, dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn(*shape.lead, shape.N, dtype=torch.bfloat16)
     wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
@@ -68,8 +68,10 @@ def compared(case, shape):
 
 replay.load(standin.NAME)
 launch.start = watched
-for case in CASES:
-    if case.name in sys.argv[1:]:
-        for shape in SHAPES:
-            print(json.dumps({"case": f"{case.name} {shape}", **compared(case, shape)}), flush=True)
+known = {case.name: case for case in CASES}
+for asked in sys.argv[1:]:
+    name, _, backend = asked.partition("@")
+    for shape in SHAPES:
+        found = compared(known[name], shape, backend or "triton")
+        print(json.dumps({"case": f"{asked} {shape}", **found}), flush=True)
 print(json.dumps({"without plan": dict(replay.without_plan)}))

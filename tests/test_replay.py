@@ -385,6 +385,7 @@ def test_parameters_are_read_from_the_machine_code():
 
 
 LAUNCHED = ("lora", "lora+dropout", "dora", "dora+dropout", "ssb", "parallel_adapter+gelu", "flora+dropout+n")
+LAUNCHED += ("lora+dropout@gluon", "dora@cublas")
 
 
 @pytest.fixture(scope="module")
@@ -404,5 +405,6 @@ def test_the_driver_gets_what_triton_would_give_it(on_stand_in):
     assert last == {"without plan": {}}
     for case in cases:
         assert case["equal"], case
-        assert case["launches"] >= 3, case
+        few = "@gluon 24-" in case["case"]  # which Gluon leaves to PyTorch
+        assert case["launches"] >= (0 if few else 3), case
         assert case["from Python"] == 0, case
