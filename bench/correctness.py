@@ -33,16 +33,16 @@ from fused_peft.kernels import dropout as kernel
 from plans import Gemm, clusters
 
 import fused_peft as fp
-from fused_peft.backends import extension
+from fused_peft.backends import extension, replay
 from fused_peft.backends.extension import PLANS, Plan
-from fused_peft.core import dispatch
+from fused_peft.core import dispatch, ops
 from fused_peft.core.dropout import keep_mask, new_seed, threshold
-from fused_peft.core.operands import Problem
+from fused_peft.core.operands import Problem, foreseen
 from fused_peft.tools import selftest, verify
 
 COLUMNS = f"case backend dtype shape tensor against error limit plain ok repeat note {FACTS}"
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BACKENDS = ("triton", "cublas", "cuda")
+BACKENDS = ("triton", "cublas", "cuda") if INTERPRETING else ("triton", "cublas", "gluon", "cuda")
 # rows, columns and ranks that csrc/ takes: no tile is full, then many tiles
 WHOLE = ((130, 136, 72, 16), (257, 1024, 1000, 8), (1000, 336, 776, 64), (513, 520, 264, 24), (2048, 1024, 4096, 16))
 ODD = ((130, 136, 72), (257, 1024, 1000), (1000, 333, 777))  # M, K, N; TMA can address the first two
@@ -56,6 +56,7 @@ SANITIZE = ("--target-processes", "application-only", "--error-exitcode", "9", "
 def ready() -> None:
     """How every process that proves something begins."""
     torch.set_num_threads(1)
+    replay.ready()
     fp.set_backend("triton")
     fp.set_strict(True)
 
@@ -71,7 +72,7 @@ def shaken(layer: nn.Module) -> nn.Module:
 def first() -> list[tuple[dict]]:
     """The jobs of ``check`` that tell most: the dropout mask, a CUDA graph with each backend, every plan of csrc/."""
     plans = PLANS[3::13] if INTERPRETING else PLANS
-    asked = [("dropout mask", "triton", ""), *(("CUDA graph", name, "") for name in BACKENDS)]
+    asked = [("dropout mask", "triton", ""), ("replay", "triton", ""), *(("CUDA graph", name, "") for name in BACKENDS)]
     asked += [(plan.name, "cuda", plan.dtype) for plan in plans]
     return [({"case": case, "backend": backend, "dtype": dtype, "shape": ""},) for case, backend, dtype in asked]
 
@@ -82,7 +83,8 @@ def rest() -> list[tuple[dict]]:
     odd = lambda r: [Shape((M,), K, N, r) for M, K, N in ODD]  # noqa: E731
     halves, dtypes = ("bf16", "fp16"), ("bf16", "fp16", "fp32")
     near, far = (SHAPES[0], *odd(16)), (*SHAPES[1:], *(s for r in (5, 64, 130, 1) for s in odd(r)))
-    groups = [("triton", near, dtypes), ("cuda", whole, halves), ("cublas", near, dtypes), ("triton", far, dtypes)]
+    groups = [("triton", near, dtypes), ("gluon", whole, halves), ("cuda", whole, halves), ("cublas", near, dtypes)]
+    groups.append(("triton", far, dtypes))
     names = [case.name for case in CASES]
     if INTERPRETING:
         names = [name for name in names if name in ("lora+dropout", "dora+dropout", "ssb")]
@@ -208,6 +210,21 @@ def masks() -> list[dict]:
     return [{**row, "ok": _word(row["error"] <= row["limit"])} for row in rows]
 
 
+def without_python() -> list[dict]:
+    """Calls that csrc/replay.cpp replays against the same ones through Python, bit for bit, by every backend."""
+    if ops.host is None:
+        return [{"ok": "skipped", "note": f"replay is {replay.state()}"}]
+    rows = []
+    for method in ("lora", "lora+dropout", "dora", "ssb"):
+        layer = fp.PeftLinear(1024, 4096, config=config(method, 16), dtype=torch.bfloat16, device="meta")
+        x = torch.empty(2048, 1024, dtype=torch.bfloat16, device="meta")
+        with dispatch.forcing("eager"):
+            problem = foreseen(layer.factors(), x, layer.weight, layer.bias, None, True, CPU_OR_GPU)
+        wrong = selftest.failure("replay", problem, CPU_OR_GPU)
+        rows.append({"tensor": method, "against": "Python", "ok": _word(not wrong), "note": wrong or ""})
+    return rows
+
+
 def replayed() -> list[dict]:
     """A captured LoRA forward + backward, replayed on new inputs, against the same step launched anew."""
     if INTERPRETING:
@@ -219,17 +236,17 @@ def replayed() -> list[dict]:
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         step()
-        replay = captured(lambda i: found.extend(step()), 1)
+        again = captured(lambda i: found.extend(step()), 1)
         with torch.no_grad():
             x.normal_()
             dy.normal_()
-        replay(0)
+        again(0)
         same = [torch.equal(a, b) for a, b in zip(found, step(), strict=True)]
     about = {"dtype": "bf16", "shape": "128-512-384-r16", "against": "launches"}
     return [{**about, "tensor": n, "ok": _word(ok)} for n, ok in zip(("y", "dx", "dA", "dB"), same, strict=True)]
 
 
-EXTRAS = {"dropout mask": masks, "CUDA graph": replayed}
+EXTRAS = {"dropout mask": masks, "replay": without_python, "CUDA graph": replayed}
 
 
 def planned(plan: Plan) -> list[dict]:

@@ -3,7 +3,7 @@ every launch is made, one thread. No GPU is needed, and none takes part.
 
     python bench/host.py --out bench/results/cpu
 
-Ours: 128 x 128 x 128, r = 16, bf16, adapters in fp32, every launch that an H100 would get; with calls replayed, and
+Ours: 72 x 64 x 64, r = 16, bf16, adapters in fp32, every launch that an H100 would get; with calls replayed, and
 through Python alone. HF PEFT's layer, and the frozen one: 4 x 16 x 16, r = 2, where PyTorch's CPU kernels stand for
 launches. Contenders in turn, a sample is CALLS calls.
 """
@@ -27,7 +27,7 @@ from fused_peft.backends import replay
 from fused_peft.core import ops
 
 METHODS = ("lora", "lora+dropout", "dora", "dora+dropout", "ssb", "ia3")
-FULL, TINY, CALLS = Shape(128, 128, 128, 16), Shape(4, 16, 16, 2), 100
+FULL, TINY, CALLS = Shape(72, 64, 64, 16), Shape(4, 16, 16, 2), 100
 
 
 def base(shape: Shape) -> nn.Linear:
@@ -65,38 +65,37 @@ def steps(layer: nn.Module, shape: Shape) -> tuple[Callable[[], object], Callabl
     return lambda: layer(x), lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
 
-def measured(method: str, rounds: int) -> list[dict]:
+def measured(methods: list[str], rounds: int) -> list[dict]:
+    """The rows of every contender; each has its turn in every round."""
     fp.set_backend("triton")
     module, runs, times = ops.host, {}, {}
-    for name, (layer, shape, replayed) in contenders(method).items():
-        ops.host = module if replayed else None
-        runs[name] = steps(layer, shape), replayed
-    for _ in range(rounds):
-        for name, (both, replayed) in runs.items():
+    for method in methods:
+        for name, (layer, shape, replayed) in contenders(method).items():
             ops.host = module if replayed else None
+            runs[method, name] = steps(layer, shape), ops.host
+    for _ in range(rounds):
+        for key, (both, ops.host) in runs.items():
             for step, run in zip(("forward", "backward"), both, strict=True):
-                times.setdefault((name, step), []).append(microseconds(run))
+                times.setdefault((*key, step), []).append(microseconds(run))
     ops.host = module
     return [
         {"method": method, "contender": name, "step": step, **spread("us", values, 1), **environment()}
-        for (name, step), values in times.items()
+        for (method, name, step), values in times.items()
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     standin.install()
     replay.load(standin.NAME)
-    rows = []
-    for method in args.methods:
-        rows += measured(method, args.rounds)
-        for r in (r for r in rows if r["method"] == method):
-            print(f"{method:<14}{r['contender']:<12}{r['step']:<9}{r['us_p50']:7.1f} µs", flush=True)
+    rows = measured(args.methods, args.rounds)
+    for r in rows:
+        print(f"{r['method']:<14}{r['contender']:<12}{r['step']:<9}{r['us_p50']:7.1f} µs", flush=True)
     tables.write(args.out and args.out / "host.csv", rows)
 
 

@@ -37,11 +37,17 @@ using Launch = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, 
 using Encode = int (*)(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*, const uint32_t*,
                        int, int, int, int);
 using ErrorString = int (*)(int, const char**);
+using GetContext = int (*)(void**);
+using SetContext = int (*)(void*);
+using Primary = int (*)(void**, int);
 
 struct Driver {
     Launch launch = nullptr;
     Encode encode = nullptr;
     ErrorString error_string = nullptr;
+    GetContext get_context = nullptr;
+    SetContext set_context = nullptr;
+    Primary primary = nullptr;
 
     void open(const std::string& library) {
         void* handle = dlopen(library.c_str(), RTLD_LAZY);
@@ -49,7 +55,20 @@ struct Driver {
         launch = reinterpret_cast<Launch>(dlsym(handle, "cuLaunchKernel"));
         encode = reinterpret_cast<Encode>(dlsym(handle, "cuTensorMapEncodeTiled"));
         error_string = reinterpret_cast<ErrorString>(dlsym(handle, "cuGetErrorString"));
-        TORCH_CHECK(launch && encode && error_string, library, " lacks a function of CUDA 12");
+        get_context = reinterpret_cast<GetContext>(dlsym(handle, "cuCtxGetCurrent"));
+        set_context = reinterpret_cast<SetContext>(dlsym(handle, "cuCtxSetCurrent"));
+        primary = reinterpret_cast<Primary>(dlsym(handle, "cuDevicePrimaryCtxRetain"));
+        TORCH_CHECK(launch && encode && error_string && get_context && set_context && primary, library,
+                    " lacks a function of CUDA 12");
+    }
+
+    // A thread of autograd's may have no context yet: PyTorch sets a device only where it is not the current one.
+    void bind(int device) const {
+        void* context = nullptr;
+        check(get_context(&context), "asking for the CUDA context");
+        if (context) return;
+        check(primary(&context, device), "retaining the CUDA context");
+        check(set_context(context), "setting the CUDA context");
     }
 
     void check(int result, const std::string& what) const {
@@ -166,6 +185,7 @@ Tensors run(const Plan& plan, const Tensors& inputs) {
         if (t.defined() && (on = &t)) break;
     if (on && on->is_cuda()) {
         guard.reset_device(on->device());
+        driver.bind(on->device().index());
         const c10::impl::VirtualGuardImpl of_device(c10::DeviceType::CUDA);
         stream = of_device.getStreamNativeHandle(of_device.getStream(on->device()));
     }
@@ -204,6 +224,7 @@ struct Wanted {  // what backward needs
 
 struct Class {  // of calls: how often one was seen, and its plan once it has one
     int seen = 0;
+    bool refused = false;  // it was watched, and has none
     std::shared_ptr<const Plan> plan;
     Wanted wanted;
 };
@@ -219,8 +240,9 @@ bool add(Key& key, const Tensor& t) {
         return true;
     }
     const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
-    if (impl.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Negative,
-                                                     c10::DispatchKey::Conjugate})) ||
+    using K = c10::DispatchKey;
+    if (impl.key_set().has_any(c10::DispatchKeySet({K::Python, K::Negative, K::Conjugate, K::ZeroTensor, K::Functionalize,
+                                                     K::FuncTorchBatched, K::FuncTorchGradWrapper})) ||
         t.layout() != at::kStrided || !(t.is_cuda() || t.is_cpu()))
         return false;
     const auto sizes = t.sizes(), strides = t.strides();
@@ -240,10 +262,11 @@ struct Found {
 };
 
 Found look_up(const Key& key) {
+    std::unordered_map<Key, Class, Hash> old;  // goes after the lock: a plan's end may wait for Python
     std::lock_guard<std::mutex> lock(mutex);
-    if (classes.size() >= MOST_CLASSES) classes.clear();
+    if (classes.size() >= MOST_CLASSES) classes.swap(old);
     Class& c = classes[key];
-    return {c.plan, ++c.seen == 2, c.wanted};
+    return {c.plan, ++c.seen > 1 && !c.plan && !c.refused, c.wanted};
 }
 
 enum Kind : int64_t { FORWARD, BACKWARD, NORM };  // of core.ops; of others nothing is known here
@@ -276,6 +299,7 @@ Tensors in_python(Kind kind, const Key& key, bool make, const Tensors& inputs, c
     Class& c = classes[key];
     c.wanted = w;
     if (!answer[1].is_none()) c.plan = py::cast<std::shared_ptr<Plan>>(answer[1]);
+    c.refused = make && !c.plan;
     return outputs;
 }
 

@@ -1,6 +1,7 @@
 """Calls replayed by csrc/replay.cpp are, bit for bit, the calls that Python makes, and reach a GPU's driver as Triton's
 own launcher would bring them there."""
 
+import csv
 import json
 import os
 import subprocess
@@ -286,6 +287,26 @@ def test_what_backward_raises_is_raised(host, monkeypatch):
             layer(torch.randn(3, 24)).sum().backward()
 
 
+def test_what_failed_while_it_was_watched_is_watched_again(host):
+    class Once(Triton):
+        name, calls = "once", 0
+
+        def forward(self, *args):
+            self.calls += 1
+            if self.calls == 2:
+                raise torch.OutOfMemoryError("none left")
+            return super().forward(*args)
+
+    dispatch.register(Once())
+    fp.set_backend("once")
+    layer, x = adapted(fp.LoraConfig(r=4)), torch.randn(3, 24)
+    layer(x)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer(x)
+    layer(x)
+    assert host.known() == (1, 1)
+
+
 def test_another_backend_means_other_plans(host):
     layer = adapted(fp.LoraConfig(r=4))
     x, dy = drawn()
@@ -384,6 +405,9 @@ def test_parameters_are_read_from_the_machine_code():
     assert replay.parameter_sizes(PTX) == [8, 128, 4, 4, 8]
 
 
+BUDGETS = {  # µs of the host
+    ("lora", "forward"): 25, ("lora", "backward"): 45, ("dora", "forward"): 40, ("dora", "backward"): 70,
+}  # fmt: skip
 LAUNCHED = ("lora", "lora+dropout", "dora", "dora+dropout", "ssb", "parallel_adapter+gelu", "flora+dropout+n")
 LAUNCHED += ("lora+dropout@gluon", "dora@cublas")
 
@@ -408,3 +432,27 @@ def test_the_driver_gets_what_triton_would_give_it(on_stand_in):
         few = "@gluon 24-" in case["case"]  # which Gluon leaves to PyTorch
         assert case["launches"] >= (0 if few else 3), case
         assert case["from Python"] == 0, case
+
+
+def test_host_time_stays_within_its_budget(tmp_path):
+    """In the time of the machine that the committed figures come from: the frozen layer's there over its time here."""
+    env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent / "bench"), str(HERE.parent)])
+    command = [sys.executable, str(HERE.parent / "bench/host.py"), "--out", str(tmp_path)]
+    command += ["--rounds", "15", "--methods", "lora", "dora"]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+    def table(file):
+        with file.open(newline="") as f:
+            return {(r["method"], r["contender"], r["step"]): float(r["us_p20"]) for r in csv.DictReader(f)}
+
+    here, committed = table(tmp_path / "host.csv"), table(HERE.parent / "bench/results/cpu/host.csv")
+    for (method, step), budget in BUDGETS.items():
+        for times, slack in ((committed, 1.0), (here, 1.3)):  # neighbours on the same cores slow one more than another
+            frozen = committed[method, "frozen", step] / times[method, "frozen", step]
+            assert times[method, "ours", step] * frozen <= slack * budget, (method, step, times)
+    for method in ("lora", "dora"):
+        for step in ("forward", "backward"):
+            assert here[method, "ours", step] < 0.75 * here[method, "peft", step]
+            assert here[method, "accelerated", step] < here[method, "peft", step]

@@ -143,7 +143,7 @@ def toolkit() -> Path:
     return Path(top.group(1).strip() if top else Path(nvcc()).parent / "..").resolve()
 
 
-def _path() -> str:
+def path() -> str:
     """The PATH, this Python's own commands first: ninja may be in an environment that is not activated."""
     return os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
 
@@ -173,7 +173,7 @@ def failure(emulated: bool = False) -> str | None:
     if noted.exists():
         first = (noted.read_text().splitlines() or ["no reason is noted"])[0]
         return f"csrc/ failed to compile: {first} (delete {noted} to try again)"
-    missing = [] if shutil.which("ninja", path=_path()) else ["ninja is not installed (pip install ninja)"]
+    missing = [] if shutil.which("ninja", path=path()) else ["ninja is not installed (pip install ninja)"]
     if emulated and not shutil.which("g++"):
         missing.append("g++ is not on the PATH")
     if not emulated and not nvcc():
@@ -247,7 +247,7 @@ def _build(folder: Path, emulated: bool) -> None:
     sources.append(_write(folder / f"cast.{suffix}", '#include "cast.cuh"\n'))
     if not emulated and cpp_extension.CUDA_HOME is None:
         cpp_extension.CUDA_HOME = str(toolkit())
-    before, os.environ["PATH"] = os.environ.get("PATH", ""), _path()
+    before, os.environ["PATH"] = os.environ.get("PATH", ""), path()
     try:
         cpp_extension.load(
             f"fused_peft_{fingerprint()}",

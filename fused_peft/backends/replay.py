@@ -30,6 +30,7 @@ from ..core.operands import TENSORS, Operands, Problem
 from ..core.ops import ACTIVATION_NAMES, FORWARD, NORM, OP_BACKWARD, OP_FORWARD
 from ..core.paths import source_dir
 from ..core.torch_internals import TorchDispatchMode
+from . import extension
 from .triton import kernels
 
 SOURCE = source_dir("csrc") / "replay.cpp"
@@ -113,10 +114,17 @@ def load(driver: str | None) -> None:
 def _build() -> types.ModuleType:
     from torch.utils import cpp_extension
 
-    if shutil.which("ninja") is None or not any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++")):
-        raise RuntimeError("no C++ compiler and ninja on PATH; install g++ and pip install ninja")
+    path, compiler = os.environ.get("PATH", ""), os.environ.get("CXX", "c++")
+    missing = [] if shutil.which(compiler) else [f"no C++ compiler {compiler} on PATH"]
+    missing += [] if shutil.which("ninja", path=extension.path()) else ["ninja is not installed (pip install ninja)"]
+    if missing:
+        raise RuntimeError(", ".join(missing))
     version = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
-    return cpp_extension.load(f"fused_peft_replay_{version}", [str(SOURCE)], extra_cflags=["-O2", "-std=c++17"])
+    os.environ["PATH"] = extension.path()
+    try:
+        return cpp_extension.load(f"fused_peft_replay_{version}", [str(SOURCE)], extra_cflags=["-O2", "-std=c++17"])
+    finally:
+        os.environ["PATH"] = path
 
 
 # ---- what Python computes, and the plan that it makes of it
