@@ -205,7 +205,13 @@ def host() -> str:
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for r in rows("cpu/host.csv"):
         found[r["method"]][r["contender"]].append(f"{float(r['us_p50']):.0f}")
-    shown = {"ours": "ours", "accelerated": "PEFT accelerated", "peft": "HF PEFT", "python": "ours, not replayed"}
+    shown = {
+        "frozen": "frozen layer",
+        "ours": "ours",
+        "accelerated": "PEFT accelerated",
+        "peft": "HF PEFT",
+        "python": "ours, not replayed",
+    }
     cell = lambda each: " + ".join(each) if each else "–"  # noqa: E731
     body = [[m, *(cell(found[m][who]) for who in shown)] for m in found]
     return markdown(["µs, forward + backward", *shown.values()], body)

@@ -31,7 +31,7 @@ class NotMergeableError(ValueError):
     """The adapter has no equivalent weight, so it cannot be merged."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: that triples what making one costs
 class Factors:
     """What a method multiplies and adds around one frozen linear map; an absent factor costs nothing.
 

@@ -154,10 +154,8 @@ def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tens
     Computed from squared, W Aᵀ and A Aᵀ in squared's dtype (fp32 or wider): nothing of W's shape is made (arXiv
     2402.09353, whose norm is not differentiated).
     """
-    if host is not None and not _distributed(W) and _replays(W):
-        norm = host.norm(W, squared, A, B, s, tf32(W) << 3)
-        if norm is not None:
-            return norm
+    if host is not None and not _distributed(W) and (norm := _replayed_norm(W, squared, A, B, s)) is not None:
+        return norm
     A, B = A.detach(), B.detach()
     if _distributed(W):
         return on_dtensors().row_norm(W, squared, A, B, s)
@@ -167,6 +165,10 @@ def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tens
         return eager.row_norm(W, squared, A, B, s)
     with torch.no_grad():
         return _row_norm_op_body(W, squared, A, B, s)
+
+
+def _replayed_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor | None:
+    return host.norm(W, squared, A, B, s, tf32(W) << 3) if _replays(W) else None
 
 
 def _row_norm_op_body(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -441,7 +443,8 @@ def _backward(ctx, dy, dT, dz):
 
 @torch.library.custom_op("fused_peft::row_norm", mutates_args=())
 def _row_norm_op(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    return _row_norm_op_body(W, squared, A, B, s)
+    norm = None if host is None else _replayed_norm(W, squared, A, B, s)
+    return _row_norm_op_body(W, squared, A, B, s) if norm is None else norm
 
 
 @_row_norm_op.register_fake
