@@ -39,6 +39,8 @@ def _nothing():
 gdc_launch_dependents = _found("triton.language.extra.cuda", "gdc_launch_dependents") or _nothing
 # a tensor as TMA reads it; None: the kernels that take pointers run instead
 TensorDescriptor = _found("triton.tools.tensor_descriptor", "TensorDescriptor")
+# whether a flattened tile loop keeps its wgmma asynchronous: in 3.6 ptxas serialises it (C7515)
+FLATTENS = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9)
 _ASTSource = _found("triton.compiler", "ASTSource")
 _GPUTarget = _found("triton.backends.compiler", "GPUTarget")
 _knobs = _found("triton", "knobs")  # without them ptxas runs again for its log
@@ -62,8 +64,8 @@ def is_constexpr(kernel) -> dict[str, bool]:
 
 
 def compiled(kernel, signature: dict, constants: dict, attributes: dict, arch: tuple[int, int], options: dict):
-    """A kernel compiled ahead of time: ``asm`` holds its ptx and cubin, ``metadata.shared`` its shared memory; and what
-    ptxas -v said of it.
+    """A kernel compiled ahead of time, whose ``asm`` holds its ttgir, ptx and cubin, ``metadata.shared`` its shared
+    memory; and what ptxas -v said of it.
 
     Raises RuntimeError where this Triton has no such compiler interface.
     """

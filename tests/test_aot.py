@@ -23,12 +23,22 @@ CLEAN = aot.Report("k", "gemm_lowrank", "sm_90", "bf16", "", 200, 0, 0, 200_000,
         ({"serialised": 1}, "serialises its wgmma"),
         ({"shared": 227 * 1024 + 1}, "of shared memory, 232448 are there"),
         ({"arch": "sm_80", "shared": 163 * 1024 + 1}, "166912 are there"),
+        ({"nested": True}, "were not flattened into one"),
         ({"wgmma": 0}, "no tensor-core instruction"),
     ],
 )
 def test_the_gate_refuses(changes, fault):
     assert not CLEAN.faults()
     assert any(fault in found for found in replace(CLEAN, **changes).faults())
+
+
+@pytest.mark.parametrize(
+    ("inner", "nested"), [("scf.for %k = %a to %b {", True), ("scf.while (%k = %a) {", True), ("scf.if %k {", False)]
+)
+def test_a_loop_in_a_loop_is_read_from_the_code(inner, nested):
+    code = ["scf.if %p {", "  scf.for %i = %a to %b {", "    foo", "  }", "} else {", "  scf.for %i = %a to %b {"]
+    code += [f"    {inner}", "    } loc(#1)", "  } loc(#2)", "} loc(#3)", "scf.for %i = %a to %b {", "}"]
+    assert aot._nested("\n".join(code)) == nested
 
 
 def test_fp32_and_sums_need_no_tensor_cores():

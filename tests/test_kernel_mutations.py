@@ -30,14 +30,14 @@ class Mutant(NamedTuple):
 MUTANTS = {
     "low-rank phase skipped": Mutant(
         "gemm_lowrank",
-        "update = dot(s, b, update, PRECISION)",
-        "update = update",
+        "return dot(s, b.to(s.dtype), acc, PRECISION)",
+        "return acc",
         ("lora",),
     ),
     "update not scaled": Mutant(
         "gemm_lowrank",
-        "PRECISION, BM, BN, BR) * scale\n        if MASK",
-        "PRECISION, BM, BN, BR)\n        if MASK",
+        "ONE, BM, BN, BR) * scale\n        if MASK",
+        "ONE, BM, BN, BR)\n        if MASK",
         ("lora",),
     ),
     "s doubled": Mutant(
@@ -207,10 +207,10 @@ class TmaMutant(NamedTuple):
 TMA_MUTANTS = {
     "last K block dropped": TmaMutant("ssb", "range(tl.cdiv(K, BK))", "range(tl.cdiv(K, BK) - 1)"),
     "late phase skipped": TmaMutant("lora", "if b_ptr is not None and LATE:"),
-    "late scale dropped": TmaMutant("lora", "(b.to(tl.float32) * scale)", "(b.to(tl.float32))"),
-    "late scale doubled": TmaMutant("lora", "(b.to(tl.float32) * scale)", "(b.to(tl.float32) * (2 * scale))"),
+    "late scale dropped": TmaMutant("lora", "b.to(acc.dtype) * scale", "b.to(acc.dtype)"),
+    "late scale doubled": TmaMutant("lora", "b.to(acc.dtype) * scale", "b.to(acc.dtype) * (2 * scale)"),
     "mask dropped": TmaMutant("lora+dropout", "            if MASK:"),
-    "early scale dropped": TmaMutant("lora+dropout", "PRECISION, BM, BN, BR) * scale", "PRECISION, BM, BN, BR)"),
+    "early scale dropped": TmaMutant("lora+dropout", "ONE, BM, BN, BR) * scale", "ONE, BM, BN, BR)"),
     "d_in dropped": TmaMutant("ssb", "            if d_in_ptr is not None:"),
     "d_out dropped": TmaMutant("ia3", "            if d_out_ptr is not None:"),
     "bias dropped": TmaMutant("lora", "            if BIAS_INSIDE:"),

@@ -54,6 +54,7 @@ class Report:
     tma_store: int
     multiplies: bool = True
     serialised: int = 0  # ptxas warnings C75xx: wgmma that waits for the one before
+    nested: bool = False  # a loop inside a loop, where FLATTEN asks for one
 
     def faults(self) -> list[str]:
         """What the gate refuses: spills, too much shared memory, a half-precision product without tensor cores."""
@@ -65,6 +66,8 @@ class Report:
             found.append(f"{self.shared} bytes of shared memory, {limit} are there")
         if self.serialised and self.kernel.startswith("gemm"):  # the others wait for memory, not for wgmma
             found.append("ptxas serialises its wgmma (C75xx)")
+        if self.nested:
+            found.append("its tile loop and K loop were not flattened into one")
         if self.multiplies and self.dtype != "fp32" and not self.wgmma + self.mma:
             found.append("no tensor-core instruction")
         return found
@@ -240,6 +243,20 @@ def _multiplies(launch) -> bool:
     return any(launch.args.get(flag, True) for flag in ("PRODUCT0", "PRODUCT1"))
 
 
+def _nested(ttgir: str) -> bool:
+    """Whether a loop stands inside another one."""
+    around: list[int] = []  # indentation of the loops that are open
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while around and line.lstrip().startswith("}") and indent <= around[-1]:
+            around.pop()
+        if re.search(r"\bscf\.(for|while)\b", line):
+            if around:
+                return True
+            around.append(indent)
+    return False
+
+
 def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report:
     """Compile one launch for arch; write NAME.cubin into folder if one is given."""
     signature, constants, attributes = _signature(launch)
@@ -256,6 +273,7 @@ def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report
         name, launch.kernel.__name__, arch, _dtype(launch), f"{c.BM}x{c.BN}x{c.BK} warps {c.warps} stages {c.stages}",
         **used, shared=result.metadata.shared, **counts, multiplies=_multiplies(launch),
         serialised=len(re.findall(r"C75\d\d", log)),
+        nested=bool(launch.args.get("FLATTEN")) and _nested(result.asm["ttgir"]),
     )  # fmt: skip
 
 
