@@ -57,7 +57,7 @@ def _update(
         return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemm_lowrank(
     x_ptr, w_ptr, s_ptr, b_ptr, c_ptr, d_in_ptr, d_out_ptr, bias_ptr, seed_ptr, u_ptr, y_ptr, z_ptr, sums_ptr,
     a_ptr, a_bias_ptr, g_ptr, t_ptr, threshold, scale, rescale,
@@ -129,7 +129,7 @@ def gemm_lowrank(
         put(y_ptr, acc.to(DTYPE), m, n, M, N, N, 1, BM, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemm_lowrank_tma(
     x_desc, w_desc, y_desc, z_desc, s_ptr, b_ptr, d_in_ptr, d_out_ptr, bias_ptr, seed_ptr, u_ptr, sums_ptr,
     threshold, scale, M, N, K, R, b_n, b_r, u_m, u_n,
@@ -216,9 +216,12 @@ class Result(NamedTuple):
 
 @configs.closed_form("gemm_lowrank_tma")
 def config_of_tma(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
-    if M > 64 and N >= 256 and r <= 16 and tiles(M, 128) * tiles(N, 256) >= 132:
-        return Config(128, 256, 64, 8, 3, late=True, flatten=True)
-    return Config(128 if M > 64 else 64, 128, 64, 8 if M > 64 else 4, 4, late=True, flatten=True)
+    """The tile whose waves compute least, the larger of two alike."""
+    if M <= 64:
+        return Config(64, 128, 64, 4, 4, late=True, flatten=True)
+    waves = lambda BN: tiles(tiles(M, 128) * tiles(N, BN), 132) * BN  # noqa: E731
+    wide = N >= 256 and r <= 16 and waves(256) <= waves(128)
+    return Config(128, 256 if wide else 128, 64, 8, 3 if wide else 4, late=True, flatten=True)
 
 
 @configs.closed_form("gemm_lowrank")

@@ -51,7 +51,7 @@ def form(
     put(out_ptr, w, k, n, K, N, 1, K, BK, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def hadamard(
     x_ptr, w_ptr, left_ptr, right_ptr, bias_ptr, y_ptr, scale,
     M, N, K, R, x_m, x_k, w_n, w_k, left_n, left_r, right_r, right_k,
@@ -74,7 +74,7 @@ def hadamard(
     put(y_ptr, acc.to(DTYPE), m, n, M, N, N, 1, BM, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def hadamard_grads(
     dy_ptr, x_ptr, w_ptr, a_ptr, b_ptr, da_ptr, db_ptr, scale,
     M, N, K, R, dy_m, dy_n, x_m, x_k, w_n, w_k, a_r, a_k, b_n, b_r,

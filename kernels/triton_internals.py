@@ -63,6 +63,12 @@ def is_constexpr(kernel) -> dict[str, bool]:
     return {n: "constexpr" in str(p.annotation) for n, p in inspect.signature(kernel.fn).parameters.items()}
 
 
+def unspecialised(kernel) -> frozenset[str]:
+    """Arguments of a kernel whose values change nothing about what is compiled."""
+    options = vars(kernel) if hasattr(kernel, "params") else kernel.kwargs  # the interpreter keeps what it was given
+    return frozenset(options["do_not_specialize"] or ())
+
+
 def compiled(kernel, signature: dict, constants: dict, attributes: dict, arch: tuple[int, int], options: dict):
     """A kernel compiled ahead of time, whose ``asm`` holds its ttgir, ptx and cubin, ``metadata.shared`` its shared
     memory; and what ptxas -v said of it.

@@ -54,9 +54,17 @@ MUTANTS = {
     ),
     "last K block dropped from S": Mutant(
         "down",
-        "range(0, K, BK)",
-        "range(0, K - BK, BK)",
+        "min(first + steps * BK, K), BK)",
+        "min(first + steps * BK, K) - BK, BK)",
         ("lora",),
+    ),
+    "last share of S lost": Mutant("down", "first + deep < shares", "first + deep < shares - 1", ("lora",)),
+    "scale in a share of S": Mutant("down", "* R, acc, m", "* R, acc * scale, m", ("lora", "dora")),
+    "bias in every share of S": Mutant(
+        "down",
+        "* R, acc, m",
+        "* R, acc if bias_ptr is None else acc + vector(bias_ptr, r + tl.arange(0, BR), R).to(ACC)[None, :], m",
+        ("parallel_adapter+all",),
     ),
     "mask dropped from dx": Mutant(
         "gemm_lowrank",
@@ -193,6 +201,8 @@ def test_kernel_mutant_is_caught(name, monkeypatch, tmp_path):
     mutated(mutant.file, mutant.before, mutant.after, monkeypatch, tmp_path)
     monkeypatch.setattr(k.gemm_lowrank, "INLINE_ROWS", 0)
     monkeypatch.setattr(k.outer, "one_read", lambda *shape: one_read)
+    if "share of S" in name:
+        monkeypatch.setattr(k.down, "shares_of", lambda *_: 2)
     for case in (c for c in CASES if c.name in mutant.cases):
         assert disagreements(case, build(case, WIDE), *inputs(WIDE), INTERPRETED), case.name
 

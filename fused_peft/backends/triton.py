@@ -212,7 +212,8 @@ class Triton:
             masked = mask is not None and not dual
             A, rescale = self.factor(o.A.t(), mask.rescale if masked else 1.0, dy) if into_x else (None, 1.0)
             alone = (want.B or want.G) and not (want.bias or want.d_out)  # else dy is read again anyway
-            if alone and k.outer.one_read(*dy.shape, o.A.shape[0], k.launch.processors(dy.device)):
+            where, processors = k.launch.arch_of(dy.device), k.launch.processors(dy.device)
+            if alone and k.outer.one_read(where, *dy.shape, o.A.shape[0], processors):
                 dT, parts["dB"] = k.outer.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s, self.overlaps)
             else:
                 dT = k.down.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s, self.overlaps)
@@ -236,11 +237,10 @@ class Triton:
         """The gradients that are sums over rows."""
         k, first, second = kernels(), None, None
         into_b = want.B or want.G
-        into_dy = into_b and "dB" not in parts
-        if into_dy or want.bias or want.d_out:
+        if into_b or want.bias or want.d_out:
             first = k.outer.OverDy(
-                dy, T if into_dy else None, o.h, o.d_out, o.s, want.bias, o.scale_bias and o.d_out is not None,
-                z if want.d_out else None,
+                dy, T if into_b else None, o.h, o.d_out, o.s, want.bias, o.scale_bias and o.d_out is not None,
+                z if want.d_out else None, "dB" in parts,
             )  # fmt: skip
         da = torch.sum(dT, 0, dtype=o.a.dtype) if want.a and not want.A else None  # x is not kept then
         if da is not None:

@@ -206,7 +206,19 @@ _SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 
 def _dtype(launch) -> str:
     """The dtype of the kernel's main operand."""
-    for name in ("x_ptr", "x_desc", "w_ptr", "dy_ptr", "u0_ptr", "u1_ptr", "s_ptr", "c_ptr", "part0_ptr"):
+    for name in (
+        "x_ptr",
+        "x_desc",
+        "w_ptr",
+        "dy_ptr",
+        "u0_ptr",
+        "u1_ptr",
+        "s_ptr",
+        "c_ptr",
+        "t_ptr",
+        "out_ptr",
+        "part0_ptr",
+    ):
         value = launch.args.get(name)
         if value is not None:
             return _SHORT[getattr(value, "base", value).dtype]
@@ -215,11 +227,13 @@ def _dtype(launch) -> str:
 
 def _signature(launch) -> tuple[dict, dict, dict]:
     """(signature, constants, attributes) as a call with these arguments would compile: one becomes a constant,
-    multiples of 16 are known as such."""
+    multiples of 16 are known as such, unless the kernel says that it does not want to know."""
     signature, constants, attributes = {}, {}, {}
-    constexpr = kernels().triton_internals.is_constexpr(launch.kernel)
+    internals = kernels().triton_internals
+    constexpr, unspecialised = internals.is_constexpr(launch.kernel), internals.unspecialised(launch.kernel)
     for i, (name, value) in enumerate(launch.args.items()):
-        if constexpr[name] or value is None or (isinstance(value, int) and value == 1):
+        known = isinstance(value, int) and name not in unspecialised
+        if constexpr[name] or value is None or (known and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -231,14 +245,14 @@ def _signature(launch) -> tuple[dict, dict, dict]:
         else:
             block = ",".join(str(n) for n in value.block_shape)
             signature[name] = f"tensordesc<{_SHORT[value.base.dtype]}[{block}]>"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (known and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
 
 def _multiplies(launch) -> bool:
     """Whether the launch takes matrix products: not when only slots or columns are summed."""
-    if launch.kernel.__name__ in ("add_up", "split"):
+    if launch.kernel.__name__ in ("add_up", "split", "finish") and launch.args.get("GATE") != 2:
         return False
     return any(launch.args.get(flag, True) for flag in ("PRODUCT0", "PRODUCT1"))
 
