@@ -88,6 +88,7 @@ FLOPS: dict[str, Callable[[dict], int]] = {  # of a kernel's arguments
     "finish": _gate,
     "add_up": lambda a: 0,
     "split": lambda a: 0,
+    "keep_mask": lambda a: 0,
 }
 
 

@@ -230,7 +230,8 @@ def config_of_gemm(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: 
     if bits > 16:
         return UNALIGNED
     tall = configs.bucket(M) if M <= 64 else 64 if tiles(M, 128) * tiles(N, 128) < 64 else 128
-    config = Config(tall, 128 if tall >= 64 else 64, 64 if tall < 128 else 32, 8 if tall >= 64 else 4, 4)
+    deep = tall < 128 or arch[0] == 10  # at 32 sm_100 spills
+    config = Config(tall, 128 if tall >= 64 else 64, 64 if deep else 32, 8 if tall >= 64 else 4, 4)
     stage = (config.BM + config.BN) * config.BK * bits // 8
     most = (configs.shared_kib(arch) * 1024 - 16384) // stage
     return replace(config, stages=max(2, min(config.stages, most)))

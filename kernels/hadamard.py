@@ -107,13 +107,13 @@ def config_of_hadamard(arch: tuple[int, int], bits: int, M: int, N: int, K: int,
 
 @configs.closed_form("form")
 def config_of_form(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
-    return Config(0, 32 if bits > 16 else 64, 64, 4, 1)
+    return Config(0, 32 if bits > 16 else 64, 64, 8 if arch >= (12, 0) else 4, 1)
 
 
 @configs.closed_form("hadamard_grads")
 def config_of_grads(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
     """BM: rows summed over."""
-    if bits > 16 or arch < (9, 0):
+    if bits > 16 or arch[0] not in (9, 10):
         return Config(64, 64, 32 if bits > 16 else 64, 8, 2)
     return Config(64, 128, 128, 8, 3)
 

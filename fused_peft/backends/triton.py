@@ -76,6 +76,34 @@ def _plain(o: Operands) -> bool:
     return o.A is None and o.d_in is None and o.d_out is None
 
 
+_MASKS: dict[torch.device, bool] = {}  # of GPUs: what ``_makes_masks`` found
+
+
+def _makes_masks(device: torch.device) -> bool:
+    """Whether the kernel for masks runs on a GPU and makes those of plain PyTorch, which stays where it does not."""
+    if _missing() or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    seed, n, p = torch.tensor([-5, 77], dtype=torch.int32, device=device), 1001, 0.3
+    try:
+        return torch.equal(kernels().dropout.mask(seed, n, dropout.threshold(p)), dropout.keep_mask(seed, (n,), p))
+    except Exception:  # the compiler's or the driver's, where eager must go on
+        return False
+
+
+def _mask(seed: Tensor, n: int, threshold: int) -> Tensor | None:
+    """For ``core.dropout``: the mask in one launch on a GPU, or on paper."""
+    if seed.is_cuda:
+        if seed.device not in _MASKS and not torch.cuda.is_current_stream_capturing():
+            _MASKS[seed.device] = _makes_masks(seed.device)
+        fits = n < 1 << 32 and _MASKS.get(seed.device, False)
+    else:
+        fits = seed.is_meta and not _missing() and kernels().launch.recording()
+    return kernels().dropout.mask(seed, n, threshold) if fits else None
+
+
+dropout.in_one_launch = _mask
+
+
 class Triton:
     name = "triton"
     overlaps = False  # whether its GEMM waits for S itself, so that it may begin before the launch that makes S ends

@@ -23,9 +23,11 @@ from ..backends.cuda import GEMM, Cuda
 from ..backends.triton import Triton, _missing, kernels
 from ..core.operands import TENSORS, Operands
 
-ARCHES = {"sm_80": (8, 0), "sm_90": (9, 0)}
+ARCHES = {
+    "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90": (9, 0), "sm_100": (10, 0), "sm_120": (12, 0),
+}  # fmt: skip
 COUNTED = {  # in PTX
-    "wgmma": r"\bwgmma\.mma_async", "mma": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"\btcgen05\.mma",
     "tma_load": r"\bcp\.async\.bulk\.tensor\.\dd\.shared", "tma_store": r"\bcp\.async\.bulk\.tensor\.\dd\.global",
 }  # fmt: skip
 USED = {  # in ptxas's log
@@ -52,6 +54,7 @@ class Report:
     mma: int
     tma_load: int
     tma_store: int
+    tcgen05: int = 0
     multiplies: bool = True
     serialised: int = 0  # ptxas warnings C75xx: wgmma that waits for the one before
     nested: bool = False  # a loop inside a loop, where FLATTEN asks for one
@@ -68,7 +71,7 @@ class Report:
             found.append("ptxas serialises its wgmma (C75xx)")
         if self.nested:
             found.append("its tile loop and K loop were not flattened into one")
-        if self.multiplies and self.dtype != "fp32" and not self.wgmma + self.mma:
+        if self.multiplies and self.dtype != "fp32" and not self.wgmma + self.mma + self.tcgen05:
             found.append("no tensor-core instruction")
         return found
 
@@ -325,7 +328,7 @@ def run(
     """Compile, print one line a kernel, write the JSON report; 1 when the gate refuses one, or there is none."""
 
     def line(r: Report) -> str:
-        counts = f"wgmma {r.wgmma} mma {r.mma} tma {r.tma_load}/{r.tma_store}"
+        counts = f"wgmma {r.wgmma} mma {r.mma} tcgen05 {r.tcgen05} tma {r.tma_load}/{r.tma_store}"
         return f"{r.name:<72} {r.registers:3} regs {r.stack:4} stack {r.shared:6} shared  {counts}"
 
     about = {"triton": importlib.metadata.version("triton")}
