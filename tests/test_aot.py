@@ -110,8 +110,17 @@ assert set(one) < set(found) and len(one) < len(two) < 0.7 * len(found), (len(on
     subprocess.run([sys.executable, "-c", code], check=True, env=_compiling())
 
 
+def test_beside_another_architecture_only_what_differs_is_compiled(tmp_path):
+    done = _compile(tmp_path, "--arch", "sm_86", "--beside", "sm_80", "--cover", "1", "--only", "gemm_lowrank-128x128")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stack" in done.stdout  # 99 KiB hold fewer stages
+    none = _compile(tmp_path, "--arch", "sm_80", "--beside", "sm_80")
+    assert "0 kernels compiled" in none.stdout
+    assert none.returncode == 1
+
+
 def test_bad_calls(tmp_path):
     assert "invalid choice: 'sm_75'" in _compile(tmp_path, "--arch", "sm_75").stderr
     assert "TRITON_INTERPRET is set" in _compile(tmp_path, "--arch", "sm_90", env={"TRITON_INTERPRET": "1"}).stderr
-    with pytest.raises(ValueError, match="arch='sm_75' is not one of sm_80, sm_90"):
+    with pytest.raises(ValueError, match="arch='sm_75' is not one of sm_80, sm_86, sm_89, sm_90"):
         next(aot.compile_all("sm_75", tmp_path))

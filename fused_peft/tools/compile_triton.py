@@ -154,9 +154,7 @@ def launches(arch: str) -> dict[str, object]:
         for phase, launch in _recorded(backend, o, ARCHES[arch], "tf32" in label):
             if launch.kernel is GEMM:
                 continue  # csrc/'s: ``extension`` compiles it
-            signature = _signature(launch)
-            identity = (launch.kernel.__name__, launch.config, repr(signature))
-            if identity in seen:
+            if (identity := _identity(launch)) in seen:
                 continue
             seen.add(identity)
             c = launch.config
@@ -164,6 +162,11 @@ def launches(arch: str) -> dict[str, object]:
             name = f"{launch.kernel.__name__}-{form}-{_dtype(launch)}-{label}-{phase}"
             found[name if name not in found else f"{name}-{len(found)}"] = launch
     return found
+
+
+def _identity(launch) -> tuple:
+    """What is compiled, whatever the architecture."""
+    return launch.kernel.__name__, launch.config, repr(_signature(launch))
 
 
 def covering(found: dict[str, object], together: int) -> dict[str, object]:
@@ -301,9 +304,12 @@ def _work(name: str, arch: str, folder: Path | None) -> Report:
     return compiled(name, _pending[name], arch, folder)
 
 
-def compile_all(arch: str, folder: Path, jobs: int | None = None, only: str = "", cover: int = 0) -> Iterator[Report]:
+def compile_all(
+    arch: str, folder: Path, jobs: int | None = None, only: str = "", cover: int = 0, beside: str = ""
+) -> Iterator[Report]:
     """Compile every kernel for arch into folder, some at a time; ``only``: those whose name contains it; ``cover``: as
-    few as ``covering`` finds enough for so many together, 0: all.
+    few as ``covering`` finds enough for so many together, 0: all; ``beside``: an architecture whose launches are left
+    out where they are the same.
 
     Raises ValueError for an unknown arch, RuntimeError where Triton is missing or its interpreter is on.
     """
@@ -315,7 +321,9 @@ def compile_all(arch: str, folder: Path, jobs: int | None = None, only: str = ""
         raise RuntimeError("TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it")
     folder.mkdir(parents=True, exist_ok=True)
     _pending.clear()
-    found = covering(launches(arch), cover) if cover else launches(arch)
+    elsewhere = {_identity(launch) for launch in launches(beside).values()} if beside else set()
+    found = {name: launch for name, launch in launches(arch).items() if _identity(launch) not in elsewhere}
+    found = covering(found, cover) if cover and found else found
     _pending.update({name: launch for name, launch in found.items() if only in name})
     context = multiprocessing.get_context("fork")  # launches hold kernels, which do not pickle
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context) as pool:
@@ -323,8 +331,9 @@ def compile_all(arch: str, folder: Path, jobs: int | None = None, only: str = ""
 
 
 def run(
-    arch: str, folder: Path, json_file: Path | None, jobs: int | None = None, only: str = "", cover: int = 0
-) -> int:
+    arch: str, folder: Path, json_file: Path | None, jobs: int | None = None, only: str = "", cover: int = 0,
+    beside: str = "",
+) -> int:  # fmt: skip
     """Compile, print one line a kernel, write the JSON report; 1 when the gate refuses one, or there is none."""
 
     def line(r: Report) -> str:
@@ -332,7 +341,7 @@ def run(
         return f"{r.name:<72} {r.registers:3} regs {r.stack:4} stack {r.shared:6} shared  {counts}"
 
     about = {"triton": importlib.metadata.version("triton")}
-    return judged(arch, "kernels", compile_all(arch, folder, jobs, only, cover), line, about, json_file)
+    return judged(arch, "kernels", compile_all(arch, folder, jobs, only, cover, beside), line, about, json_file)
 
 
 def judged(arch: str, what: str, reports: Iterable, line: Callable, about: dict, json_file: Path | None) -> int:
