@@ -111,9 +111,9 @@ assert set(one) < set(found) and len(one) < len(two) < 0.7 * len(found), (len(on
 
 
 def test_beside_another_architecture_only_what_differs_is_compiled(tmp_path):
-    done = _compile(tmp_path, "--arch", "sm_86", "--beside", "sm_80", "--cover", "1", "--only", "gemm_lowrank-128x128")
+    done = _compile(tmp_path, "--arch", "sm_86", "--beside", "sm_80", "--cover", "1", "--only", "gemm_lowrank-64x128")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "stack" in done.stdout  # 99 KiB hold fewer stages
+    assert "s3-" in done.stdout  # 99 KiB hold three stages
     none = _compile(tmp_path, "--arch", "sm_80", "--beside", "sm_80")
     assert "0 kernels compiled" in none.stdout
     assert none.returncode == 1
