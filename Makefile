@@ -69,15 +69,19 @@ without-nvcc:
 cuda-check: $(VENV)/dev
 	$(BIN)/python -m fused_peft compile --arch sm_90a --out build/cuda --json build/cuda/report.json
 
-# every kernel compiled for both architectures, without a GPU: no spills, shared memory that fits, tensor cores used;
-# every two options of a kernel together, on the older Triton each of them (make gate COVER=0: all that there are)
+# every kernel compiled without a GPU: no spills, shared memory that fits, tensor cores used. For sm_90 every two options
+# of a kernel together, on the older Triton each; for sm_80 and sm_100 each; for the others what differs from sm_80
+# (make gate COVER=0: all that there are, for each)
 COVER ?= 2
+EACH := $(if $(filter 2,$(COVER)),1,$(COVER))
+GATE = $(BIN)/python -m fused_peft compile --arch $(1) --cover $(2) --out out/gate/$(1)$(3) --json out/gate/$(1)$(3).json
+BESIDE := $(if $(filter 2,$(COVER)),--beside sm_80)
 gate: $(VENV)/dev $(VENV)/triton-3.6
-	for arch in sm_80 sm_90; do \
-	  $(BIN)/python -m fused_peft compile --arch $$arch --cover $(COVER) --out out/gate/$$arch --json out/gate/$$arch.json && \
-	  PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python -m fused_peft compile --arch $$arch --cover $(if $(filter 2,$(COVER)),1,$(COVER)) \
-	    --out out/gate/$$arch-triton-3.6 --json out/gate/$$arch-triton-3.6.json || exit 1; \
-	done
+	$(call GATE,sm_90,$(COVER))
+	PYTHONPATH=$(VENV)/triton-3.6 $(call GATE,sm_90,$(EACH),-triton-3.6)
+	$(call GATE,sm_80,$(EACH))
+	$(call GATE,sm_100,$(EACH))
+	for arch in sm_86 sm_89 sm_120; do $(call GATE,$$arch,$(EACH)) $(BESIDE) || exit 1; done
 
 demo: $(VENV)/demo
 	$(BIN)/python bench/demo.py $(if $(METHODS),--methods $(METHODS))

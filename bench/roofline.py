@@ -86,8 +86,10 @@ FLOPS: dict[str, Callable[[dict], int]] = {  # of a kernel's arguments
     "form": lambda a: 2 * a["N"] * a["K"] * a["R"],
     "hadamard": lambda a: 2 * a["N"] * a["K"] * (a["M"] + ceil(a["M"] / a["BM"]) * a["R"]),
     "hadamard_grads": lambda a: 2 * a["N"] * a["K"] * (a["M"] + 2 * a["R"]),
+    "finish": _gate,
     "add_up": lambda a: 0,
     "split": lambda a: 0,
+    "keep_mask": lambda a: 0,
 }
 
 
@@ -98,8 +100,12 @@ def _nbytes(values) -> int:
 
 def _kernel(recorded) -> Launch:
     name, args = recorded.kernel.__name__, dict(recorded.args)
-    if name == "outer" and not (args["PRODUCT0"] or args["USUM"]):
-        args["d0_ptr"] = None  # given, not read
+    if name == "outer" and not args["tiles_0"]:  # given, not read
+        args |= dict.fromkeys(("u0_ptr", "v0_ptr", "d0_ptr", "z0_ptr")) | {"PRODUCT0": False}
+    elif name == "outer" and not (args["PRODUCT0"] or args["USUM"]):
+        args["d0_ptr"] = None
+    elif name == "down" and args["part_ptr"].numel():  # ``finish`` goes on
+        args |= dict.fromkeys(("bias_ptr", "g_ptr", "t_ptr", "out_ptr")) | {"GATE": 0}
     return Launch(name, FLOPS[name](args), _nbytes(getattr(v, "base", v) for v in args.values()))
 
 

@@ -112,7 +112,7 @@ def using(kind: str, key: str = "", config: Config | None = None) -> Iterator[Si
 
     def submit(kernel, *args):
         submit_(kernel, *args)
-        if seen.at == key and kernel.__name__ in (kind, "add_up"):
+        if seen.at == key and kernel.__name__ in (kind, "add_up", "finish"):
             seen.made.append(partial(submit_, kernel, *args))
 
     with patch.object(configs, "choose", choose), patch.object(launch, "submit", submit):

@@ -168,11 +168,14 @@ def main(argv: list[str] | None = None) -> int:
         "--cover", type=int, choices=(0, 1, 2), default=0,
         help="as few as show each config, flag and operand of a kernel (1), every two of them together (2); 0: all",
     )  # fmt: skip
+    ahead.add_argument(
+        "--beside", choices=[*compile_triton.ARCHES], default="", help="only what is not the same for this architecture"
+    )
     args = parser.parse_args(argv)
     if args.command == "compile" and args.arch == "sm_90a":
         return compile_csrc.run(args.out, args.json, args.jobs, args.only)
     if args.command == "compile":
-        return compile_triton.run(args.arch, args.out, args.json, args.jobs, args.only, args.cover)
+        return compile_triton.run(args.arch, args.out, args.json, args.jobs, args.only, args.cover, args.beside)
     if args.command == "calibrate":
         return run_calibrate(args)
     if args.command == "methods":

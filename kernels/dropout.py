@@ -56,9 +56,9 @@ def split(x_ptr, kept_ptr, rest_ptr, seed_ptr, threshold, rescale, n, BLOCK: tl.
 
 @triton.jit
 def keep_mask(out_ptr, seed_ptr, n, threshold, BLOCK: tl.constexpr):
-    """out (n,) int8: the mask itself, for tests and for checking other kernels."""
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out_ptr + element, keep(seed_ptr, element, threshold).to(tl.int8), mask=element < n)
+    """out (n,) int8: the mask itself. n below 2³²."""
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + element, keep(seed_ptr, element.to(tl.uint32), threshold).to(tl.int8), mask=element < n)
 
 
 def parts(x: Tensor, seed: Tensor, threshold: int, rescale: float) -> tuple[Tensor, Tensor]:
@@ -72,3 +72,12 @@ def parts(x: Tensor, seed: Tensor, threshold: int, rescale: float) -> tuple[Tens
         grid = (configs.tiles(x.numel(), 1024),)
         launch.submit(split, grid, args, configs.Config(0, 0, 0, 4, 1), x.device)
     return kept, rest
+
+
+def mask(seed: Tensor, n: int, threshold: int) -> Tensor:
+    """(n,), True where an element is kept."""
+    out = torch.empty(n, dtype=torch.int8, device=seed.device)
+    if n:
+        args = {"out_ptr": out, "seed_ptr": seed, "n": n, "threshold": threshold, "BLOCK": 1024}
+        launch.submit(keep_mask, (configs.tiles(n, 1024),), args, configs.Config(0, 0, 0, 4, 1), seed.device)
+    return out.view(torch.bool)

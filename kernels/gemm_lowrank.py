@@ -22,7 +22,7 @@ from . import configs, launch
 from .configs import Config, tiles
 from .dropout import keep_tile
 from .tile import activate, dot, gate, matrix, place, put, vector
-from .triton_internals import TensorDescriptor
+from .triton_internals import FLATTENS, TensorDescriptor
 
 INLINE_ROWS = 64  # up to here one launch, S made inside the GEMM, beats two
 INLINE_RANK = 64  # above it the extra accumulator costs more than a launch
@@ -30,27 +30,41 @@ UNALIGNED = Config(64, 64, 32, 4, 2)  # rows that vector loads and asynchronous 
 
 
 @triton.jit
-def _update(
-    s_ptr, b_ptr, m, n, M, N, R, b_n, b_r,
-    DTYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+def _ranks(
+    acc, s_ptr, b_ptr, scale, m, n, r0, M, N, R, b_n, b_r, SCALED: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """The tile of S Bᵀ at (m, n); s (M, R) contiguous."""
-    update = tl.zeros((BM, BN), ACC)
-    for r0 in tl.range(0, R, BR, num_stages=1):
-        s = matrix(s_ptr, m, r0, M, R, R, 1, BM, BR)
-        b = matrix(b_ptr, r0, n, R, N, b_r, b_n, BR, BN).to(DTYPE)
-        update = dot(s, b, update, PRECISION)
-    return update
+    """acc + S Bᵀ over the rank tile at r0."""
+    s = matrix(s_ptr, m, r0, M, R, R, 1, BM, BR)
+    b = matrix(b_ptr, r0, n, R, N, b_r, b_n, BR, BN)
+    if SCALED:
+        b = b.to(acc.dtype) * scale
+    return dot(s, b.to(s.dtype), acc, PRECISION)
 
 
 @triton.jit
+def _update(
+    acc, s_ptr, b_ptr, scale, m, n, M, N, R, b_n, b_r, SCALED: tl.constexpr, PRECISION: tl.constexpr,
+    ONE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """acc + S Bᵀ at (m, n), or with scale·B if SCALED; s (M, R) contiguous. ONE: a rank tile holds R, and there is no
+    loop, which would keep the one around it from being flattened."""
+    if ONE:
+        return _ranks(acc, s_ptr, b_ptr, scale, m, n, 0, M, N, R, b_n, b_r, SCALED, PRECISION, BM, BN, BR)
+    else:
+        for r0 in tl.range(0, R, BR, num_stages=1):
+            acc = _ranks(acc, s_ptr, b_ptr, scale, m, n, r0, M, N, R, b_n, b_r, SCALED, PRECISION, BM, BN, BR)
+        return acc
+
+
+@triton.jit(do_not_specialize=["M"])
 def gemm_lowrank(
     x_ptr, w_ptr, s_ptr, b_ptr, c_ptr, d_in_ptr, d_out_ptr, bias_ptr, seed_ptr, u_ptr, y_ptr, z_ptr, sums_ptr,
     a_ptr, a_bias_ptr, g_ptr, t_ptr, threshold, scale, rescale,
     M, N, K, R, x_m, x_k, w_n, w_k, b_n, b_r, c_m, c_n, u_m, u_n, a_r, a_k, g_in, g_out,
     BIAS_INSIDE: tl.constexpr, MASK: tl.constexpr, DUAL: tl.constexpr, INLINE: tl.constexpr, EVEN: tl.constexpr,
-    H: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
+    ONE: tl.constexpr, H: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    DTYPE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """MASK: dropout acts on the update. DUAL: the K loop also runs over x as it is, into past, and y = past +
@@ -60,7 +74,7 @@ def gemm_lowrank(
     cols = n + tl.arange(0, BN)
     acc = tl.zeros((BM, BN), ACC)
     if b_ptr is not None and not INLINE:
-        acc = _update(s_ptr, b_ptr, m, n, M, N, R, b_n, b_r, DTYPE, ACC, PRECISION, BM, BN, BR) * scale
+        acc = _update(acc, s_ptr, b_ptr, scale, m, n, M, N, R, b_n, b_r, False, PRECISION, ONE, BM, BN, BR) * scale
         if MASK:
             acc = tl.where(keep_tile(seed_ptr, m, n, N, threshold, EVEN, BM, BN), acc, 0.0)
     if DUAL:
@@ -115,11 +129,11 @@ def gemm_lowrank(
         put(y_ptr, acc.to(DTYPE), m, n, M, N, N, 1, BM, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def gemm_lowrank_tma(
     x_desc, w_desc, y_desc, z_desc, s_ptr, b_ptr, d_in_ptr, d_out_ptr, bias_ptr, seed_ptr, u_ptr, sums_ptr,
     threshold, scale, M, N, K, R, b_n, b_r, u_m, u_n,
-    BIAS_INSIDE: tl.constexpr, MASK: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
+    BIAS_INSIDE: tl.constexpr, MASK: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr, ONE: tl.constexpr,
     PRECISION: tl.constexpr, DTYPE: tl.constexpr,
     LATE: tl.constexpr, FLATTEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
@@ -131,7 +145,7 @@ def gemm_lowrank_tma(
         cols = n + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), tl.float32)
         if b_ptr is not None and not LATE:
-            acc = _update(s_ptr, b_ptr, m, n, M, N, R, b_n, b_r, DTYPE, tl.float32, PRECISION, BM, BN, BR) * scale
+            acc = _update(acc, s_ptr, b_ptr, scale, m, n, M, N, R, b_n, b_r, False, PRECISION, ONE, BM, BN, BR) * scale
             if MASK:
                 acc = tl.where(keep_tile(seed_ptr, m, n, N, threshold, EVEN, BM, BN), acc, 0.0)
         for i_k in range(tl.cdiv(K, BK)):
@@ -144,10 +158,7 @@ def gemm_lowrank_tma(
             else:
                 acc = dot(x, w_desc.load([n, i_k * BK]).T, acc, PRECISION)
         if b_ptr is not None and LATE:
-            for r0 in tl.range(0, R, BR, num_stages=1):
-                s = matrix(s_ptr, m, r0, M, R, R, 1, BM, BR)
-                b = matrix(b_ptr, r0, n, R, N, b_r, b_n, BR, BN)
-                acc = dot(s, (b.to(tl.float32) * scale).to(DTYPE), acc, PRECISION)
+            acc = _update(acc, s_ptr, b_ptr, scale, m, n, M, N, R, b_n, b_r, True, PRECISION, ONE, BM, BN, BR)
         if bias_ptr is not None:
             bias = vector(bias_ptr, cols, N).to(tl.float32)[None, :]
             if BIAS_INSIDE:
@@ -205,9 +216,12 @@ class Result(NamedTuple):
 
 @configs.closed_form("gemm_lowrank_tma")
 def config_of_tma(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
-    if M > 64 and N >= 256 and r <= 16 and tiles(M, 128) * tiles(N, 256) >= 132:
-        return Config(128, 256, 64, 8, 3, late=True, flatten=True)
-    return Config(128 if M > 64 else 64, 128, 64, 8 if M > 64 else 4, 4, late=True, flatten=True)
+    """The tile whose waves compute least, the larger of two alike."""
+    if M <= 64:
+        return Config(64, 128, 64, 4, 4, late=True, flatten=True)
+    waves = lambda BN: tiles(tiles(M, 128) * tiles(N, BN), 132) * BN  # noqa: E731
+    wide = N >= 256 and r <= 16 and waves(256) <= waves(128)
+    return Config(128, 256 if wide else 128, 64, 8, 3 if wide else 4, late=True, flatten=True)
 
 
 @configs.closed_form("gemm_lowrank")
@@ -216,7 +230,8 @@ def config_of_gemm(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: 
     if bits > 16:
         return UNALIGNED
     tall = configs.bucket(M) if M <= 64 else 64 if tiles(M, 128) * tiles(N, 128) < 64 else 128
-    config = Config(tall, 128 if tall >= 64 else 64, 64 if tall < 128 else 32, 8 if tall >= 64 else 4, 4)
+    deep = tall < 128 or arch[0] == 10  # at 32 sm_100 spills
+    config = Config(tall, 128 if tall >= 64 else 64, 64 if deep else 32, 8 if tall >= 64 else 4, 4)
     stage = (config.BM + config.BN) * config.BK * bits // 8
     most = (configs.shared_kib(arch) * 1024 - 16384) // stage
     return replace(config, stages=max(2, min(config.stages, most)))
@@ -302,7 +317,7 @@ def gemm(
         "u_ptr": u, "sums_ptr": sums, "BIAS_INSIDE": bias_inside, "MASK": masked,
         "PRECISION": launch.precision(base.dtype), "DTYPE": launch.TL[base.dtype],
         "BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP": config.group,
-        "BR": BR, "EVEN": N % 2 == 0 and (not inline or K % 2 == 0),
+        "BR": BR, "ONE": R <= BR, "EVEN": N % 2 == 0 and (not inline or K % 2 == 0),
     }  # fmt: skip
     if tma:
         transposed = not _describable(w)
@@ -316,8 +331,8 @@ def gemm(
             "y_desc": describe(result.y, block_y) if want_y else None,
             "z_desc": describe(result.z, block_y) if want_z else None,
             "TRANSPOSED": transposed, "LATE": config.late and not masked,
-            # with d_in, whose tile passes through registers, Triton 3.6 serialises the flattened loop's wgmma (C7515)
-            "FLATTEN": config.flatten and d_in is None,
+            # d_in's product passes through registers, and a loop over rank tiles keeps the others from becoming one
+            "FLATTEN": config.flatten and FLATTENS and d_in is None and R <= BR,
         }  # fmt: skip
         launch.submit(gemm_lowrank_tma, (programs,), {**common, **special}, config, base.device)
         return result

@@ -51,7 +51,7 @@ def form(
     put(out_ptr, w, k, n, K, N, 1, K, BK, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def hadamard(
     x_ptr, w_ptr, left_ptr, right_ptr, bias_ptr, y_ptr, scale,
     M, N, K, R, x_m, x_k, w_n, w_k, left_n, left_r, right_r, right_k,
@@ -74,7 +74,7 @@ def hadamard(
     put(y_ptr, acc.to(DTYPE), m, n, M, N, N, 1, BM, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def hadamard_grads(
     dy_ptr, x_ptr, w_ptr, a_ptr, b_ptr, da_ptr, db_ptr, scale,
     M, N, K, R, dy_m, dy_n, x_m, x_k, w_n, w_k, a_r, a_k, b_n, b_r,
@@ -107,13 +107,13 @@ def config_of_hadamard(arch: tuple[int, int], bits: int, M: int, N: int, K: int,
 
 @configs.closed_form("form")
 def config_of_form(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
-    return Config(0, 32 if bits > 16 else 64, 64, 4, 1)
+    return Config(0, 32 if bits > 16 else 64, 64, 8 if arch >= (12, 0) else 4, 1)
 
 
 @configs.closed_form("hadamard_grads")
 def config_of_grads(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
     """BM: rows summed over."""
-    if bits > 16 or arch < (9, 0):
+    if bits > 16 or arch[0] not in (9, 10):
         return Config(64, 64, 32 if bits > 16 else 64, 8, 2)
     return Config(64, 128, 128, 8, 3)
 

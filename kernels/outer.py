@@ -22,6 +22,7 @@ from .tile import activate, dot, gate, matrix, put, slope, vector
 from .triton_internals import gdc_launch_dependents
 
 BLOCK = 256  # sums a program of add_up
+SLOTS = 64 << 20  # bytes that the slots of ``back`` may take
 
 
 @triton.jit
@@ -74,7 +75,7 @@ def _job(
                 tl.store(part_ptr + dot_at + cols, dsum, mask=cols < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_each", "tiles_0"])
 def outer(
     part_ptr, slot, rows_each, tiles_0, M, R,
     u0_ptr, v0_ptr, d0_ptr, z0_ptr, scale0, C0, u0_m, u0_c, z0_m, z0_c, product0_at, usum_at, dot_at,
@@ -110,7 +111,7 @@ def _add_up(part_ptr, out_ptr, block, n, shares, ACC: tl.constexpr, BLOCK: tl.co
     tl.store(out_ptr + at, total, mask=at < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks0", "shares0", "shares1"])
 def add_up(
     part0_ptr, out0_ptr, n0, shares0, blocks0, part1_ptr, out1_ptr, n1, shares1,
     ACC: tl.constexpr, BLOCK: tl.constexpr, DEEP: tl.constexpr,
@@ -119,11 +120,11 @@ def add_up(
     block = tl.program_id(0)
     if block < blocks0:
         _add_up(part0_ptr, out0_ptr, block, n0, shares0, ACC, BLOCK, DEEP)
-    elif part1_ptr is not None:
+    else:
         _add_up(part1_ptr, out1_ptr, block - blocks0, n1, shares1, ACC, BLOCK, DEEP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def back(
     dy_ptr, d_ptr, b_ptr, g_ptr, t_ptr, dt_ptr, part_ptr, scale, M, N, R, dy_m, dy_n, b_n, b_r, g_in, g_out,
     H: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, TRIGGER: tl.constexpr,
@@ -157,19 +158,23 @@ def back(
 def config_of_outer(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
     wide = bits > 16
     if arch < (9, 0) and not wide:
-        return Config(64, 64, 0, 8, 3)
-    return Config(32 if wide or r > 32 else 64, 64, 0, 4, 2 if wide or r > 64 else 3)
+        return Config(64, 64, 0, 8, 2)
+    rows = 16 if wide and r > 64 else 32 if wide or r > 32 else 64
+    return Config(rows, 64, 0, 4, 2 if wide or r > 64 else 3)
 
 
 @configs.closed_form("back")
 def config_of_back(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
-    return Config(128, 128 if arch >= (9, 0) and bits <= 16 else 64, 0, 8, 3)
+    return Config(128, 128 if bits <= 16 else 64, 0, 8, 3)
 
 
-def one_read(M: int, N: int, r: int, processors: int) -> bool:
-    """Whether dT and dB in one read of dy beat two: their slots, written and read, must cost fewer bytes than dy, and
-    their row tiles keep a good third of the processors busy."""
-    return configs.rank_tile(r) < 32 and processors <= 3 * configs.tiles(M, 128) and N >= 64
+def one_read(arch: tuple[int, int], M: int, N: int, r: int, processors: int) -> bool:
+    """Whether dT and dB in one read of dy beat two, on sm_90: their slots, written and read, must cost fewer bytes than
+    dy and little memory, and their row tiles keep a good third of the processors busy."""
+    if arch != (9, 0) or N < 64 or configs.rank_tile(r) >= 32:
+        return False
+    row_tiles = configs.tiles(M, 128)
+    return processors <= 3 * row_tiles and 4 * row_tiles * N * r <= SLOTS
 
 
 class OverDy(NamedTuple):
@@ -183,6 +188,7 @@ class OverDy(NamedTuple):
     sums: bool = False
     scaled: bool = False
     z: Tensor | None = None
+    made: bool = False  # elsewhere, by ``back``: the launch has no program for it, and is compiled alike
 
 
 class OverX(NamedTuple):
@@ -201,8 +207,9 @@ def added_up(*parts: Tensor) -> list[Tensor]:
     """Σ over the first dimension of each contiguous (shares, n), in a fixed order; two of them share a launch."""
     out = [part[0] if part.shape[0] == 1 else part.new_empty(part.shape[1]) for part in parts]
     jobs = [(part, sums) for part, sums in zip(parts, out, strict=True) if part.shape[0] > 1]
-    for (part, sums), (other, others) in zip_longest(jobs[::2], jobs[1::2], fillvalue=(None, None)):
-        (shares0, n0), (shares1, n1) = part.shape, (0, 0) if other is None else other.shape
+    for first, second in zip_longest(jobs[::2], jobs[1::2]):
+        (part, sums), (other, others) = first, second or first  # without a second, no program of it: one kernel less
+        (shares0, n0), (shares1, n1) = part.shape, other.shape if second else (0, 0)
         args = {
             "part0_ptr": part, "out0_ptr": sums, "n0": n0, "shares0": shares0, "blocks0": configs.tiles(n0, BLOCK),
             "part1_ptr": other, "out1_ptr": others, "n1": n1, "shares1": shares1,
@@ -238,7 +245,7 @@ def project_back(
 def reduce_rows(first: OverDy | None, second: OverX | None, *parts: Tensor) -> tuple[dict[str, Tensor], list[Tensor]]:
     """{"dB" (N, R), "sum" (N,), "dot" (N,), "dA" (R, K), "da" (R,)}: those asked for, in fp32 (fp64 for fp64); and the
     sums of other ``parts`` (shares, n), which take no launch of their own."""
-    if first is None and second is None:
+    if second is None and (first is None or first.made):
         return {}, added_up(*parts)
     some = first.dy if first is not None else second.x
     M, device = some.shape[0], some.device
@@ -250,7 +257,7 @@ def reduce_rows(first: OverDy | None, second: OverX | None, *parts: Tensor) -> t
     if first is not None:
         C0 = first.dy.shape[1]
         wanted = {"dB": first.T is not None, "sum": first.sums, "dot": first.z is not None}
-        shapes |= {name: (C0, R) if name == "dB" else (C0,) for name, on in wanted.items() if on}
+        shapes |= {name: (C0, R) if name == "dB" else (C0,) for name, on in wanted.items() if on and not first.made}
     if second is not None:
         C1 = second.x.shape[1]
         shapes |= {"dA": (R, C1)} | ({"da": (R,)} if second.sums else {})
@@ -264,8 +271,8 @@ def reduce_rows(first: OverDy | None, second: OverX | None, *parts: Tensor) -> t
     arch = launch.arch_of(device)
     config = configs.choose("outer", arch, 8 * some.element_size(), M, max(C0, C1), 0, R)
     BR, BC = configs.rank_tile(R), config.BN
-    product0, product1 = "dB" in shapes, second is not None
-    tiles_0 = configs.tiles(C0, BC) * (configs.tiles(R, BR) if product0 else 1)
+    product0, product1 = first is not None and first.T is not None, second is not None
+    tiles_0 = 0 if first is None or first.made else configs.tiles(C0, BC) * (configs.tiles(R, BR) if product0 else 1)
     tiles = tiles_0 + (configs.tiles(C1, BC) * configs.tiles(R, BR) if product1 else 0)
     shares = max(1, min(configs.tiles(M, 4 * config.BM), configs.tiles(4 * launch.processors(device), tiles)))
     rows_each = configs.tiles(configs.tiles(M, shares), config.BM) * config.BM

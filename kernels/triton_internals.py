@@ -41,6 +41,8 @@ def _nothing():
 gdc_launch_dependents = _found("triton.language.extra.cuda", "gdc_launch_dependents") or _nothing
 # a tensor as TMA reads it; None: the kernels that take pointers run instead
 TensorDescriptor = _found("triton.tools.tensor_descriptor", "TensorDescriptor")
+# whether a flattened tile loop keeps its wgmma asynchronous: in 3.6 ptxas serialises it (C7515)
+FLATTENS = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9)
 _ASTSource = _found("triton.compiler", "ASTSource")
 _GPUTarget = _found("triton.backends.compiler", "GPUTarget")
 _knobs = _found("triton", "knobs")  # without them ptxas runs again for its log
@@ -77,9 +79,15 @@ def is_constexpr(kernel) -> dict[str, bool]:
     return {n: "constexpr" in str(p.annotation) for n, p in inspect.signature(kernel.fn).parameters.items()}
 
 
+def unspecialised(kernel) -> frozenset[str]:
+    """Arguments of a kernel whose values change nothing about what is compiled."""
+    options = vars(kernel) if hasattr(kernel, "params") else kernel.kwargs  # the interpreter keeps what it was given
+    return frozenset(options["do_not_specialize"] or ())
+
+
 def compiled(kernel, signature: dict, constants: dict, attributes: dict, arch: tuple[int, int], options: dict):
-    """A kernel compiled ahead of time: ``asm`` holds its ptx and cubin, ``metadata.shared`` its shared memory; and what
-    ptxas -v said of it.
+    """A kernel compiled ahead of time, whose ``asm`` holds its ttgir, ptx and cubin, ``metadata.shared`` its shared
+    memory; and what ptxas -v said of it.
 
     Raises RuntimeError where this Triton has no such compiler interface.
     """

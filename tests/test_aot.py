@@ -23,12 +23,22 @@ CLEAN = aot.Report("k", "gemm_lowrank", "sm_90", "bf16", "", 200, 0, 0, 200_000,
         ({"serialised": 1}, "serialises its wgmma"),
         ({"shared": 227 * 1024 + 1}, "of shared memory, 232448 are there"),
         ({"arch": "sm_80", "shared": 163 * 1024 + 1}, "166912 are there"),
+        ({"nested": True}, "were not flattened into one"),
         ({"wgmma": 0}, "no tensor-core instruction"),
     ],
 )
 def test_the_gate_refuses(changes, fault):
     assert not CLEAN.faults()
     assert any(fault in found for found in replace(CLEAN, **changes).faults())
+
+
+@pytest.mark.parametrize(
+    ("inner", "nested"), [("scf.for %k = %a to %b {", True), ("scf.while (%k = %a) {", True), ("scf.if %k {", False)]
+)
+def test_a_loop_in_a_loop_is_read_from_the_code(inner, nested):
+    code = ["scf.if %p {", "  scf.for %i = %a to %b {", "    foo", "  }", "} else {", "  scf.for %i = %a to %b {"]
+    code += [f"    {inner}", "    } loc(#1)", "  } loc(#2)", "} loc(#3)", "scf.for %i = %a to %b {", "}"]
+    assert aot._nested("\n".join(code)) == nested
 
 
 def test_fp32_and_sums_need_no_tensor_cores():
@@ -64,8 +74,8 @@ def test_every_kernel_is_among_the_launches(arch):
     )
     rows = [line.split() for line in listed.stdout.splitlines()]
     found = {kernel for _, kernel, _ in rows}
-    elsewhere = {"gemm_cuda"} | ({"gemm_lowrank_tma", "gemm_gluon"} if arch == "sm_80" else set())
-    assert found == {*kernels().configs.CLOSED_FORMS, "gemm_gluon", "add_up", "split"} - elsewhere
+    elsewhere = {"gemm_cuda"} | (set() if arch == "sm_90" else {"gemm_lowrank_tma", "gemm_gluon", "back"})
+    assert found == {*kernels().configs.CLOSED_FORMS, "gemm_gluon", "add_up", "finish", "split"} - elsewhere
     assert all(name.startswith(f"{kernel}-") for name, kernel, _ in rows)
     wanted = {("gemm_lowrank", "bf16"), ("gemm_lowrank", "fp32"), ("form", "fp32"), ("outer", "bf16")}
     assert wanted <= {(kernel, dtype) for _, kernel, dtype in rows}
@@ -128,8 +138,17 @@ assert set(one) < set(found) and len(one) < len(two) < 0.7 * len(found), (len(on
     subprocess.run([sys.executable, "-c", code], check=True, env=_compiling())
 
 
+def test_beside_another_architecture_only_what_differs_is_compiled(tmp_path):
+    done = _compile(tmp_path, "--arch", "sm_86", "--beside", "sm_80", "--cover", "1", "--only", "gemm_lowrank-64x128")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "s3-" in done.stdout  # 99 KiB hold three stages
+    none = _compile(tmp_path, "--arch", "sm_80", "--beside", "sm_80")
+    assert "0 kernels compiled" in none.stdout
+    assert none.returncode == 1
+
+
 def test_bad_calls(tmp_path):
     assert "invalid choice: 'sm_75'" in _compile(tmp_path, "--arch", "sm_75").stderr
     assert "TRITON_INTERPRET is set" in _compile(tmp_path, "--arch", "sm_90", env={"TRITON_INTERPRET": "1"}).stderr
-    with pytest.raises(ValueError, match="arch='sm_75' is not one of sm_80, sm_90"):
+    with pytest.raises(ValueError, match="arch='sm_75' is not one of sm_80, sm_86, sm_89, sm_90"):
         next(aot.compile_all("sm_75", tmp_path))

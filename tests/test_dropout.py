@@ -78,14 +78,26 @@ def test_seeds_follow_manual_seed():
 
 
 _TRITON = """
-import sys, torch
-from fused_peft.core.dropout import keep_mask, threshold
-from fused_peft.kernels.dropout import keep_mask as kernel
-for words, n, p in (((0, 0), 1000, 0.3), ((-5, 77), 1001, 0.9), ((2**31 - 1, -2**31), 64, 0.0)):
-    seed, out = torch.tensor(words, dtype=torch.int32), torch.full((n,), -1, dtype=torch.int8)
-    kernel[(-(-n // 256),)](out, seed, n, threshold(p), BLOCK=256)
-    assert torch.equal(out.bool(), keep_mask(seed, (n,), p)), (words, n, p)
-    assert out.min() >= 0
+import torch
+from fused_peft.backends import triton as backend
+from fused_peft.core.dropout import Mask, in_one_launch, keep_mask, threshold
+from fused_peft.kernels.dropout import mask
+for words, n, p in (((0, 0), 1000, 0.3), ((-5, 77), 1001, 0.9), ((2**31 - 1, -2**31), 64, 0.0), ((3, 4), 1, 0.5),
+                    ((5, 6), 4097, 0.5), ((7, 8), 0, 0.5)):
+    seed = torch.tensor(words, dtype=torch.int32)
+    assert torch.equal(mask(seed, n, threshold(p)), keep_mask(seed, (n,), p)), (words, n, p)
+assert in_one_launch(seed, 7, 0) is None  # on a CPU
+from fused_peft.core import dropout
+dropout.in_one_launch = mask
+for dtype in (torch.float16, torch.bfloat16, torch.float32):
+    x = torch.randn(33, 7).to(dtype)
+    kept = Mask(seed, x.shape, 0.4)
+    assert kept.bits is None
+    for x in (x, x.T.contiguous().T):
+        want = torch.where(keep_mask(seed, x.shape, 0.4), x, 0)
+        assert kept(x).dtype == dtype
+        assert torch.equal(kept(x), want)
+assert torch.func.vmap(lambda s: Mask(s, (4,), 0.4).bits, randomness="same")(torch.stack([seed, seed])).shape == (2, 4)
 """
 
 

@@ -30,14 +30,14 @@ class Mutant(NamedTuple):
 MUTANTS = {
     "low-rank phase skipped": Mutant(
         "gemm_lowrank",
-        "update = dot(s, b, update, PRECISION)",
-        "update = update",
+        "return dot(s, b.to(s.dtype), acc, PRECISION)",
+        "return acc",
         ("lora",),
     ),
     "update not scaled": Mutant(
         "gemm_lowrank",
-        "PRECISION, BM, BN, BR) * scale\n        if MASK",
-        "PRECISION, BM, BN, BR)\n        if MASK",
+        "ONE, BM, BN, BR) * scale\n        if MASK",
+        "ONE, BM, BN, BR)\n        if MASK",
         ("lora",),
     ),
     "s doubled": Mutant(
@@ -54,9 +54,17 @@ MUTANTS = {
     ),
     "last K block dropped from S": Mutant(
         "down",
-        "range(0, K, BK)",
-        "range(0, K - BK, BK)",
+        "min(first + steps * BK, K), BK)",
+        "min(first + steps * BK, K) - BK, BK)",
         ("lora",),
+    ),
+    "last share of S lost": Mutant("down", "first + deep < shares", "first + deep < shares - 1", ("lora",)),
+    "scale in a share of S": Mutant("down", "* R, acc, m", "* R, acc * scale, m", ("lora", "dora")),
+    "bias in every share of S": Mutant(
+        "down",
+        "* R, acc, m",
+        "* R, acc if bias_ptr is None else acc + vector(bias_ptr, r + tl.arange(0, BR), R).to(ACC)[None, :], m",
+        ("parallel_adapter+all",),
     ),
     "mask dropped from dx": Mutant(
         "gemm_lowrank",
@@ -193,6 +201,8 @@ def test_kernel_mutant_is_caught(name, monkeypatch, tmp_path):
     mutated(mutant.file, mutant.before, mutant.after, monkeypatch, tmp_path)
     monkeypatch.setattr(k.gemm_lowrank, "INLINE_ROWS", 0)
     monkeypatch.setattr(k.outer, "one_read", lambda *shape: one_read)
+    if "share of S" in name:
+        monkeypatch.setattr(k.down, "shares_of", lambda *_: 2)
     for case in (c for c in CASES if c.name in mutant.cases):
         assert disagreements(case, build(case, WIDE), *inputs(WIDE), INTERPRETED), case.name
 
@@ -207,10 +217,10 @@ class TmaMutant(NamedTuple):
 TMA_MUTANTS = {
     "last K block dropped": TmaMutant("ssb", "range(tl.cdiv(K, BK))", "range(tl.cdiv(K, BK) - 1)"),
     "late phase skipped": TmaMutant("lora", "if b_ptr is not None and LATE:"),
-    "late scale dropped": TmaMutant("lora", "(b.to(tl.float32) * scale)", "(b.to(tl.float32))"),
-    "late scale doubled": TmaMutant("lora", "(b.to(tl.float32) * scale)", "(b.to(tl.float32) * (2 * scale))"),
+    "late scale dropped": TmaMutant("lora", "b.to(acc.dtype) * scale", "b.to(acc.dtype)"),
+    "late scale doubled": TmaMutant("lora", "b.to(acc.dtype) * scale", "b.to(acc.dtype) * (2 * scale)"),
     "mask dropped": TmaMutant("lora+dropout", "            if MASK:"),
-    "early scale dropped": TmaMutant("lora+dropout", "PRECISION, BM, BN, BR) * scale", "PRECISION, BM, BN, BR)"),
+    "early scale dropped": TmaMutant("lora+dropout", "ONE, BM, BN, BR) * scale", "ONE, BM, BN, BR)"),
     "d_in dropped": TmaMutant("ssb", "            if d_in_ptr is not None:"),
     "d_out dropped": TmaMutant("ia3", "            if d_out_ptr is not None:"),
     "bias dropped": TmaMutant("lora", "            if BIAS_INSIDE:"),

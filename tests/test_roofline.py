@@ -28,11 +28,12 @@ def test_lora_is_two_launches_forward_and_four_backward():
     assert names("ours", "lora", BIG) == ["down", "gemm_lowrank_tma"]
     assert names("ours", "lora", BIG, True)[2:] == ["back", "gemm_lowrank_tma", "outer", "add_up"]
     assert names("ours", "lora", Shape(16, 4096, 4096, 64)) == ["gemm_lowrank"]
-    assert len(names("ours", "lora", Shape(16, 4096, 4096, 256))) == 2
+    assert names("ours", "lora", Shape(16, 4096, 4096, 256)) == ["down", "finish", "gemm_lowrank"]
 
 
 def test_every_kernel_says_its_flops():
-    assert set(configs.CLOSED_FORMS) - {"gemm_cuda"} | {"gemm_gluon", "add_up", "split"} == set(FLOPS)
+    made_elsewhere = {"gemm_gluon", "add_up", "finish", "keep_mask", "split"}
+    assert set(configs.CLOSED_FORMS) - {"gemm_cuda"} | made_elsewhere == set(FLOPS)
 
 
 @pytest.mark.parametrize("who", ["ours", "eager", "peft"])
@@ -45,7 +46,9 @@ def test_loras_flops_and_bytes_are_its_formulas(who, M):
     assert sum(x.flops for x in forward) == frozen + low
     assert sum(x.flops for x in both) == 2 * frozen + 3 * low
     if who == "ours":  # down reads x and A (fp32) and writes T; the GEMM reads x, W, T and B and writes y
-        assert sum(x.bytes for x in forward) == 2 * (2 * M * K + N * K + 2 * M * r + M * N) + 4 * r * (K + N)
+        shares = 0 if M == 8192 else 16  # of few rows, sums that are written and read
+        sums = 2 * 4 * shares * M * r
+        assert sum(x.bytes for x in forward) == 2 * (2 * M * K + N * K + 2 * M * r + M * N) + 4 * r * (K + N) + sums
 
 
 def test_a_frozen_layer_is_one_product():
@@ -82,7 +85,7 @@ def test_ours_is_never_above_eager_on_many_rows(method):
 @pytest.mark.parametrize("method", TIMED)
 def test_ours_runs_its_kernels_and_eager_none(method):
     assert bool(set(names("ours", method, BIG, True)) & set(FLOPS)) == (method in FUSED)
-    assert not set(names("eager", method, BIG, True)) & set(FLOPS)
+    assert set(names("eager", method, BIG, True)) & set(FLOPS) == ({"keep_mask"} if "dropout" in method else set())
 
 
 def test_dropout_is_one_launch_in_hf_peft_as_on_a_gpu():

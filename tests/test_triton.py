@@ -40,7 +40,7 @@ def path(request, monkeypatch):
     """Few rows: S inside the GEMM. Many: launches of their own, dT and dB in one read of dy."""
     if request.param == "many rows":
         monkeypatch.setattr(k.gemm_lowrank, "INLINE_ROWS", 0)
-        monkeypatch.setattr(k.outer, "one_read", lambda M, N, r, processors: r <= 128)
+        monkeypatch.setattr(k.outer, "one_read", lambda arch, M, N, r, processors: r <= 128)
 
 
 @interpreted
@@ -94,6 +94,78 @@ def _compare(f, M=9, K=40, N=24, w=True, c=False, tolerance=INTERPRETED):
 def test_any_rank(r, path):
     names = ("A", "a", "M", "B") if r in (17, 65, 128) else ("A", "a", "G", "B")
     _compare(_factors(40, 24, r, names, s=1.5, h="gelu", p=0.5))
+
+
+@interpreted
+@pytest.mark.parametrize("shares", [2, 3, 5, 100])
+@pytest.mark.parametrize(
+    ("r", "names", "options"),
+    [
+        (3, ("A", "B"), {"p": 0.5, "s": 1.5}),
+        (17, ("A", "a", "G", "B", "d_in"), {"h": "gelu"}),
+        (16, ("A", "a", "M", "B", "d_out"), {"h": "tanh", "s": 0.5}),
+        (130, ("A", "a", "B"), {"h": "silu"}),
+    ],
+)
+def test_k_in_shares(shares, r, names, options, monkeypatch, poison):
+    """Whatever is asked for, no share is empty, and two runs are the same to the bit."""
+    monkeypatch.setattr(k.gemm_lowrank, "INLINE_ROWS", 0)
+    monkeypatch.setattr(k.outer, "one_read", lambda *_: False)
+    monkeypatch.setattr(k.down, "shares_of", lambda *_: shares)
+    seen, submit = [], k.launch.submit
+
+    def watched(kernel, grid, args, *rest):
+        seen.append((kernel.__name__, grid, args))
+        submit(kernel, grid, args, *rest)
+
+    monkeypatch.setattr(k.launch, "submit", watched)
+    _compare(_factors(333, 201, r, names, **options), M=37, K=333, N=201)
+    downs = [(grid[2], args) for name, grid, args in seen if name == "down"]
+    assert [name for name, *_ in seen].count("finish") == len(downs) == 2
+    assert all(0 <= args["K"] - (n - 1) * args["steps"] * args["BK"] <= args["steps"] * args["BK"] for n, args in downs)
+    x, A = torch.randn(37, 333), torch.randn(r, 333)
+    first, again = (k.down.project(x, None, A, None, None, "identity", None, 0, 1.0)[0] for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_shares_fill_the_processors():
+    of = k.down.shares_of
+    assert [of(1, 32, 132), of(32, 32, 132), of(66, 32, 132), of(67, 32, 132), of(128, 32, 132)] == [16, 4, 2, 1, 1]
+    assert of(1, 1, 132) == of(1, 0, 132) == of(4, 2, 132) == 1
+
+
+def test_the_slots_of_one_read_are_capped():
+    slots = lambda M, N, r: 4 * -(-M // 128) * N * r  # noqa: E731
+    read = k.outer.one_read
+    assert read((9, 0), 8192, 14336, 16, 132)
+    assert slots(8192, 14336, 16) <= k.outer.SLOTS < slots(131072, 14336, 16)
+    for M in (6000, 8192, 16384, 131072):
+        for N in (1024, 4096, 14336):
+            assert not read((9, 0), M, N, 16, 132) or slots(M, N, 16) <= k.outer.SLOTS
+    assert not read((9, 0), 131072, 14336, 16, 132)
+    assert not read((8, 0), 8192, 4096, 16, 108)
+    assert not read((10, 0), 8192, 4096, 16, 148)
+
+
+@pytest.mark.parametrize(
+    ("M", "N", "BN"),
+    [
+        (1024, 4096, 256),  # 128 large tiles: one wave of 132
+        (8192, 4096, 256),
+        (1536, 4096, 128),  # two waves of large tiles, three of tiles half as large
+        (2048, 1024, 128),  # 64 large tiles are one wave, and so are 128 small ones
+        (8448, 4096, 256),
+        (200, 14336, 256),
+        (1024, 128, 128),
+    ],
+)
+def test_the_tile_is_chosen_by_waves(M, N, BN):
+    config = k.gemm_lowrank.config_of_tma((9, 0), 16, M, N, 4096, 16)
+    assert (config.BM, config.BN) == (128, BN)
+    other = 384 - BN
+    waves = lambda BN: -(-(-(-M // 128) * -(-N // BN)) // 132) * BN  # noqa: E731
+    assert waves(BN) <= waves(other)
+    assert k.gemm_lowrank.config_of_tma((9, 0), 16, M, N, 4096, 64).BN == 128  # a higher rank has no registers for it
 
 
 @interpreted
@@ -291,8 +363,10 @@ def test_launches_of_lora(p):
     assert launches(config, 8192) == ["down", "gemm_lowrank_tma"]
     assert launches(config, 16) == ["gemm_lowrank"]
     assert launches(config, 8192, backward=True) == ["back", "gemm_lowrank_tma", "outer", "add_up"]
-    assert launches(config, 1024, backward=True) == ["down", "gemm_lowrank_tma", "outer", "add_up"]
-    assert launches(config, 1, backward=True) == ["down", "gemm_lowrank", "outer"]  # one row share: nothing to add up
+    assert launches(config, 1024, backward=True) == ["down", "finish", "gemm_lowrank_tma", "outer", "add_up"]
+    assert launches(config, 131072, backward=True, N=14336)[0] == "down"
+    # one row share: nothing to add up
+    assert launches(config, 1, backward=True) == ["down", "finish", "gemm_lowrank", "outer"]
 
 
 def test_launches_of_scales():

@@ -76,6 +76,34 @@ def _plain(o: Operands) -> bool:
     return o.A is None and o.d_in is None and o.d_out is None
 
 
+_MASKS: dict[torch.device, bool] = {}  # of GPUs: what ``_makes_masks`` found
+
+
+def _makes_masks(device: torch.device) -> bool:
+    """Whether the kernel for masks runs on a GPU and makes those of plain PyTorch, which stays where it does not."""
+    if _missing() or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    seed, n, p = torch.tensor([-5, 77], dtype=torch.int32, device=device), 1001, 0.3
+    try:
+        return torch.equal(kernels().dropout.mask(seed, n, dropout.threshold(p)), dropout.keep_mask(seed, (n,), p))
+    except Exception:  # the compiler's or the driver's, where eager must go on
+        return False
+
+
+def _mask(seed: Tensor, n: int, threshold: int) -> Tensor | None:
+    """For ``core.dropout``: the mask in one launch on a GPU, or on paper."""
+    if seed.is_cuda:
+        if seed.device not in _MASKS and not torch.cuda.is_current_stream_capturing():
+            _MASKS[seed.device] = _makes_masks(seed.device)
+        fits = n < 1 << 32 and _MASKS.get(seed.device, False)
+    else:
+        fits = seed.is_meta and not _missing() and kernels().launch.recording()
+    return kernels().dropout.mask(seed, n, threshold) if fits else None
+
+
+dropout.in_one_launch = _mask
+
+
 class Triton:
     name = "triton"
     overlaps = False  # whether its GEMM waits for S itself, so that it may begin before the launch that makes S ends
@@ -212,7 +240,8 @@ class Triton:
             masked = mask is not None and not dual
             A, rescale = self.factor(o.A.t(), mask.rescale if masked else 1.0, dy) if into_x else (None, 1.0)
             alone = (want.B or want.G) and not (want.bias or want.d_out)  # else dy is read again anyway
-            if alone and k.outer.one_read(*dy.shape, o.A.shape[0], k.launch.processors(dy.device)):
+            where, processors = k.launch.arch_of(dy.device), k.launch.processors(dy.device)
+            if alone and k.outer.one_read(where, *dy.shape, o.A.shape[0], processors):
                 dT, parts["dB"] = k.outer.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s, self.overlaps)
             else:
                 dT = k.down.project_back(dy, o.d_out, o.B, o.G, o.h, T, o.s, self.overlaps)
@@ -236,11 +265,10 @@ class Triton:
         """The gradients that are sums over rows."""
         k, first, second = kernels(), None, None
         into_b = want.B or want.G
-        into_dy = into_b and "dB" not in parts
-        if into_dy or want.bias or want.d_out:
+        if into_b or want.bias or want.d_out:
             first = k.outer.OverDy(
-                dy, T if into_dy else None, o.h, o.d_out, o.s, want.bias, o.scale_bias and o.d_out is not None,
-                z if want.d_out else None,
+                dy, T if into_b else None, o.h, o.d_out, o.s, want.bias, o.scale_bias and o.d_out is not None,
+                z if want.d_out else None, "dB" in parts,
             )  # fmt: skip
         da = torch.sum(dT, 0, dtype=o.a.dtype) if want.a and not want.A else None  # x is not kept then
         if da is not None:

@@ -13,8 +13,9 @@ import math
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from .torch_internals import transforming
+from .torch_internals import tracing, transforming
 
 # (shift, multiplier) of each round; the last shift has no multiply. Constants of C. Wellons' triple32.
 ROUNDS = ((17, 0xED5AD4BB - (1 << 32)), (11, 0xAC4C1B51 - (1 << 32)), (15, 0x31848BAB))
@@ -57,15 +58,25 @@ def keep_mask(seed: Tensor, shape, p: float) -> Tensor:
     return (_bits(seed, math.prod(shape)) >= threshold(p)).view(shape)
 
 
+def in_one_launch(seed: Tensor, n: int, threshold: int) -> Tensor | None:
+    """The boolean mask (n,) from a kernel, or None; a backend that has kernels replaces this function."""
+    return None
+
+
 class Mask:
     """The mask of one call, its bits computed once and applied to several tensors of the same shape."""
 
     def __init__(self, seed: Tensor, shape, p: float):
-        self.bits = _bits(seed, math.prod(shape)).view(shape)
-        self.threshold = threshold(p)
+        n, self.threshold = math.prod(shape), threshold(p)
+        plain = type(seed) is Tensor and not (transforming() or tracing() or is_compiling())
+        keep = in_one_launch(seed, n, self.threshold) if plain else None
+        self.keep = keep if keep is None else keep.view(shape)
+        self.bits = _bits(seed, n).view(shape) if keep is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """A new tensor x ⊙ keep; the caller owes the factor 1 / (1 - p)."""
+        if self.keep is not None:
+            return x * self.keep
         if x.element_size() == 2:  # all 16-bit lanes: 0 or -1 as a bit mask is three times faster than a product
             keep = self.bits.clone().ge_(self.threshold).neg_()
             return keep.bitwise_and_(x.view(torch.int16)).view(x.dtype)

@@ -24,9 +24,11 @@ from ..backends.triton import Triton, _missing, kernels
 from ..core.operands import TENSORS, Operands
 from . import compile_gluon
 
-ARCHES = {"sm_80": (8, 0), "sm_90": (9, 0)}
+ARCHES = {
+    "sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90": (9, 0), "sm_100": (10, 0), "sm_120": (12, 0),
+}  # fmt: skip
 COUNTED = {  # in PTX
-    "wgmma": r"\bwgmma\.mma_async", "mma": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async", "mma": r"\bmma\.sync", "tcgen05": r"\btcgen05\.mma",
     "tma_load": r"\bcp\.async\.bulk\.tensor\.\dd\.shared", "tma_store": r"\bcp\.async\.bulk\.tensor\.\dd\.global",
 }  # fmt: skip
 USED = {  # in ptxas's log
@@ -53,8 +55,10 @@ class Report:
     mma: int
     tma_load: int
     tma_store: int
+    tcgen05: int = 0
     multiplies: bool = True
     serialised: int = 0  # ptxas warnings C75xx: wgmma that waits for the one before
+    nested: bool = False  # a loop inside a loop, where FLATTEN asks for one
 
     def faults(self) -> list[str]:
         """What the gate refuses: spills, too much shared memory, a half-precision product without tensor cores."""
@@ -66,7 +70,9 @@ class Report:
             found.append(f"{self.shared} bytes of shared memory, {limit} are there")
         if self.serialised and self.kernel.startswith("gemm"):  # the others wait for memory, not for wgmma
             found.append("ptxas serialises its wgmma (C75xx)")
-        if self.multiplies and self.dtype != "fp32" and not self.wgmma + self.mma:
+        if self.nested:
+            found.append("its tile loop and K loop were not flattened into one")
+        if self.multiplies and self.dtype != "fp32" and not self.wgmma + self.mma + self.tcgen05:
             found.append("no tensor-core instruction")
         if self.kernel == "gemm_gluon" and not min(self.wgmma, self.tma_load, self.tma_store):
             found.append("not wgmma on what TMA loads, stored through TMA")
@@ -151,9 +157,7 @@ def launches(arch: str) -> dict[str, object]:
         for phase, launch in _recorded(backend, o, ARCHES[arch], "tf32" in label):
             if launch.kernel is GEMM:
                 continue  # csrc/'s: ``extension`` compiles it
-            signature = _signature(launch)
-            identity = (launch.kernel.__name__, launch.config, repr(signature))
-            if identity in seen:
+            if (identity := _identity(launch)) in seen:
                 continue
             seen.add(identity)
             c = launch.config
@@ -161,6 +165,11 @@ def launches(arch: str) -> dict[str, object]:
             name = f"{launch.kernel.__name__}-{form}-{_dtype(launch)}-{label}-{phase}"
             found[name if name not in found else f"{name}-{len(found)}"] = launch
     return found | compile_gluon.launches() if arch == "sm_90" else found
+
+
+def _identity(launch) -> tuple:
+    """What is compiled, whatever the architecture."""
+    return launch.kernel.__name__, launch.config, repr(_signature(launch))
 
 
 def covering(found: dict[str, object], together: int) -> dict[str, object]:
@@ -206,7 +215,19 @@ _SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 
 def _dtype(launch) -> str:
     """The dtype of the kernel's main operand."""
-    for name in ("x_ptr", "x_desc", "w_ptr", "dy_ptr", "u0_ptr", "u1_ptr", "s_ptr", "c_ptr", "part0_ptr"):
+    for name in (
+        "x_ptr",
+        "x_desc",
+        "w_ptr",
+        "dy_ptr",
+        "u0_ptr",
+        "u1_ptr",
+        "s_ptr",
+        "c_ptr",
+        "t_ptr",
+        "out_ptr",
+        "part0_ptr",
+    ):
         value = launch.args.get(name)
         if value is not None:
             return _SHORT[getattr(value, "base", value).dtype]
@@ -215,11 +236,13 @@ def _dtype(launch) -> str:
 
 def _signature(launch) -> tuple[dict, dict, dict]:
     """(signature, constants, attributes) as a call with these arguments would compile: one becomes a constant,
-    multiples of 16 are known as such."""
+    multiples of 16 are known as such, unless the kernel says that it does not want to know."""
     signature, constants, attributes = {}, {}, {}
-    constexpr = kernels().triton_internals.is_constexpr(launch.kernel)
+    internals = kernels().triton_internals
+    constexpr, unspecialised = internals.is_constexpr(launch.kernel), internals.unspecialised(launch.kernel)
     for i, (name, value) in enumerate(launch.args.items()):
-        if constexpr[name] or value is None or (isinstance(value, int) and value == 1):
+        known = isinstance(value, int) and name not in unspecialised
+        if constexpr[name] or value is None or (known and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
@@ -232,16 +255,30 @@ def _signature(launch) -> tuple[dict, dict, dict]:
             block = ",".join(str(n) for n in value.block_shape)
             layout = f",{value.layout!r}" if hasattr(value, "layout") else ""  # Gluon's say how a tile lies
             signature[name] = f"tensordesc<{_SHORT[value.base.dtype]}[{block}]{layout}>"
-        if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (known and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
 
 def _multiplies(launch) -> bool:
     """Whether the launch takes matrix products: not when only slots or columns are summed."""
-    if launch.kernel.__name__ in ("add_up", "split"):
+    if launch.kernel.__name__ in ("add_up", "split", "finish") and launch.args.get("GATE") != 2:
         return False
     return any(launch.args.get(flag, True) for flag in ("PRODUCT0", "PRODUCT1"))
+
+
+def _nested(ttgir: str) -> bool:
+    """Whether a loop stands inside another one."""
+    around: list[int] = []  # indentation of the loops that are open
+    for line in ttgir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while around and line.lstrip().startswith("}") and indent <= around[-1]:
+            around.pop()
+        if re.search(r"\bscf\.(for|while)\b", line):
+            if around:
+                return True
+            around.append(indent)
+    return False
 
 
 def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report:
@@ -260,6 +297,7 @@ def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report
         name, launch.kernel.__name__, arch, _dtype(launch), f"{c.BM}x{c.BN}x{c.BK} warps {c.warps} stages {c.stages}",
         **used, shared=result.metadata.shared, **counts, multiplies=_multiplies(launch),
         serialised=len(re.findall(r"C75\d\d", log)),
+        nested=bool(launch.args.get("FLATTEN")) and _nested(result.asm["ttgir"]),
     )  # fmt: skip
 
 
@@ -270,9 +308,12 @@ def _work(name: str, arch: str, folder: Path | None) -> Report:
     return compiled(name, _pending[name], arch, folder)
 
 
-def compile_all(arch: str, folder: Path, jobs: int | None = None, only: str = "", cover: int = 0) -> Iterator[Report]:
+def compile_all(
+    arch: str, folder: Path, jobs: int | None = None, only: str = "", cover: int = 0, beside: str = ""
+) -> Iterator[Report]:
     """Compile every kernel for arch into folder, some at a time; ``only``: those whose name contains it; ``cover``: as
-    few as ``covering`` finds enough for so many together, 0: all.
+    few as ``covering`` finds enough for so many together, 0: all; ``beside``: an architecture whose launches are left
+    out where they are the same.
 
     Raises ValueError for an unknown arch, RuntimeError where Triton is missing or its interpreter is on.
     """
@@ -284,7 +325,9 @@ def compile_all(arch: str, folder: Path, jobs: int | None = None, only: str = ""
         raise RuntimeError("TRITON_INTERPRET is set, so kernels would be interpreted, not compiled; unset it")
     folder.mkdir(parents=True, exist_ok=True)
     _pending.clear()
-    found = covering(launches(arch), cover) if cover else launches(arch)
+    elsewhere = {_identity(launch) for launch in launches(beside).values()} if beside else set()
+    found = {name: launch for name, launch in launches(arch).items() if _identity(launch) not in elsewhere}
+    found = covering(found, cover) if cover and found else found
     _pending.update({name: launch for name, launch in found.items() if only in name})
     context = multiprocessing.get_context("fork")  # launches hold kernels, which do not pickle
     with ProcessPoolExecutor(jobs or os.cpu_count(), mp_context=context) as pool:
@@ -292,16 +335,17 @@ def compile_all(arch: str, folder: Path, jobs: int | None = None, only: str = ""
 
 
 def run(
-    arch: str, folder: Path, json_file: Path | None, jobs: int | None = None, only: str = "", cover: int = 0
-) -> int:
+    arch: str, folder: Path, json_file: Path | None, jobs: int | None = None, only: str = "", cover: int = 0,
+    beside: str = "",
+) -> int:  # fmt: skip
     """Compile, print one line a kernel, write the JSON report; 1 when the gate refuses one, or there is none."""
 
     def line(r: Report) -> str:
-        counts = f"wgmma {r.wgmma} mma {r.mma} tma {r.tma_load}/{r.tma_store}"
+        counts = f"wgmma {r.wgmma} mma {r.mma} tcgen05 {r.tcgen05} tma {r.tma_load}/{r.tma_store}"
         return f"{r.name:<72} {r.registers:3} regs {r.stack:4} stack {r.shared:6} shared  {counts}"
 
     about = {"triton": importlib.metadata.version("triton")}
-    return judged(arch, "kernels", compile_all(arch, folder, jobs, only, cover), line, about, json_file)
+    return judged(arch, "kernels", compile_all(arch, folder, jobs, only, cover, beside), line, about, json_file)
 
 
 def judged(arch: str, what: str, reports: Iterable, line: Callable, about: dict, json_file: Path | None) -> int:
