@@ -114,6 +114,7 @@ struct Step {
     bool contiguous = false;
     // a kernel
     void* function = nullptr;
+    std::shared_ptr<py::object> kernel;  // Triton's, which unloads the function when it goes
     std::string name;
     unsigned grid[3] = {1, 1, 1}, threads = 0, shared = 0;
     std::vector<char> bytes;
@@ -452,6 +453,13 @@ py::object run_op(int64_t kind, const std::vector<c10::optional<Tensor>>& tensor
 
 // ---- how Python builds a plan
 
+std::shared_ptr<py::object> held(py::object object) {
+    return {new py::object(std::move(object)), [](py::object* held) {
+                py::gil_scoped_acquire gil;  // a plan may go where no Python runs
+                delete held;
+            }};
+}
+
 int64_t add_empty(Plan& plan, std::vector<int64_t> sizes, std::vector<int64_t> strides, bool contiguous, const Tensor& like) {
     Step step;
     step.out = plan.slots++;
@@ -488,19 +496,17 @@ int64_t add_operation(Plan& plan, const std::string& name, const std::string& ov
 
 void add_function(Plan& plan, py::object function, std::vector<Ref> tensors) {
     Step step;
-    step.function_of_python = {new py::object(std::move(function)), [](py::object* held) {
-                                   py::gil_scoped_acquire gil;  // a plan may go where no Python runs
-                                   delete held;
-                               }};
+    step.function_of_python = held(std::move(function));
     for (Ref& t : tensors) step.tensors.emplace_back(0, std::move(t));
     plan.steps.push_back(std::move(step));
 }
 
 // parameters: (bytes of it, alignment, None), (8, 8, Ref), or (128, 64, (Ref, dtype, swizzle, sizes, strides in bytes, box))
-void add_launch(Plan& plan, const std::string& name, int64_t function, std::vector<unsigned> grid, unsigned threads,
+void add_launch(Plan& plan, const std::string& name, py::object kernel, std::vector<unsigned> grid, unsigned threads,
                 unsigned shared, py::list parameters) {
     Step step;
-    step.name = name, step.function = reinterpret_cast<void*>(function);
+    const auto function = py::cast<int64_t>(kernel.attr("function"));
+    step.name = name, step.function = reinterpret_cast<void*>(function), step.kernel = held(std::move(kernel));
     TORCH_CHECK(function && grid.size() <= 3 && parameters.size() <= 256, "no kernel that can be launched: ", name);
     std::copy(grid.begin(), grid.end(), step.grid);
     step.threads = threads, step.shared = shared;

@@ -20,6 +20,7 @@ from fused_peft.backends import rates, replay
 from fused_peft.backends.triton import Triton
 from fused_peft.core import dispatch, ops, records
 from fused_peft.core.factors import Factors
+from fused_peft.core.torch_internals import TorchDispatchMode
 from fused_peft.tools import selftest
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
@@ -223,6 +224,33 @@ def test_compiled_calls_are_replayed_too(name, host):
     classes, plans = host.known()
     assert classes == plans >= 2
     assert not replay.without_plan
+
+
+@pytest.mark.parametrize("name", ["lora+dropout", "dora", "ssb"])
+def test_a_training_step_can_be_captured(name, host):
+    """It waits for no value of the GPU's, as a CUDA graph demands, and draws each dropout seed anew on the device."""
+    layer = build(next(case for case in CASES if case.name == name), SHAPE, dtype=torch.float32)
+    fp.set_backend("triton")
+    optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+    x, dy = drawn()
+    operations, ys = [], []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operations.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    for _ in range(4):
+        operations.clear()
+        with Seen():
+            ys.append(layer(x))
+            ys[-1].backward(dy)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"} & {*operations}
+    assert operations.count("randint") == ("dropout" in name)
+    assert not torch.equal(ys[-1], ys[-2])
+    assert host.known()[0] == host.known()[1]
 
 
 def test_gradients_of_gradients_are_refused(host):

@@ -33,7 +33,6 @@ from ..core.torch_internals import TorchDispatchMode
 from . import extension
 from .triton import kernels
 
-SOURCE = source_dir("csrc") / "replay.cpp"
 DRIVER = "libcuda.so.1"
 PATIENCE = 300  # seconds: another process that builds it may have died
 
@@ -119,10 +118,11 @@ def _build() -> types.ModuleType:
     missing += [] if shutil.which("ninja", path=extension.path()) else ["ninja is not installed (pip install ninja)"]
     if missing:
         raise RuntimeError(", ".join(missing))
-    version = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
+    source = source_dir("csrc") / "replay.cpp"
+    version = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
     os.environ["PATH"] = extension.path()
     try:
-        return cpp_extension.load(f"fused_peft_replay_{version}", [str(SOURCE)], extra_cflags=["-O2", "-std=c++17"])
+        return cpp_extension.load(f"fused_peft_replay_{version}", [str(source)], extra_cflags=["-O2", "-std=c++17"])
     finally:
         os.environ["PATH"] = path
 
@@ -352,7 +352,7 @@ class Recorder(TorchDispatchMode):
         if sizes != (expected := parameter_sizes(compiled.asm["ptx"])):
             raise NoPlan(f"{name} takes parameters of {expected} bytes, not {sizes}: this Triton launches otherwise")
         threads, shared = 32 * about.num_warps, about.shared
-        self.plan.launch(name, compiled.function, list(grid), threads, shared, parameters)
+        self.plan.launch(name, compiled, list(grid), threads, shared, parameters)
 
     def _pointer(self, t: Tensor):
         """A Ref whose offset is in bytes."""
