@@ -317,7 +317,7 @@ def gemm(
         "u_ptr": u, "sums_ptr": sums, "BIAS_INSIDE": bias_inside, "MASK": masked,
         "PRECISION": launch.precision(base.dtype), "DTYPE": launch.TL[base.dtype],
         "BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP": config.group,
-        "BR": BR, "ONE": R <= BR, "EVEN": N % 2 == 0 and (not inline or K % 2 == 0),
+        "BR": BR, "ONE": FLATTENS and R <= BR, "EVEN": N % 2 == 0 and (not inline or K % 2 == 0),
     }  # fmt: skip
     if tma:
         transposed = not _describable(w)
