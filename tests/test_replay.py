@@ -95,7 +95,7 @@ def counted(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("case", distinct(CASES), ids=str)
+@pytest.mark.parametrize("case", distinct(CASES), ids=lambda case: case.name)
 @pytest.mark.parametrize("name", ["triton", "cublas", "eager"])
 def test_every_call_is_what_python_computes(case, name, host, monkeypatch):
     layer = build(case, SHAPE, dtype=torch.float32)
