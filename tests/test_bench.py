@@ -71,7 +71,7 @@ def test_every_method_and_contender_is_timed_once_it_is_right(suites):
 def test_the_committed_results_have_what_the_suites_measure(suites):
     """Same tables, same columns, and of the largest two the same methods."""
     committed = {file.stem: tables.read(file) for file in (BENCH / "results/cpu").glob("*.csv")}
-    assert committed.keys() == suites.keys()
+    assert committed.keys() - {"host"} == suites.keys()  # host: of bench/host.py, no suite
     for name, rows in suites.items():
         assert list(rows[0]) == list(committed[name][0]), name
     for name in ("layers", "memory"):

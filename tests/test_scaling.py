@@ -82,7 +82,7 @@ def test_where_one_launch_and_two_take_as_long():
 
     def times(rows):
         ways = [scaling.roofline.lora_forward(Shape(rows, 4096, 4096, 16), one) for one in (True, False)]
-        assert [len(way) for way in ways] == [1, 2]
+        assert [len(way) for way in ways] == [1, 3]  # K in shares, which a launch adds up
         return [sum(launch.seconds for launch in way) for way in ways]
 
     one, two = times(M)
