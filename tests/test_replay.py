@@ -477,7 +477,7 @@ def test_host_time_stays_within_its_budget(tmp_path):
 
     here, committed = table(tmp_path / "host.csv"), table(HERE.parent / "bench/results/cpu/host.csv")
     for (method, step), budget in BUDGETS.items():
-        for times, slack in ((committed, 1.0), (here, 1.3)):  # neighbours on the same cores slow one more than another
+        for times, slack in ((committed, 1.0), (here, 1.5)):  # neighbours on the same cores slow one more than another
             frozen = committed[method, "frozen", step] / times[method, "frozen", step]
             assert times[method, "ours", step] * frozen <= slack * budget, (method, step, times)
     for method in ("lora", "dora"):
