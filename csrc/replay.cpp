@@ -300,7 +300,7 @@ Tensors in_python(Kind kind, const Key& key, bool make, const Tensors& inputs, c
     Class& c = classes[key];
     c.wanted = w;
     if (!answer[1].is_none()) c.plan = py::cast<std::shared_ptr<Plan>>(answer[1]);
-    c.refused = make && !c.plan;
+    if (make) c.refused = !c.plan;
     return outputs;
 }
 

@@ -215,19 +215,8 @@ _SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 
 def _dtype(launch) -> str:
     """The dtype of the kernel's main operand."""
-    for name in (
-        "x_ptr",
-        "x_desc",
-        "w_ptr",
-        "dy_ptr",
-        "u0_ptr",
-        "u1_ptr",
-        "s_ptr",
-        "c_ptr",
-        "t_ptr",
-        "out_ptr",
-        "part0_ptr",
-    ):
+    operands = "x_ptr x_desc w_ptr dy_ptr u0_ptr u1_ptr s_ptr c_ptr t_ptr out_ptr part0_ptr"
+    for name in operands.split():
         value = launch.args.get(name)
         if value is not None:
             return _SHORT[getattr(value, "base", value).dtype]
