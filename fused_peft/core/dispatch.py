@@ -15,7 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from . import eager
+from . import groups
 from .operands import Operands, Problem
 
 
@@ -144,6 +144,11 @@ def set_strict(strict: bool) -> None:
     changed()
 
 
+def _groups(backend: Backend, problem: Problem) -> list[str]:
+    known = not problem.groups or hasattr(backend, "grouped_forward")
+    return [] if known else ["it has no kernels for rows in groups (experts, several adapters in a batch)"]
+
+
 @lru_cache(maxsize=4096)
 def choose(problem: Problem) -> Choice:
     """The first backend that can compute the problem, less those that one after them beats. Strict mode does not count
@@ -156,7 +161,7 @@ def choose(problem: Problem) -> Choice:
     refusals = []
     for name in [*names, "eager"]:
         backend = _backends[name]
-        reasons = tuple(backend.available() or backend.reasons(problem))
+        reasons = tuple(backend.available() or _groups(backend, problem) or backend.reasons(problem))
         last = _strict and name in names[-1:]  # strict mode knows no eager one after it
         if not reasons and not last and name != _forced and (slower := backend.slower(problem)):
             reasons = (slower,)
@@ -174,14 +179,15 @@ def is_eager(x: Tensor) -> bool:
     return x.is_cpu and _forced is None and "cpu" not in _priority
 
 
-def backend_for(o: Operands) -> Backend:
+def backend_for(o: Operands, problem: Callable[[Operands], Problem] = Problem.of) -> Backend:
+    """The backend of a call; ``problem``: how it is judged."""
     if is_eager(o.x):
         return _backends["eager"]
-    return choose(Problem.of(o)).backend
+    return choose(problem(o)).backend
 
 
 def set_backend_from_environment() -> None:
     set_backend(os.environ.get("FUSED_PEFT_BACKEND") or None)
 
 
-register(eager.Eager())
+register(groups.EagerBackend())

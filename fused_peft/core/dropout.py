@@ -73,6 +73,13 @@ class Mask:
         self.keep = keep if keep is None else keep.view(shape)
         self.bits = _bits(seed, n).view(shape) if keep is None else None
 
+    def rows(self, rows: slice) -> Mask:
+        """The mask of these rows alone."""
+        part = object.__new__(Mask)
+        part.threshold = self.threshold
+        part.keep, part.bits = (None if t is None else t[rows] for t in (self.keep, self.bits))
+        return part
+
     def __call__(self, x: Tensor) -> Tensor:
         """A new tensor x ⊙ keep; the caller owes the factor 1 / (1 - p)."""
         if self.keep is not None:
@@ -83,3 +90,8 @@ class Mask:
         keep = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         torch.ge(self.bits, self.threshold, out=keep)
         return keep.mul_(x)
+
+
+def mask_of(seed: Tensor | Mask, shape, p: float) -> Mask:
+    """The mask of a seed, or the one that takes its place."""
+    return seed if type(seed) is Mask else Mask(seed, shape, p)

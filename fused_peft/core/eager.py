@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import Mask
+from .dropout import mask_of
 from .factors import ACTIVATIONS
 from .operands import Operands, Problem
 from .torch_internals import unsafe_view
@@ -125,15 +125,15 @@ def _scale_gradients(
 
 
 def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """‖W + s·B A‖ per row, (N,), in squared's dtype."""
+    """‖W + s·B A‖ per row, (N,), in squared's dtype; of stacks (E, N, K) as well."""
     A, B = A.to(squared.dtype), B.to(squared.dtype)
-    WA = torch.mm(W, A.t().to(W.dtype)).to(squared.dtype)
-    return norm_of(squared, WA, A @ A.t(), B, s)
+    WA = torch.matmul(W, A.mT.to(W.dtype)).to(squared.dtype)
+    return norm_of(squared, WA, A @ A.mT, B, s)
 
 
 def norm_of(squared: Tensor, WA: Tensor, AA: Tensor, B: Tensor, s: float) -> Tensor:
     """The same from W Aᵀ (N, r) and A Aᵀ (r, r), all of one dtype."""
-    return (squared + s * ((2 * WA + s * (B @ AA)) * B).sum(1)).clamp_min_(0).sqrt_()
+    return (squared + s * ((2 * WA + s * (B @ AA)) * B).sum(-1)).clamp_min_(0).sqrt_()
 
 
 def _multiplied(w: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
@@ -185,7 +185,7 @@ class Eager:
         inner, outer = (bias, None) if d_out is None or o.scale_bias else (None, bias)
         xd, scale = xh, 1.0
         if seed is not None:
-            xd, scale = Mask(seed, xh.shape, p)(xh), 1 / (1 - p)
+            xd, scale = mask_of(seed, xh.shape, p)(xh), 1 / (1 - p)
             if drop_base:
                 xd, scale = xd.mul_(scale), 1.0
                 outer = F.linear(xh - xd, w, outer)
@@ -263,7 +263,7 @@ class Eager:
         if A is not None:
             mask, scale = None, 1.0
             if seed is not None and (want_A or want_w or into_x):
-                mask, scale = Mask(seed, (dy.shape[0], A.shape[1]), p), 1 / (1 - p)
+                mask, scale = mask_of(seed, (dy.shape[0], A.shape[1]), p), 1 / (1 - p)
             U = T if T is None or h == "identity" else ACTIVATIONS[h](T)
             of_dS = want_G and not want_B  # dx needs dS, so dG costs no product as large as dB's
             if want_B:

@@ -164,6 +164,11 @@ class Factors:
             out = out if extra is None else out + extra
         return out
 
+    def at(self, e: int) -> Factors:
+        """Of stacked factors, every tensor (E, ...), those of group e."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Factors(**{k: v[e] if isinstance(v, Tensor) else v for k, v in parts.items()})
+
     def to(self, dtype: torch.dtype) -> Factors:
         """A copy with every tensor cast to ``dtype``."""
         cast = {f.name: getattr(self, f.name) for f in fields(self)}

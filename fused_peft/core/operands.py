@@ -95,6 +95,7 @@ class Problem:
     drop_base: bool = False
     hadamard: bool = False
     elsewhere: frozenset[str] = frozenset()  # operands on another device than x
+    groups: int = 0  # of which each has a weight and factors of its own; 0: one for all rows
     subclasses: frozenset[str] = frozenset()  # operands that are no plain tensors (DTensor, quantised weights)
 
     @classmethod

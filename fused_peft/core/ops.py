@@ -295,6 +295,7 @@ def _reads(need: tuple[bool, ...], h: str, hadamard: bool) -> tuple[bool, bool]:
 
 D_OUT = Operands._fields.index("d_out")
 _C = Operands._fields.index("c")
+_W = Operands._fields.index("w")
 _BIAS = Operands._fields.index("bias")
 _NOT_TENSORS = (None,) * (len(Operands._fields) - TENSORS)
 
