@@ -56,6 +56,16 @@ def why_not(module: nn.Module) -> str | None:
     return None
 
 
+def arguments(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor] | None:
+    """(x (M, H), top_k_index (M, k), top_k_weights (M, k)) of a call; None where it is another one."""
+    names = ("hidden_states", "top_k_index", "top_k_weights")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if len(args) + len(kwargs) != len(names) or given.keys() != set(names):
+        return None
+    found = tuple(given[name] for name in names)
+    return found if all(isinstance(t, Tensor) and t.dim() == 2 for t in found) else None
+
+
 def matrices(module: nn.Module, W: Tensor) -> Tensor:
     """A stack as (E, N, K), however the module stores it."""
     return W.mT if module.is_transposed else W

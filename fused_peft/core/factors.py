@@ -164,6 +164,12 @@ class Factors:
             out = out if extra is None else out + extra
         return out
 
+    def stacked(self, groups: int) -> Factors:
+        """For groups that share some of the tensors: every tensor (groups, ...), those shared without a copy."""
+        shared = {n: t for n in ("A", "B") if (t := getattr(self, n)) is not None and t.dim() == 2}
+        shared |= {n: t for n in ("a", "d_in", "d_out", "bias") if (t := getattr(self, n)) is not None and t.dim() == 1}
+        return replace(self, **{n: t.expand(groups, *t.shape) for n, t in shared.items()}) if shared else self
+
     def at(self, e: int) -> Factors:
         """Of stacked factors, every tensor (E, ...), those of group e."""
         parts = {f.name: getattr(self, f.name) for f in fields(self)}

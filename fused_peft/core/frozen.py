@@ -6,6 +6,7 @@ state: each of their methods is given the module.
     Dense        nn.Linear's weight, (N, K)
     Transposed   Transformers' Conv1D, (K, N)
     Opaque       any module that maps x to C by a forward of its own; W is read only where a trial shows that it is one
+    Experts      a stack of weights, (E, N, K) or stored (E, K, N): one for each group of rows
 
 A weight that is stored in parts (codes and scales) is a further kind whose ``matrix`` is a ``Stored``: the fused call
 decodes it at the top of forward and of backward, and keeps the parts alone.
@@ -58,6 +59,7 @@ class Frozen:
 
     transposed = False  # W is stored (K, N)
     opaque = False  # C is the module's own forward
+    stacked = False  # W is a stack of matrices, one a group of rows
 
     def __reduce__(self):
         return type(self), ()  # a kind has no state
@@ -74,12 +76,12 @@ class Frozen:
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         """(N, K)."""
-        shape = shape_of(module.weight)
+        shape = shape_of(module.weight)[-2:]
         return shape[::-1] if self.transposed else shape
 
     def placed(self, t: Tensor) -> Tensor:
         """A stored weight as (N, K), or the other way round: its own inverse."""
-        return t.t() if self.transposed else t
+        return t.mT if self.transposed else t
 
     def device(self, module: nn.Module) -> torch.device:
         """Where the module computes: of weights that hooks keep elsewhere between calls, where they bring them."""
@@ -103,7 +105,7 @@ class Frozen:
 
     def matrix(self, module: nn.Module) -> Tensor | Stored:
         """What the fused call multiplies by."""
-        return module.weight.t() if self.transposed else module.weight
+        return module.weight.mT if self.transposed else module.weight
 
     def dense(self, module: nn.Module) -> Tensor:
         """W (N, K) as a matrix, for who needs its values."""
@@ -153,6 +155,21 @@ class Transposed(Frozen):
     def reads(self, module: nn.Module) -> bool | str:
         conv1d = conv1d_type()
         return conv1d is not None and isinstance(module, conv1d) and _plain(module, conv1d)
+
+
+class Experts(Frozen):
+    """A stack of weights (E, N, K) in one parameter, such as a model's experts; no module is of this kind itself."""
+
+    stacked = True
+
+    def reads(self, module: nn.Module) -> bool | str:
+        return False
+
+
+class TransposedExperts(Experts):
+    """The same stored (E, K, N)."""
+
+    transposed = True
 
 
 class Opaque(Frozen):
@@ -242,6 +259,7 @@ def _plain(module: nn.Module, kind: type) -> bool:
 
 
 DENSE, TRANSPOSED, OPAQUE = Dense(), Transposed(), Opaque()
+EXPERTS, TRANSPOSED_EXPERTS = Experts(), TransposedExperts()
 KINDS: list[Frozen] = [DENSE, TRANSPOSED, OPAQUE]  # the first that reads a module; integrations put theirs in front
 
 

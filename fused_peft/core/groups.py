@@ -157,9 +157,9 @@ def refuse_routing(reached: int, P: int, experts: int) -> None:
 
 
 def _is_lora(o: Operands) -> bool:
-    """Whether a call is the frozen products and s·B A, dropout and the frozen bias included."""
+    """Whether a call is frozen products and s·B A, or either alone, dropout and a bias included."""
     plain = o.h == "identity" and not (o.hadamard or o.drop_base)
-    return plain and o.A is not None and all(t is None for t in (o.a, o.G, o.d_in, o.d_out))
+    return plain and all(t is None for t in (o.a, o.G, o.d_in, o.d_out))
 
 
 def _by_rank(B: Tensor, dtype: torch.dtype) -> Tensor:
@@ -179,18 +179,19 @@ def forward(o: Operands, groups: Groups, keep_z: bool) -> tuple[Tensor, Tensor |
     x = groups.read(o.x)
     P, dt = x.shape[0], x.dtype
     if _is_lora(o):
-        with_bias = o.bias is not None
-        bias = o.bias.to(dt) if with_bias else None
-        p = _products(o, groups.offs, P)
-        xd, scale = (x, 1.0) if o.seed is None else (Mask(o.seed, x.shape, o.p)(x), 1 / (1 - o.p))
-        T = p.mm(xd, o.A.to(dt).mT, alpha=scale)
-        if o.w is not None:
-            shared = with_bias and o.w.stride(0) == 0
-            y = p.mm(x, o.w.mT, None if shared else bias)
-            y = y.add_(bias[group_of(groups.offs, P)]) if shared else y
+        p, bias, T = _products(o, groups.offs, P), None if o.bias is None else o.bias.to(dt), None
+        if o.w is not None and o.w.stride(0) != 0:
+            y = p.mm(x, o.w.mT, bias)
         else:
-            y = o.c.clone() if bias is None else o.c + bias[group_of(groups.offs, P)]
-        return p.add(y, T, _by_rank(o.B, dt), o.s), T, None
+            y = p.mm(x, o.w.mT) if o.w is not None else None if o.c is None else o.c.clone()
+            if bias is not None:
+                each = bias[group_of(groups.offs, P)]
+                y = each if y is None else y.add_(each)
+        if o.A is not None:
+            xd, scale = (x, 1.0) if o.seed is None else (Mask(o.seed, x.shape, o.p)(x), 1 / (1 - o.p))
+            T, B = p.mm(xd, o.A.to(dt).mT, alpha=scale), _by_rank(o.B, dt)
+            y = p.mm(T, B, alpha=o.s) if y is None else p.add(y, T, B, o.s)
+        return y, T, None
     found, mask = [], None if o.seed is None else Mask(o.seed, x.shape, o.p)
     for e, i in _each(groups.offs, P):
         c, seed = None if o.c is None else o.c[i], None if mask is None else mask.rows(i)
@@ -218,7 +219,9 @@ def backward(
         if want.B:
             dB = p.outer(T, dy, o.s).mT  # (E, r, N) first, as the single layer's
             grads = grads._replace(B=dB.to(o.B.dtype))
-        if not (into_x or want.A):
+        if o.A is None and want.x:
+            grads = grads._replace(x=groups.gathered(p.mm(dy, o.w)))
+        if o.A is None or not (into_x or want.A):
             return list(grads[: len(need)])
         mask, scale = None, 1.0
         if o.seed is not None:

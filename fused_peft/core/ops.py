@@ -149,13 +149,15 @@ def _expression(o: Operands, f: Factors) -> Tensor:
 
 
 def row_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    """‖W + s·B A‖ per row (N,), not differentiated; W (N, K), squared (N,) = ‖W‖² per row, A (r, K), B (N, r).
+    """‖W + s·B A‖ per row (N,), not differentiated; W (N, K), squared (N,) = ‖W‖² per row, A (r, K), B (N, r); or of
+    stacks of all of them.
 
     Computed from squared, W Aᵀ and A Aᵀ in squared's dtype (fp32 or wider): nothing of W's shape is made (arXiv
     2402.09353, whose norm is not differentiated).
     """
-    if host is not None and not _distributed(W) and (norm := _replayed_norm(W, squared, A, B, s)) is not None:
-        return norm
+    if host is not None and W.dim() == 2 and not _distributed(W):
+        if (norm := _replayed_norm(W, squared, A, B, s)) is not None:
+            return norm
     A, B = A.detach(), B.detach()
     if _distributed(W):
         return on_dtensors().row_norm(W, squared, A, B, s)
@@ -173,6 +175,8 @@ def _replayed_norm(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -
 
 def _row_norm_op_body(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     with no_autocast(W.device.type):  # the norm is summed in fp32
+        if W.dim() == 3:
+            return eager.row_norm(W, squared, A, B, s)
         return backend_for(Operands(x=W, A=A, B=B, s=s)).row_norm(W, squared, A, B, s)
 
 
@@ -444,7 +448,7 @@ def _backward(ctx, dy, dT, dz):
 
 @torch.library.custom_op("fused_peft::row_norm", mutates_args=())
 def _row_norm_op(W: Tensor, squared: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-    norm = None if host is None else _replayed_norm(W, squared, A, B, s)
+    norm = None if host is None or W.dim() == 3 else _replayed_norm(W, squared, A, B, s)
     return _row_norm_op_body(W, squared, A, B, s) if norm is None else norm
 
 

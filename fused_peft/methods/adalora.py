@@ -80,7 +80,10 @@ class AdaLoraConfig(PeftConfig):
     def for_module(self, name: str) -> AdaLoraConfig:
         """A stored adapter holds only the ranks it kept, scaled as before."""
         kept = (self.rank_pattern or {}).get(f"{name}.lora_E")
-        return replace(self, target_modules=None, rank_pattern={"lora_E": kept} if kept else None) if name else self
+        if not name:
+            return self
+        rank_pattern = {"lora_E": kept} if kept else None
+        return replace(self, target_modules=None, target_parameters=None, rank_pattern=rank_pattern)
 
     @property
     def r(self) -> int:
@@ -124,7 +127,7 @@ def _observe(layer):
 def _scores(layer):
     """One score a triplet: that of E, and the means of those of A's row and B's column."""
     A, E, B = (getattr(layer, f"sensitivity_{n}") * getattr(layer, f"uncertainty_{n}") for n in _PARTS)
-    return E + A.mean(1) + B.mean(0)
+    return (E + A.mean(-1) + B.mean(-2)).flatten()
 
 
 @torch.no_grad()
@@ -149,13 +152,14 @@ def on_step(layers, step):
         for _, layer in layers:
             _observe(layer)
     if step <= end:
-        initial = sum(layer.config.r for _, layer in layers)
-        budget, allocate = config.budget(step, initial, config.target_r * len(layers))
+        initial = sum(layer.lora_E.numel() for _, layer in layers)
+        target = sum(config.target_r * layer.lora_E.shape[:-1].numel() for _, layer in layers)
+        budget, allocate = config.budget(step, initial, target)
         if (allocate or step == end) and budget < initial:
             scores = [_scores(layer) for _, layer in layers]
             bar = torch.cat(scores).kthvalue(initial - budget).values
             for (_, layer), score in zip(layers, scores, strict=True):
-                layer.kept.copy_(score > bar)
+                layer.kept.copy_((score > bar).view_as(layer.kept))
                 layer.lora_E.mul_(layer.kept)
     else:
         for _, layer in layers:

@@ -46,7 +46,7 @@ def naming(rule: str) -> dict[str, str]:
 
     rule, how an entry means a module's name: "end" (equal, or its last parts; a string instead of a list is a regular
     expression for the whole name), "text" (its last characters), "whole" (equal), "pattern" (as ``matching_pattern``),
-    "index" (the layer's index) or "container" (what holds the numbered layers).
+    "index" (the layer's index), "container" (what holds the numbered layers) or "parameter" (as "end", of parameters).
     """
     return {"names": rule}
 
@@ -57,6 +57,8 @@ class PeftConfig:
 
     target_modules: names (a module matches when its full name equals one or ends with "." + one), a regular expression
         for the full name, "all-linear", or None for the architecture's usual modules.
+    target_parameters: names of parameters to adapt where they are: stacks of experts (experts, out, in) and matrices
+        that a module multiplies by itself (a router's weight); equal to the full name, or to its end.
     exclude_modules: names or a regular expression, never adapted even when targeted.
     layers_to_transform, layers_pattern: restrict to these indices of the ModuleList, with target_modules as names.
     modules_to_save: modules trained and saved whole (a classifier head); a copy, so tied weights stay untouched.
@@ -73,9 +75,10 @@ class PeftConfig:
     # fields that say how to train and nothing of what trained values compute
     training_only: ClassVar[frozenset[str]] = frozenset()
     # fields that PEFT's config of this peft_type lacks: stored only when they are set
-    beyond_peft: ClassVar[frozenset[str]] = frozenset()
+    beyond_peft: ClassVar[frozenset[str]] = frozenset({"target_parameters"})
 
     target_modules: list[str] | str | None = field(default=None, metadata=naming("end"))
+    target_parameters: list[str] | None = field(default=None, metadata=naming("parameter"))
     exclude_modules: list[str] | str | None = field(default=None, metadata=naming("end"))
     layers_to_transform: list[int] | int | None = field(default=None, metadata=naming("index"))
     layers_pattern: list[str] | str | None = field(default=None, metadata=naming("container"))
@@ -109,6 +112,10 @@ class PeftConfig:
                 self._compiles(name, value)
             elif value is not None:
                 setattr(self, name, self._names(name, value))
+        if self.target_parameters is not None:
+            if isinstance(self.target_parameters, str):
+                raise TypeError(f"target_parameters={self.target_parameters!r} must be a list of names, not a string")
+            self.target_parameters = self._names("target_parameters", self.target_parameters)
         if self.modules_to_save is not None:
             if isinstance(self.modules_to_save, str):
                 raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list of names, not a string")
@@ -208,7 +215,8 @@ class PeftConfig:
                 return name
             return new
 
-        lists = {n: getattr(self, n) for n in ("target_modules", "exclude_modules", "modules_to_save")}
+        names = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
+        lists = {n: getattr(self, n) for n in names}
         tables = {f.name: getattr(self, f.name) for f in fields(self) if f.default_factory is dict}
         return replace(
             self,

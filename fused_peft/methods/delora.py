@@ -42,6 +42,7 @@ class DeloraConfig(PeftConfig):
         return replace(
             self,
             target_modules=None,
+            target_parameters=None,
             r=matching_pattern(self.rank_pattern or {}, name, self.r),
             delora_lambda=matching_pattern(self.lambda_pattern or {}, name, self.delora_lambda),
             rank_pattern={},

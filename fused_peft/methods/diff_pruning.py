@@ -40,7 +40,7 @@ class DiffPruningConfig(PeftConfig):
             return self
         if name not in self.mask:
             raise ValueError(f"mask has no entry for {name!r}, only for {', '.join(sorted(self.mask))}")
-        return replace(self, target_modules=None, mask=self.mask[name])
+        return replace(self, target_modules=None, target_parameters=None, mask=self.mask[name])
 
     def stored(self) -> dict:
         fields = super().stored()

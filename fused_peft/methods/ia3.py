@@ -27,7 +27,9 @@ class IA3Config(PeftConfig):
         "feedforward_modules": IA3_FEEDFORWARD,
     }
     training_only: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights"})
-    beyond_peft: ClassVar[frozenset[str]] = frozenset({"bias", "scale_bias", "layers_to_transform", "layers_pattern"})
+    beyond_peft: ClassVar[frozenset[str]] = frozenset(
+        {"bias", "scale_bias", "layers_to_transform", "layers_pattern", "target_parameters"}
+    )
 
     feedforward_modules: list[str] | str | None = field(default=None, metadata=naming("text"))
     scale_bias: bool = True
@@ -61,7 +63,7 @@ class IA3Config(PeftConfig):
             found = bool(re.fullmatch(feedforward, name))
         else:
             found = any(name.endswith(end) for end in feedforward)
-        return replace(self, target_modules=None, feedforward_modules=".*" if found else None)
+        return replace(self, target_modules=None, target_parameters=None, feedforward_modules=".*" if found else None)
 
 
 def init(W, bias, config, new):

@@ -65,6 +65,7 @@ class LowRankConfig(PeftConfig):
         return replace(
             self,
             target_modules=None,
+            target_parameters=None,
             r=matching_pattern(self.rank_pattern, name, self.r),
             lora_alpha=matching_pattern(self.alpha_pattern, name, self.lora_alpha),
             rank_pattern={},

@@ -31,7 +31,7 @@ class VeraConfig(PeftConfig):
     training_only: ClassVar[frozenset[str]] = frozenset(
         {"d_initial", "vera_dropout", "save_projection", "init_weights", "projection_shape"}
     )
-    beyond_peft: ClassVar[frozenset[str]] = frozenset({"projection_shape"})
+    beyond_peft: ClassVar[frozenset[str]] = frozenset({"projection_shape", "target_parameters"})
 
     r: int = 256
     d_initial: float = 0.1
@@ -86,7 +86,7 @@ VERA = Method(
     init=init,
     factors=lambda layer: Factors(
         A=layer.vera_A,
-        B=layer.vera_B * layer.vera_lambda_b[:, None],
+        B=layer.vera_B * layer.vera_lambda_b[..., None],
         G=layer.vera_lambda_d,
         p=layer.config.vera_dropout,
     ),

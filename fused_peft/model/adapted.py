@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import nn
 
 from .adapter import Bound
+from .holder import Holder
 from .layer import PeftLinear
+from .parameter import SUFFIX, PeftParameter
 
 STATE = "_fused_peft"  # the attribute under which get_peft_model leaves its AdapterState
 
 
 # layers -> their active adapters; integrations add theirs
-ACTIVE: dict[type, Callable[[nn.Module], Iterable[Bound]]] = {PeftLinear: PeftLinear.active_adapters}
+ACTIVE: dict[type, Callable[[nn.Module], Iterable[Bound]]] = {Holder: Holder.active_adapters}
 
 # what activation checkpointing, FSDP and torch.compile put between a name's parts
 _WRAPPERS = {"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"}
@@ -36,9 +38,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear]]:
-    """(name, layer) of every adapted layer."""
-    return ((name, m) for name, m in unwrap(model).named_modules() if isinstance(m, PeftLinear))
+def layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear | PeftParameter]]:
+    """(name, layer) of every adapted layer; of an adapted parameter the parameter's name."""
+    return ((_name_of(name, m), m) for name, m in unwrap(model).named_modules() if isinstance(m, Holder))
+
+
+def _name_of(name: str, m: nn.Module) -> str:
+    return name.removesuffix(SUFFIX) if isinstance(m, PeftParameter) else name
 
 
 def active_layers(model: nn.Module) -> Iterator[tuple[str, Bound]]:
@@ -46,7 +52,7 @@ def active_layers(model: nn.Module) -> Iterator[tuple[str, Bound]]:
     for name, m in unwrap(model).named_modules():
         active = next((a for kind, a in ACTIVE.items() if isinstance(m, kind)), None)
         if active is not None:
-            yield from ((name, adapter) for adapter in active(m))
+            yield from ((_name_of(name, m), adapter) for adapter in active(m))
 
 
 def roots(model: nn.Module) -> list[nn.Module]:
@@ -56,7 +62,7 @@ def roots(model: nn.Module) -> list[nn.Module]:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether get_peft_model has run on the model, or a layer of it is a PeftLinear."""
+    """Whether get_peft_model has run on the model, or a layer of it is adapted."""
     return hasattr(unwrap(model), STATE) or any(True for _ in layers(model))
 
 

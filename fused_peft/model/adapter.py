@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core import ops
 from ..core.factors import Factors, NotMergeableError
 from ..core.frozen import OPAQUE, Frozen, is_foreign
-from ..core.sharded import fill, whole
+from ..core.sharded import fill, shape_of, whole
 from ..methods import Init, Method, PeftConfig, method_of
 from .wide import HALF
 
@@ -32,6 +32,12 @@ def refuse_inference(tensors: Iterable[Tensor], config: PeftConfig) -> None:
             "the weights were made under torch.inference_mode(), so nothing beside them can train; load the model "
             "outside of it (torch.no_grad() will do), or give inference_mode=True (load_adapter: is_trainable=False)"
         )
+
+
+def factors_of(adapter: Bound | With) -> Factors:
+    """What trains as ``Factors``; of experts, stacked."""
+    f = adapter.method.factors(adapter)
+    return f.stacked(shape_of(adapter.weight)[0]) if adapter.kind.stacked else f
 
 
 class Bound:
@@ -76,7 +82,8 @@ class Bound:
             W = torch.empty(1, dtype=dtype, device=device).expand(self.kind.shape(self))
         else:
             W = self.kind.values(self)
-        return method.start(W, bias, config, lambda *shape: torch.empty(shape, dtype=dtype, device=device))
+        new = lambda *shape: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
+        return (_stacked_start if self.kind.stacked else Method.start)(method, W, bias, config, new)
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
@@ -93,7 +100,7 @@ class Bound:
 
     def factors(self) -> Factors:
         """What trains as ``Factors``, differentiable in the adapter's parameters."""
-        return self.method.factors(self)
+        return factors_of(self)
 
     def adapter_tensors(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.tensor_names)
@@ -116,6 +123,17 @@ class Bound:
 
             return statically_known_true(formed < factored)
         return formed < factored
+
+
+def _stacked_start(method: Method, W: Tensor, bias: Tensor | None, config: PeftConfig, new) -> Init:
+    """What the method starts each expert of a stack W (E, N, K) from, stacked; what all layers share is not."""
+    each = [method.start(w, None if bias is None else bias[e], config, new) for e, w in enumerate(W)]
+
+    def stack(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        shared = method.disk_shared
+        return {n: t if n in shared else torch.stack([part[n] for part in parts]) for n, t in parts[0].items()}
+
+    return Init(stack([start.params for start in each]), stack([start.buffers for start in each]))
 
 
 # what an adapter has of its layer
@@ -149,7 +167,11 @@ class With:
         return self._tensors[name] if name in self._tensors else getattr(self._adapter, name)
 
 
-def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor) -> Tensor:
+# (x, w, factors, bias, c, training) -> y, as ``ops.linear``; of experts the call on rows in groups
+Linear = Callable[..., Tensor]
+
+
+def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor, linear: Linear = ops.linear) -> Tensor:
     """y (..., N) of a layer with these adapters, one or more, in their order; x (..., K).
 
     ``layer`` gives the base: kind, weight, bias, training and, where it computes C by itself, base_forward.
@@ -160,10 +182,10 @@ def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor) -> Tensor:
         if reason := why_not_foreign(layer, adapters):
             raise RuntimeError(reason)
         if adapters[0].method.replaces_weight:
-            return ops.linear(x, None, adapters[0].method.factors(adapters[0]), layer.bias, None, layer.training)
+            return ops.linear(x, None, factors_of(adapters[0]), layer.bias, None, layer.training)
     if len(adapters) == 1 and not kind.opaque:
-        return _first(adapters[0], x, kind.matrix(layer), layer.bias, layer.training)
-    found = [(a.method.output or a.method.factors)(a) if a.method.beside else None for a in adapters]
+        return _first(adapters[0], x, kind.matrix(layer), layer.bias, layer.training, linear)
+    found = [_acts(a) if a.method.beside else None for a in adapters]
     first, bias = adapters[0], layer.bias
     if kind.opaque:
         if any(f.d_out is not None and not f.scale_bias for f in found):  # the bias stays outside d_out: what is it?
@@ -171,7 +193,7 @@ def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor) -> Tensor:
                 bias = layer.base_forward(x.new_zeros(1, x.shape[-1]))[0].detach()
         start, rest = lambda x: _own(layer, x, first.method.name), zip(adapters, found, strict=True)
     else:
-        start = lambda x: _first(first, x, kind.matrix(layer), layer.bias, layer.training, found[0])  # noqa: E731
+        start = lambda x: _first(first, x, kind.matrix(layer), layer.bias, layer.training, linear, found[0])  # noqa: E731
         behind = found[0] is None or first.method.output is not None  # whose bias is no change of the layer's
         bias = bias if behind else found[0].merged_bias(bias)
         rest = zip(adapters[1:], found[1:], strict=True)
@@ -184,7 +206,12 @@ def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor) -> Tensor:
             f = moved(f, held, layer.bias)
             held = f.merged_bias(held)
         steps.append((f, behind))
-    return in_turn(start, steps, x, bias, layer.training)
+    return in_turn(start, steps, x, bias, layer.training, linear)
+
+
+def _acts(adapter: Bound) -> Factors:
+    """The factors of an adapter behind another one."""
+    return factors_of(adapter) if adapter.method.output is None else adapter.method.output(adapter)
 
 
 def in_turn(
@@ -193,6 +220,7 @@ def in_turn(
     x: Tensor,
     bias: Tensor | None,
     training: bool = True,
+    linear: Linear = ops.linear,
 ) -> Tensor:
     """y (..., N): z = start(x with every d_in), which holds ``bias`` (N,), then factors on z in turn; x (..., K).
 
@@ -206,9 +234,9 @@ def in_turn(
     for f, behind in steps:
         read = inputs.pop()
         if behind:  # its bias is no change of the layer's
-            z = ops.linear(z, None, f, None, z, training)
+            z = linear(z, None, f, None, z, training)
             continue
-        z = beside(f, read, z, bias, training)
+        z = beside(f, read, z, bias, training, linear)
         bias = f.merged_bias(bias)
     return z
 
@@ -220,7 +248,15 @@ def moved(f: Factors, bias: Tensor | None, own: Tensor | None) -> Factors:
     return replace(f, bias=f.bias + (bias if own is None else bias - own))
 
 
-def _first(adapter: Bound, x: Tensor, weight, bias: Tensor | None, training: bool, f: Factors | None = None) -> Tensor:
+def _first(
+    adapter: Bound,
+    x: Tensor,
+    weight,
+    bias: Tensor | None,
+    training: bool,
+    linear: Linear = ops.linear,
+    f: Factors | None = None,
+) -> Tensor:
     """The first adapter, in one call with the frozen product; f: its factors, where they are made already."""
     method = adapter.method
     if adapter.awaits_weight and not x.is_meta:
@@ -231,17 +267,19 @@ def _first(adapter: Bound, x: Tensor, weight, bias: Tensor | None, training: boo
     if method.output is not None:
         z = ops.plain_linear(x, weight, bias)
         return ops.linear(z, None, method.output(adapter), None, z, training)
-    if adapter.forms_weight(x.numel() // max(1, x.shape[-1]) if method.cost else 0):
+    if not adapter.kind.stacked and adapter.forms_weight(x.numel() // max(1, x.shape[-1]) if method.cost else 0):
         return ops.formed_linear(x, adapter.formed_weight, adapter.adapter_tensors(), bias)
     if method.replaces_weight:
         weight = None
     c = None
     if method.residual is not None:  # a call of its own, which keeps nothing, and which dropout spares
-        weight, c = None, ops.linear(x, weight, method.residual(adapter))
-    return ops.linear(x, weight, method.factors(adapter) if f is None else f, bias, c, training)
+        weight, c = None, linear(x, weight, method.residual(adapter))
+    return linear(x, weight, factors_of(adapter) if f is None else f, bias, c, training)
 
 
-def beside(f: Factors, x: Tensor, z: Tensor, bias: Tensor | None, training: bool = True) -> Tensor:
+def beside(
+    f: Factors, x: Tensor, z: Tensor, bias: Tensor | None, training: bool = True, linear: Linear = ops.linear
+) -> Tensor:
     """y (..., N) of the expression with C + bias = z (..., N) already there, made from x ⊙ d_in; x (..., K)."""
     own = bias if f.bias is None else f.bias
     if f.d_out is None or f.scale_bias:
@@ -249,10 +287,10 @@ def beside(f: Factors, x: Tensor, z: Tensor, bias: Tensor | None, training: bool
     else:  # the bias stays outside d_out
         extra = own if bias is None else own - f.d_out * bias
     f = replace(f, bias=None, d_in=None if f.A is None else f.d_in)
-    if f.A is None:
+    if f.A is None and linear is ops.linear:
         return f.to(z.dtype).expression(x, None, None if extra is None else extra.to(z.dtype), z)
     with ops.no_autocast(z.device.type):  # which z's dtype has settled
-        return ops.linear(x.to(z.dtype), None, f, extra, z, training)
+        return linear(x.to(z.dtype), None, f, extra, z, training)
 
 
 def _own(layer: nn.Module, x: Tensor, method: str) -> Tensor:
@@ -300,6 +338,11 @@ def why_not_together(adapters: Sequence[Bound]) -> str | None:
     """Why these adapters cannot be active together in this order, or None."""
     for i, adapter in enumerate(adapters[1:], 1):
         method = adapter.method
+        if adapter.kind.stacked and factors_of(adapter).d_in is not None:
+            return (
+                f"{method.name} scales each expert's own input, so on experts it can only be the first of several "
+                f"adapters; it is number {i + 1}"
+            )
         if method.stands_alone:
             return (
                 f"{method.name} reads the frozen weight itself, so it can only be the first of several adapters; it is "
@@ -319,8 +362,13 @@ def merged(adapter: Bound, base: Tensor, bias: Tensor | None) -> tuple[Tensor, T
         )
     if method.weight is not None:
         return method.weight(With(adapter, {n: getattr(adapter, n).to(base.dtype) for n in adapter.tensor_names})), bias
-    f = method.factors(adapter).to(base.dtype)
+    f = factors_of(adapter).to(base.dtype)
     if method.residual is not None:
-        base = method.residual(adapter).to(base.dtype).merged(base)
+        base = merged_with(method.residual(adapter).to(base.dtype), base)
     f = moved(f, bias, adapter.bias)
-    return f.merged(base), f.merged_bias(bias)
+    return merged_with(f, base), f.merged_bias(bias)
+
+
+def merged_with(f: Factors, W: Tensor) -> Tensor:
+    """``Factors.merged`` of W (N, K), or of a stack (E, N, K) expert by expert."""
+    return f.merged(W) if W.dim() == 2 else torch.stack([f.at(e).merged(w) for e, w in enumerate(W)])

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .adapted import STATE, active_layers, few, is_adapted, is_pefts, layers, plain_name, roots, unwrap
+from .holder import Holder
 from .layer import PeftLinear
 from .parts import lost_by_saving
 
@@ -41,7 +42,7 @@ def vanished(model: nn.Module) -> list[str]:
 
 def _vanished(root: nn.Module) -> list[str]:
     names, heads = root.__dict__[STATE].layers, _lost_heads(root)
-    if sum(isinstance(m, PeftLinear) for m in root.modules()) >= len(names):
+    if sum(isinstance(m, Holder) for m in root.modules()) >= len(names):
         return [*heads]
     here = {_plain(name) for name, _ in layers(root)}
     return [*(name for name in names if _plain(name) not in here), *heads]

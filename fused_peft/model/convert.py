@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,16 @@ from ..methods import Method, PeftConfig, method_of
 from . import checks, model_saving, prompt
 from .adapted import STATE, is_adapted, is_pefts, layers, roots, unwrap
 from .adapter import refuse_inference
+from .holder import Holder
 from .layer import PeftLinear
+from .parameter import PeftParameter
 from .parts import adapted_parts
 from .state import AdapterState, by_keyword, refuse_pefts, refuse_while_disabled
-from .targets import find_targets, is_target, modules_to_save, resolve
+from .targets import check_parameters, find_parameters, find_targets, is_target, modules_to_save, resolve
 from .unmet import warn_of_unmet
 from .wide import HALF, READERS, narrow, widen
+
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -40,7 +45,7 @@ class _Plan:
     """Everything get_peft_model will do, made and checked before the model is touched."""
 
     state: AdapterState
-    layers: dict[str, PeftLinear]
+    layers: dict[str, PeftLinear | PeftParameter]
     copies: dict[str, nn.Module]
     wide: torch.dtype  # of the heads and biases that train in half-precision modules
     plain_prompt: bool = False  # a soft prompt without the encoder that trained it
@@ -86,19 +91,24 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
         warn_of_unmet(model, config, resolved, ())
         return _Plan(AdapterState(resolved.in_use(), saved=originals), {}, copies, adapter_dtype or torch.float32)
     new, targets = {}, find_targets(model, resolved, config)
+    parameters = find_parameters(model, resolved)
+    check_parameters(parameters, config)
     both = [name for name in targets if name in saved]
     if both:
         raise ValueError(
             f"modules_to_save={resolved.modules_to_save!r} also means {both[0]!r}, by the end of its name, and that is "
             f"a target; a module is adapted or trained whole: add {both[0]!r} to exclude_modules"
         )
-    resolved = resolved.for_targets([shape(module) for module in targets.values()])
+    matrices = (owner._parameters[key].shape[-2:] for owner, key in parameters.values())
+    resolved = resolved.for_targets([*(shape(module) for module in targets.values()), *matrices])
     with _frozen_as_before(model):
         for name, module in shown(targets, method_of(resolved)):
             try:
                 new[name] = PeftLinear.from_linear(module, resolved.for_module(name), adapter_dtype)
             except ValueError as e:
                 raise ValueError(f"{name}: {e}") from e
+        for name, (owner, key) in shown(parameters, method_of(resolved)):
+            new[name] = adapted_parameter(name, owner, key, resolved, adapter_dtype)
     if any(layer.fan_in_fan_out for layer in new.values()) and hasattr(resolved, "fan_in_fan_out"):
         resolved = replace(resolved, fan_in_fan_out=True)
     warn_tied(model, new)
@@ -113,7 +123,17 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     return _Plan(state, new, copies, adapter_dtype or torch.float32)
 
 
-def shown(targets: dict[str, nn.Module], method: Method) -> Iterable[tuple[str, nn.Module]]:
+def adapted_parameter(
+    name: str, owner: nn.Module, key: str, config: PeftConfig | None, adapter_dtype: torch.dtype | None
+) -> PeftParameter:
+    """The adapter of a parameter, not yet put beside it. Errors name the parameter."""
+    try:
+        return PeftParameter(owner, key, config and config.for_module(name), adapter_dtype)
+    except (ValueError, TypeError) as e:
+        raise type(e)(f"{name}: {e}") from e
+
+
+def shown(targets: dict[str, _T], method: Method) -> Iterable[tuple[str, _T]]:
     """The targets, with a progress bar where their starts take longer than two seconds (an SVD a layer)."""
     if not method.from_weight:
         return targets.items()
@@ -152,13 +172,18 @@ def _frozen_as_before(model: nn.Module):
 def warn_tied(model: nn.Module, new: dict[str, PeftLinear]) -> None:
     holders = Holders(model)
     for name, layer in new.items():
-        tied = holders.others(layer.weight, name)
+        tied = holders.others(layer.weight, holder_of(layer, name))
         if tied:
             warnings.warn(
                 f"{name}.weight is shared with {', '.join(tied)}, which stay as they are; the adapter cannot be merged "
                 "before the two are untied",
                 stacklevel=5,  # the caller of get_peft_model
             )
+
+
+def holder_of(layer: nn.Module, name: str) -> str:
+    """The name of the module that holds the weight of an adapted layer of this name."""
+    return name.rpartition(".")[0] if isinstance(layer, PeftParameter) else name
 
 
 class Holders:
@@ -205,7 +230,7 @@ def get_peft_model(
 
 def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
     model.requires_grad_(False)
-    put(model, {id(model.get_submodule(name)): layer for name, layer in planned.layers.items()})
+    install(model, planned.layers)
     for layer in planned.layers.values():
         for parameter in layer.tensor_names:
             getattr(layer, parameter).requires_grad_(not planned.state.config.inference_mode)
@@ -259,6 +284,24 @@ def put(model: nn.Module, new: dict[int, nn.Module]) -> None:
                 parent._modules[name] = new[id(child)]
 
 
+def install(model: nn.Module, new: dict[str, PeftLinear | PeftParameter]) -> None:
+    """Put adapted layers in the places of the modules of their names, and adapted parameters beside theirs."""
+    modules = {name: layer for name, layer in new.items() if isinstance(layer, PeftLinear)}
+    put(model, {id(model.get_submodule(name)): layer for name, layer in modules.items()})
+    for name, layer in new.items():
+        if name not in modules:
+            layer.freeze_base()
+            layer.install()
+
+
+def unload(model: nn.Module, found: Iterable[nn.Module], merge: bool = True) -> set[int]:
+    """Turn adapted layers back into what they were, merged or not; the ids of the plain modules now in their places."""
+    plain = {id(layer): layer.unload(merge=merge) for layer in found}
+    plain = {key: module for key, module in plain.items() if module is not None}
+    put(model, plain)
+    return {id(module) for module in plain.values()}
+
+
 def merge(model: nn.Module, safe_merge: bool = False) -> None:
     """Fold every adapter into its weight. All layers are checked first: on any error the model is as it was.
 
@@ -274,17 +317,17 @@ def merge(model: nn.Module, safe_merge: bool = False) -> None:
     _merge(model, found, safe_merge)
 
 
-def _merge(model: nn.Module, found: list[tuple[str, PeftLinear]], safe_merge: bool) -> None:
+def _merge(model: nn.Module, found: list[tuple[str, Holder]], safe_merge: bool) -> None:
     """Merge these layers, all or none; NotMergeableError where another module holds the same weight."""
     checks.warn_vanished(model)
     holders = Holders(unwrap(model))
     for name, layer in found:
-        if (tied := holders.others(layer.bias, name)) and layer.changes_bias():
+        if (tied := holders.others(layer.bias, holder_of(layer, name))) and layer.changes_bias():
             raise NotMergeableError(
                 f"{name}.bias is shared with {', '.join(tied)}, which merging would change too; give {name} a bias of "
                 "its own, torch.nn.Parameter(layer.bias.detach().clone())"
             )
-        if tied := holders.others(layer.weight, name):
+        if tied := holders.others(layer.weight, holder_of(layer, name)):
             setting = "model.config.tie_word_embeddings = False, and " if hasattr(model, "config") else ""
             raise NotMergeableError(
                 f"{name}.weight is shared with {', '.join(tied)}, which merging would change too; untie them first: "
@@ -315,7 +358,7 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def adapted_layers(model: nn.Module, what: str | None = None) -> list[tuple[str, PeftLinear]]:
+def adapted_layers(model: nn.Module, what: str | None = None) -> list[tuple[str, Holder]]:
     """The model's adapted layers, for the function ``what`` where PEFT has its own; ValueError where there are none."""
     model = unwrap(model)
     if what is not None:
@@ -354,9 +397,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
             "would leave it out of a checkpoint of this model; save the adapter instead, or the model by torch.save",
             stacklevel=2,
         )
-    unloaded = {id(layer): layer.unload() for _, layer in found}
-    put(model, unloaded)
-    plain = {id(layer) for layer in unloaded.values()}
+    plain = unload(model, (layer for _, layer in found))
     for root in roots(model):
         state = root.__dict__[STATE]
         for name in state.saved:

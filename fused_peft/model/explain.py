@@ -14,7 +14,8 @@ from ..core.sharded import is_sharded
 from .adapted import is_pefts
 from .adapter import Bound, why_not_foreign
 from .convert import adapted_layers
-from .layer import Gathered, PeftLinear
+from .holder import Gathered
+from .layer import PeftLinear
 
 # a row: method, form, backend, why, and the call that the layer makes, where a backend was chosen for one
 Row = tuple[str, str, str, str, operands.Problem | None]

@@ -25,7 +25,8 @@ from .adapter_config import (
 )
 from .checks import refuse_vanished
 from .convert import Holders, carry_out, plan
-from .layer import DEFAULT, PeftLinear
+from .holder import DEFAULT
+from .layer import PeftLinear
 from .named import addition, put_addition
 from .renamed import renaming
 from .save import PREFIX, finder, layers_of, prompt_slot, refuse_method, refuse_settings, slots_of

@@ -17,10 +17,12 @@ from ..methods import PeftConfig, method_of
 from . import prompt
 from .adapted import few, layers, unwrap
 from .adapter import Adapter, why_not_together
-from .convert import put, shape, shown, warn_tied
-from .layer import DEFAULT, PeftLinear
+from .convert import adapted_parameter, install, shape, shown, unload, warn_tied
+from .holder import DEFAULT
+from .layer import PeftLinear
+from .parameter import SUFFIX, PeftParameter
 from .state import AdapterState, refuse_while_disabled, state_of
-from .targets import find_targets, resolve
+from .targets import check_parameters, find_parameters, find_targets, resolve
 from .unmet import warn_of_unmet
 
 
@@ -30,8 +32,8 @@ class Addition:
 
     name: str
     config: PeftConfig
-    layers: dict[str, PeftLinear]  # every layer that gets it
-    new: dict[str, PeftLinear]  # those that were not adapted before
+    layers: dict[str, PeftLinear | PeftParameter]  # every layer that gets it
+    new: dict[str, PeftLinear | PeftParameter]  # those that were not adapted before
     adapters: dict[str, Adapter]
 
 
@@ -77,9 +79,12 @@ def addition(model: nn.Module, name: str, config: PeftConfig, adapter_dtype: tor
     asked = config
     config = resolve(model, replace(config))
     targets = find_targets(model, config, asked, again=True)
-    if heads := [n for n in targets for s in state.saved if n == s or n.startswith(f"{s}.")]:
+    parameters = find_parameters(model, config)
+    check_parameters(parameters, asked, again=True)
+    if heads := [n for n in (*targets, *parameters) for s in state.saved if n == s or n.startswith(f"{s}.")]:
         raise ValueError(f"target_modules means {few(heads)}, which the first adapter trains whole; exclude it")
-    config = config.for_targets([shape(m) for m in targets.values()])
+    matrices = (owner._parameters[key].shape[-2:] for owner, key in parameters.values())
+    config = config.for_targets([*(shape(m) for m in targets.values()), *matrices])
     around, new, adapters = {}, {}, {}
     for layer_name, module in shown(targets, method):
         try:
@@ -91,6 +96,15 @@ def addition(model: nn.Module, name: str, config: PeftConfig, adapter_dtype: tor
         except ValueError as e:
             raise ValueError(f"{layer_name}: {e}") from e
         around[layer_name] = layer
+    for layer_name, (owner, key) in shown(parameters, method):
+        layer = owner._modules.get(key + SUFFIX)
+        if layer is None:
+            layer = new[layer_name] = adapted_parameter(layer_name, owner, key, None, None)
+        try:
+            adapters[layer_name] = layer.made_adapter(name, config.for_module(layer_name), adapter_dtype)
+        except (ValueError, TypeError) as e:
+            raise type(e)(f"{layer_name}: {e}") from e
+        around[layer_name] = layer
     warn_tied(model, new)
     warn_of_unmet(model, asked, config, adapters)
     return Addition(name, config, around, new, adapters)
@@ -101,7 +115,7 @@ def put_addition(model: nn.Module, added: Addition) -> None:
     state: AdapterState = state_of(model)
     for layer in added.new.values():
         layer.freeze_base()
-    put(model, {id(model.get_submodule(name)): layer for name, layer in added.new.items()})
+    install(model, added.new)
     for name, adapter in added.adapters.items():
         adapter.requires_grad_(False)
         added.layers[name].take_adapter(added.name, adapter)
@@ -163,6 +177,6 @@ def delete_adapter(model: nn.Module, adapter_name: str) -> None:
             layer.delete_adapter(adapter_name)
             if not layer.adapters:
                 plain[name] = layer
-    put(model, {id(layer): layer.unload(merge=False) for layer in plain.values()})
+    unload(model, plain.values(), merge=False)
     del state.added[adapter_name]
     state.layers = tuple(name for name in state.layers if name not in plain)

@@ -32,7 +32,7 @@ def _stacks(model: nn.Module, kind: str) -> list[tuple[Tensor, bool]]:
                 "penalty with its gradient; train with ZeRO-2, or without the penalty"
             )
         for P, is_b in ((whole(A), False), (whole(B), True)):
-            groups[P.shape, P.dtype, P.device, is_b].append(P)
+            groups[P.shape[-2:], P.dtype, P.device, is_b].extend(P if P.dim() == 3 else [P])
     if not groups:
         raise ValueError(f"model={type(model).__name__} has no adapted layer; call get_peft_model first")
     stacks = [(torch.stack(found), is_b) for (*_, is_b), found in groups.items()]

@@ -44,6 +44,10 @@ class SoftPromptConfig(PeftConfig):
         positive_int("num_virtual_tokens", self.num_virtual_tokens)
         if self.target_modules is not None:
             raise ValueError(f"target_modules={self.target_modules!r}: a soft prompt adapts no module; leave it out")
+        if self.target_parameters is not None:
+            raise ValueError(
+                f"target_parameters={self.target_parameters!r}: a soft prompt adapts no parameter; leave it out"
+            )
 
 
 @dataclass(kw_only=True)

@@ -32,7 +32,7 @@ from .adapter_config import (
     put_config,
 )
 from .checks import refuse_vanished
-from .layer import DEFAULT
+from .holder import DEFAULT
 from .state import AdapterState, refuse_while_disabled, state_of
 
 PREFIX = "base_model.model."

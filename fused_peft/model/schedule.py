@@ -10,7 +10,7 @@ from torch import nn
 from ..core.sharded import is_sharded, reshard
 from . import checks
 from .adapted import active_layers, unwrap
-from .layer import Gathered
+from .holder import Gathered
 
 OF_PEFT: list[Callable[[nn.Module, int], None]] = []  # what acts on Hugging Face PEFT's own models
 

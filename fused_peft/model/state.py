@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..methods import PeftConfig
 from .adapted import STATE, few, is_adapted, is_pefts, unwrap
-from .layer import DEFAULT
+from .holder import DEFAULT
 from .parts import about_parts, adapted_parts, guard
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")

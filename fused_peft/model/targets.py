@@ -14,6 +14,9 @@ from torch import nn
 from ..core.frozen import is_linear
 from ..methods import PeftConfig
 from .layer import PeftLinear, why_not_adaptable
+from .moe_names import converted, renamed
+from .parameter import base_of
+from .parameter import why_not as why_not_parameter
 from .reads import experts
 
 HEADS = {
@@ -122,6 +125,9 @@ def resolve(model: nn.Module, config: PeftConfig) -> PeftConfig:
     for name, table in config.target_defaults.items():
         if getattr(config, name) is None:
             if model_type not in table and name == "target_modules":
+                if config.target_parameters:  # which alone are adapted then
+                    found[name] = []
+                    continue
                 raise ValueError(
                     f"{name}=None, but there is no default for model_type {model_type!r}; give {name} as names, a "
                     "regular expression or 'all-linear'"
@@ -129,7 +135,7 @@ def resolve(model: nn.Module, config: PeftConfig) -> PeftConfig:
             found[name] = table.get(model_type, [])
     if wants_all_linear(config):
         found["target_modules"] = _all_linear(model, config.task_type)
-    return config.resolved(**found)
+    return converted(model, config.resolved(**found), config)
 
 
 def find_targets(
@@ -145,7 +151,7 @@ def find_targets(
     found = {name: module for name, module in modules.items() if name and is_target(config, name, listed)}
     if config.target_modules is None:
         found = {name: module for name, module in found.items() if is_linear(module) and module.bias is not None}
-    if not found:
+    if not found and not find_parameters(model, config):
         raise ValueError(_no_match(model, asked, config))
     for name, module in found.items():
         reason = None if again and isinstance(module, PeftLinear) else why_not_adaptable(module)
@@ -155,6 +161,34 @@ def find_targets(
         if reason:
             raise TypeError(f"target_modules={shown(asked.target_modules)} matches {name!r}, but {reason}")
     return found
+
+
+def find_parameters(model: nn.Module, config: PeftConfig) -> dict[str, tuple[nn.Module, str]]:
+    """{full name: (the module that holds it, its name there)} of the parameters that target_parameters means."""
+    wanted, found = frozenset(config.target_parameters or ()), {}
+    for owner_name, owner in model.named_modules() if wanted else ():
+        for key in owner._parameters:
+            name = f"{owner_name}.{key}" if owner_name else key
+            if owner._parameters[key] is not None and ends_with_any(name, wanted) and not left_out(config, name):
+                found[name] = owner, key
+    return found
+
+
+def check_parameters(found: dict[str, tuple[nn.Module, str]], asked: PeftConfig, again: bool = False) -> None:
+    """TypeError that names the first of them that cannot carry an adapter. again: one that does so already may."""
+    for name, (owner, key) in found.items():
+        if again and key in getattr(owner, "_held", ()):
+            continue
+        if reason := _why_not(owner, key) or why_not_parameter(owner, key):
+            raise TypeError(f"target_parameters={shown(asked.target_parameters)} matches {name!r}, but {reason}")
+
+
+def _why_not(owner: nn.Module, key: str) -> str | None:
+    if is_linear(owner):
+        return f"it belongs to a linear layer; give {key!r}'s module in target_modules"
+    if isinstance(owner, (nn.Embedding, nn.modules.conv._ConvNd, nn.RNNBase)):
+        return f"a {base_of(owner).__name__} does not multiply rows by it"
+    return None
 
 
 def second_names(model: nn.Module) -> dict[str, str]:
@@ -183,8 +217,20 @@ def _no_match(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> str:
         wanted = re.split(r"[|,\s]+", targets)
         if all(any(ends_with_any(name, (w,)) for name in names) for w in wanted):
             return f"{message}: a string is a regular expression for the full name; for names, target_modules={wanted}"
-    if held := list(experts_asked_for(model, asked, config)):
-        return f"{message}; {held[0]} holds its experts in 3-D parameters, which this library does not adapt yet"
+    if config.target_parameters:
+        stacks = [f"{name}.{key}" for name, keys in experts(model).items() for key in keys]
+        near = [
+            n for entry in config.target_parameters for n in nearest(entry, [n for n, _ in model.named_parameters()])
+        ]
+        message += f", and target_parameters={shown(config.target_parameters)} no parameter"
+        return (
+            f"{message}; the nearest names are {', '.join(dict.fromkeys(near))}"
+            if near
+            else message + (f"; its stacks of experts are {', '.join(stacks[:4])}" if stacks else "")
+        )
+    if held := experts_asked_for(model, asked, config):
+        name, parts = next(iter(held.items()))
+        return f"{message}; {name} holds its experts in 3-D parameters: target_parameters={parts!r} adapts those"
     narrowed = {
         name: getattr(config, name)
         for name in ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
@@ -243,17 +289,25 @@ def modules_to_save(model: nn.Module, config: PeftConfig) -> list[str]:
 
 
 def experts_asked_for(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> dict[str, list[str]]:
-    """{module that holds experts in 3-D parameters: the names below it that the user's target_modules would mean}."""
+    """{module that holds experts in 3-D parameters: those of them} where the user's target_modules would mean layers of
+    an expert, and no target_parameters adapts them."""
     every, found = wants_all_linear(asked), {}
     if not every and not given(model, asked, "target_modules"):
         return {}
+    adapted = find_parameters(model, config)
     for name, stacks in experts(model).items():
         parts = [*stacks]
         if re.search("expert|moe", type(model.get_submodule(name)).__name__, re.IGNORECASE):
             parts += [part for layer in _EXPERT_LAYERS for part in (layer, f"0.{layer}")]
-        parts = [
-            p for p in parts if (every or asked_for(config, f"{name}.{p}")) and not left_out(config, f"{name}.{p}")
-        ]
-        if parts and not left_out(config, name):
-            found[name] = parts
+        means = every or any(asked_for(asked, f"{name}.{p}") and not left_out(config, f"{name}.{p}") for p in parts)
+        left = [stack for stack in stacks if f"{name}.{stack}" not in adapted]
+        if means and left and not left_out(config, name):
+            found[name] = left
     return found
+
+
+def expert_layers(model: nn.Module) -> list[str]:
+    """The names that layers of the model's experts have, or had while they were linear layers."""
+    parts = (*_EXPERT_LAYERS, *renamed(model))
+    held = {name for name in experts(model)} | {n.rpartition(".")[0] for n, _ in model.named_modules()}
+    return [f"{name}.{part}" for name in held for part in parts] if experts(model) else []

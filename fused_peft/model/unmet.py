@@ -19,7 +19,9 @@ from .targets import (
     asked_for,
     ends,
     ends_with_any,
+    expert_layers,
     experts_asked_for,
+    find_parameters,
     given,
     layer_index,
     left_out,
@@ -36,6 +38,7 @@ _MOST = 4  # how many entries without a match get a hint
 # how an entry of a field means a module's name, by the rule that the field declares (methods.base.naming)
 _RULES: dict[str, Callable[[Any, str, PeftConfig], bool]] = {
     "end": lambda entry, name, config: ends_with_any(name, (entry,)),
+    "parameter": lambda entry, name, config: ends_with_any(name, (entry,)),
     "text": lambda entry, name, config: name.endswith(entry),
     "whole": lambda entry, name, config: name == entry,
     "pattern": lambda entry, name, config: matching_pattern({entry: True}, name, False),
@@ -69,10 +72,11 @@ def unmatched(model: nn.Module, asked: PeftConfig, config: PeftConfig, adapted: 
     scopes = {
         "target_modules": lambda: [
             *(n for n in names if asked_for(config, n, listed) and not trained_whole(asked, n)),
-            *_expert_layers(model, asked, config),
+            *expert_layers(model),
         ],
         "exclude_modules": lambda: set(names) - {end for name in adapted for end in (name, *_around(name))},
         "modules_to_save": lambda: names,
+        "target_parameters": lambda: [name for name, _ in model.named_parameters()],
     }
     found = []
     for f in fields(asked):
@@ -85,11 +89,11 @@ def unmatched(model: nn.Module, asked: PeftConfig, config: PeftConfig, adapted: 
         scope = set(scopes.get(f.name, lambda: adapted)())
         if f.name in scopes:
             scope |= {name for name, first in second.items() if first in scope}
-        plain = {end for name in scope for end in ends(name)} if rule in ("end", "text", "pattern") else ()
+        plain = {end for name in scope for end in ends(name)} if rule in ("end", "text", "pattern", "parameter") else ()
         missing = [e for e in entries if e not in plain and not any(_RULES[rule](e, n, config) for n in scope)]
         if missing:
             parts = [f"{e!r}{_hint(f.name, rule, e, names, second, config)}" for e in missing[:_MOST]]
-            what = "module" if f.name in scopes else "adapted layer"
+            what = "adapted layer" if f.name not in scopes else "parameter" if rule == "parameter" else "module"
             found.append(f"{f.name} has no {what} for {few([*parts, *missing[_MOST:]], _MOST)}")
     return found
 
@@ -97,11 +101,6 @@ def unmatched(model: nn.Module, asked: PeftConfig, config: PeftConfig, adapted: 
 def _around(name: str) -> list[str]:
     """The names of the modules that hold this one."""
     return [name[:i] for i, c in enumerate(name) if c == "."]
-
-
-def _expert_layers(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> list[str]:
-    """The names that the layers of held experts would have: what is asked for there has a warning of its own."""
-    return [f"{name}.{part}" for name, parts in experts_asked_for(model, asked, config).items() for part in parts]
 
 
 def _hint(field: str, rule: str, entry: Any, names: list[str], second: dict[str, str], config: PeftConfig) -> str:
@@ -126,14 +125,15 @@ def _about_held(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> str:
     """Modules that target_modules mean and that are no linear layers: experts, and with "all-linear" routers."""
     held = list(experts_asked_for(model, asked, config))
     if wants_all_linear(asked):
-        held += [name for name in routers(model) if not left_out(config, name)]
+        adapted = find_parameters(model, config)
+        held += [n for n in routers(model) if not left_out(config, n) and f"{n}.weight" not in adapted]
     if not held:
         return ""
     kinds = Counter(type(model.get_submodule(name)).__name__ for name in held)
     return (
         f"target_modules={shown(asked.target_modules)} does not reach {few(f'{n} {k}' for k, n in kinds.items())} "
-        f"(first: {held[0]}): they are no linear layers, so they stay frozen. Hugging Face PEFT's target_parameters "
-        "adapts 3-D parameters, in which experts are held; this library does not yet"
+        f"(first: {held[0]}): they are no linear layers, so they stay frozen. target_parameters adapts the stacks that "
+        "hold experts, and a router's weight, by the parameter's name"
     )
 
 
