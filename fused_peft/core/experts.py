@@ -56,6 +56,13 @@ def why_not(module: nn.Module) -> str | None:
     return None
 
 
+def experts_per_token(module: nn.Module) -> int:
+    """How many experts a row is routed to, as the model's config has it; 1 where it does not say."""
+    names = ("num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk")
+    found = (getattr(module.config, name, None) for name in names)
+    return next((n for n in found if isinstance(n, int) and n > 0), 1)
+
+
 def arguments(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor] | None:
     """(x (M, H), top_k_index (M, k), top_k_weights (M, k)) of a call; None where it is another one."""
     names = ("hidden_states", "top_k_index", "top_k_weights")

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from ..core import dispatch, operands
+from ..core import dispatch, experts, operands
 from ..core.frozen import is_foreign
 from ..core.sharded import is_sharded
 from .adapted import is_pefts
-from .adapter import Bound, why_not_foreign
+from .adapter import Bound, factors_of, why_not_foreign
 from .convert import adapted_layers
 from .holder import Gathered
 from .layer import PeftLinear
+from .parameter import PeftParameter
 
 # a row: method, form, backend, why, and the call that the layer makes, where a backend was chosen for one
 Row = tuple[str, str, str, str, operands.Problem | None]
@@ -68,6 +69,8 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
         state = "disabled" if not layer.enabled else "merged" if layer.merged else "no adapter is active"
         return names or "none", "plain", "torch", f"{state}: one plain linear layer", None
     first = adapters[0]
+    if isinstance(layer, PeftParameter):
+        return _explain_parameter(layer, names, adapters, tokens, dtype)
     foreign = is_foreign(layer.kind.like(layer)) and not layer.kind.opaque
     if foreign and (reason := why_not_foreign(layer, adapters)):
         return names, "none", "none", reason, None
@@ -92,6 +95,29 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
     why = "W * (1 + s*BA) is formed once each way; " if problem.hadamard else ""
     why += f"sharded over {layer.weight.device_mesh.size()} processes; " if sharded else ""
     return names, form, choice.backend.name, why + choice.why(), problem
+
+
+def _explain_parameter(
+    layer: PeftParameter, names: str, adapters: Sequence[Bound], tokens: int, dtype: torch.dtype | None
+) -> Row:
+    owner, kind = layer.owner, type(layer.owner).__name__
+    why = experts.why_not(owner) if layer.kind.stacked else "it reads the matrix itself"
+    if why is not None or not layer.routed:
+        return (
+            names,
+            "weight",
+            "torch",
+            f"the weight is formed in each call of {kind}: {why or 'not in its call'}",
+            None,
+        )
+    E, each = layer.weight.shape[0], experts.experts_per_token(owner)
+    x = torch.empty(1, device="meta", dtype=dtype or layer.weight.dtype).expand(tokens * each, layer.in_features)
+    weight, bias = layer.kind.matrix(layer)[0], None if layer.bias is None else layer.bias[0]
+    f, later = factors_of(adapters[0]).at(0), "; the others one after the other" if len(adapters) > 1 else ""
+    problem = replace(operands.foreseen(f, x, weight, bias, None, True, weight.device), groups=E)
+    choice = dispatch.choose(problem)
+    why = f"{E} experts, {each} a row, on their routed rows alone{later}; {choice.why()}"
+    return names, "experts", choice.backend.name, why, problem
 
 
 def _problem(adapter: Bound, tokens: int, dtype: torch.dtype | None, beside: bool = False) -> operands.Problem | None:

@@ -29,7 +29,7 @@ from .holder import DEFAULT
 from .layer import PeftLinear
 from .named import addition, put_addition
 from .renamed import renaming
-from .save import PREFIX, finder, layers_of, prompt_slot, refuse_method, refuse_settings, slots_of
+from .save import PREFIX, disk_name, finder, layers_of, prompt_slot, refuse_method, refuse_settings, slots_of
 from .state import AdapterState, by_keyword, refuse_pefts, refuse_while_disabled, state_of
 from .targets import resolve
 
@@ -57,7 +57,7 @@ def _check(stored: dict[str, Tensor], slots: dict, path: Path) -> None:
         parts = [f"lacks {few(sorted(missing))}"] if missing else []
         parts += [f"has {few(sorted(extra))}, which the model does not"] if extra else []
         raise AdapterFormatError(f"{path / WEIGHTS_NAME} {' and '.join(parts)}; was it made for another architecture?")
-    for key, (tensor, shape) in slots.items():
+    for key, (tensor, shape, _) in slots.items():
         if stored[key].shape != shape:
             raise AdapterFormatError(
                 f"{path / WEIGHTS_NAME}: {key} has shape {tuple(stored[key].shape)}, but the model needs "
@@ -88,7 +88,7 @@ def _take_shared(stored: dict[str, Tensor], layers: dict[str, Bound]) -> list[tu
 def _drop_remade(slots: dict, stored: dict, layers: dict[str, Bound], config: PeftConfig, path: Path) -> None:
     """Leave alone the buffers that a file of PEFT's lacks, where init has made the same ones from the weight."""
     for name, layer in layers.items():
-        own = {f"{PREFIX}{name}.{layer.method.disk_key(b)}" for b in layer.method.disk_buffers}
+        own = {f"{PREFIX}{disk_name(name, layers)}.{layer.method.disk_key(b)}" for b in layer.method.disk_buffers}
         if layer.method.residual is None or own <= stored.keys():
             continue
         how = config.init_lora_weights
@@ -241,11 +241,9 @@ def load_adapter(
         owner = layers.get(name.rpartition(".")[0])
         if owner is not None and owner.method.from_weight:
             owner.reset_adapter_parameters()  # norms and factors of the weight that is there now
-    for key, (tensor, _) in slots.items():
-        value = stored[key]
-        if value.dim() != tensor.dim():  # its shape is the one on disk, as checked
-            value = value.reshape(shape_of(tensor))
-        fill(tensor, value)
+    for key, slot in slots.items():
+        tensor = slot.tensor
+        fill(tensor, slot.in_memory(stored[key]))  # its shape is the one on disk, as checked
         if adapter_name == DEFAULT and tensor.requires_grad != is_trainable and isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(is_trainable)
     for tensor, value in shared:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -42,8 +43,50 @@ PREFIX = "base_model.model."
 _ELSEWHERE = {f.name for f in fields(PeftConfig)} | {"fan_in_fan_out", "projection_shape"}
 
 
-def slots_of(layers: dict[str, Bound], state: AdapterState, find: Callable[[str], Tensor]) -> dict:
-    """{key on disk: (tensor in the model, shape on disk)} of everything a checkpoint holds.
+class Slot(NamedTuple):
+    """A tensor of the model, the shape it has on disk, and whether its experts come last there: PEFT stores the B of
+    experts (E, out, r) as (out, r E), and their A (E, r, in) as (E r, in)."""
+
+    tensor: Tensor
+    shape: tuple[int, ...]
+    experts_last: bool = False
+
+    def on_disk(self, value: Tensor) -> Tensor:
+        return (value.permute(1, 2, 0) if self.experts_last else value).reshape(self.shape)
+
+    def in_memory(self, value: Tensor) -> Tensor:
+        if not self.experts_last:
+            return value.reshape(shape_of(self.tensor))
+        E, out, r = shape_of(self.tensor)
+        return value.reshape(out, r, E).permute(2, 0, 1)
+
+
+def _slot(layer: Bound, name: str) -> Slot:
+    """The slot of one of an adapter's tensors."""
+    tensor, method = getattr(layer, name), layer.method
+    shape = shape_of(tensor)
+    if layer.kind.stacked and name in (method.A, method.B):
+        E, rows, columns = shape
+        return Slot(tensor, (rows, columns * E), True) if name == method.B else Slot(tensor, (E * rows, columns))
+    if name in method.disk and len(shape) == 1:
+        shape = tuple(method.disk_shape(shape, layer.config))
+    return Slot(tensor, shape)
+
+
+def disk_name(name: str, layers: dict[str, Bound]) -> str:
+    """The name under which an adapted layer's tensors are stored: of parameters of one module the last one's are at the
+    module, and each before it one base_layer further in, as PEFT's wrappers nest."""
+    layer = layers[name]
+    if not hasattr(layer, "parameter_name"):
+        return name
+    owner = name.removesuffix(f".{layer.parameter_name}")
+    beside = [n for n, other in layers.items() if getattr(other, "owner", None) is layer.owner]
+    order = sorted(beside, key=lambda n: [*layer.owner._parameters].index(layers[n].parameter_name))
+    return owner + ".base_layer" * (len(order) - 1 - order.index(name))
+
+
+def slots_of(layers: dict[str, Bound], state: AdapterState, find: Callable[[str], Tensor]) -> dict[str, Slot]:
+    """{key on disk: Slot} of everything a checkpoint holds.
 
     ``find`` looks a parameter up by its name in the adapted model.
     """
@@ -51,25 +94,22 @@ def slots_of(layers: dict[str, Bound], state: AdapterState, find: Callable[[str]
     prefix = "base_model." if soft else PREFIX
     slots = {}
     for name, layer in layers.items():
+        stored = disk_name(name, layers)
         for param in layer.tensor_names:
-            tensor = getattr(layer, param)
-            shape = shape_of(tensor)
-            if param in layer.method.disk and len(shape) == 1:
-                shape = tuple(layer.method.disk_shape(shape, layer.config))
-            slots[f"{PREFIX}{name}.{layer.method.disk_key(param)}"] = (tensor, shape)
+            slots[f"{PREFIX}{stored}.{layer.method.disk_key(param)}"] = _slot(layer, param)
         for buffer in layer.method.disk_buffers:
             tensor = getattr(layer, buffer)
-            slots[f"{PREFIX}{name}.{layer.method.disk_key(buffer)}"] = (tensor, tuple(tensor.shape))
+            slots[f"{PREFIX}{stored}.{layer.method.disk_key(buffer)}"] = Slot(tensor, tuple(tensor.shape))
     for name in (*state.biases, *state.embeddings):
         owner, _, last = name.rpartition(".")
         # of a merged layer the values that are kept beside the merged ones
         tensor = getattr(layers[owner], f"_base_{last}") if owner in layers and layers[owner].merged else find(name)
         key = f"{owner}.base_layer.{last}" if owner in layers else name
-        slots[PREFIX + key] = (tensor, shape_of(tensor))
+        slots[PREFIX + key] = Slot(tensor, shape_of(tensor))
     for name, original in state.saved.items():
         for key in original.state_dict():
             tensor = find(f"{name}.{key}")
-            slots[f"{prefix}{name}.{key}"] = (tensor, shape_of(tensor))
+            slots[f"{prefix}{name}.{key}"] = Slot(tensor, shape_of(tensor))
     return slots
 
 
@@ -79,7 +119,7 @@ def prompt_slot(config: PeftConfig, weight: Tensor | None = None) -> dict:
         return {}
     width = config.token_dim * (2 * config.num_layers if isinstance(config, prompt.PrefixTuningConfig) else 1)
     shape = (config.num_virtual_tokens, width)
-    return {"prompt_embeddings": (torch.empty(shape, device="meta") if weight is None else weight, shape)}
+    return {"prompt_embeddings": Slot(torch.empty(shape, device="meta") if weight is None else weight, shape)}
 
 
 def _shared(layers: dict[str, Bound]) -> dict[str, Tensor]:
@@ -144,9 +184,9 @@ def save_pretrained(
     if soft := prompt.attached(model):
         with gathered(soft.parameters()):
             P = soft.prompt().detach().clone()
-        slots["prompt_embeddings"] = (P, tuple(P.shape))
-    together = any(is_spread(t) for t, _ in slots.values())
-    tensors = {key: whole(t).detach().reshape(shape).contiguous().cpu() for key, (t, shape) in slots.items()}
+        slots["prompt_embeddings"] = Slot(P, tuple(P.shape))
+    together = any(is_spread(slot.tensor) for slot in slots.values())
+    tensors = {key: s.on_disk(whole(s.tensor).detach()).contiguous().cpu() for key, s in slots.items()}
     if getattr(state.config, "save_projection", False):
         tensors |= _shared(layers)
     try:
@@ -167,10 +207,11 @@ def _taken_from(state_dict: dict[str, Tensor], slots: dict, model: nn.Module) ->
     """The slots with the values of a state_dict in place of the model's own tensors."""
     # a merged layer's base values go under their own names
     names = {id(t): n.replace("._base_", ".") for n, t in (*model.named_buffers(), *model.named_parameters())}
-    missing = {names[id(t)] for t, _ in slots.values() if id(t) in names} - state_dict.keys()
+    missing = {names[id(s.tensor)] for s in slots.values() if id(s.tensor) in names} - state_dict.keys()
     if missing:
         raise ValueError(f"state_dict lacks {few(sorted(missing))}; give the whole of model.state_dict()")
-    return {key: (state_dict.get(names.get(id(t)), t), shape) for key, (t, shape) in slots.items()}
+    taken = lambda t: state_dict.get(names.get(id(t)), t)  # noqa: E731
+    return {key: slot._replace(tensor=taken(slot.tensor)) for key, slot in slots.items()}
 
 
 def _folder(path: str | os.PathLike) -> Path:
@@ -189,7 +230,7 @@ def _folder(path: str | os.PathLike) -> Path:
 def _warn_unsaved(model: nn.Module, slots: dict, state: AdapterState) -> None:
     """Name the parameters that train and do not go into the file: someone set requires_grad on them by hand."""
     soft = prompt.attached(model)
-    kept = {id(t) for t, _ in slots.values()} | {id(p) for p in (soft.parameters() if soft else ())}
+    kept = {id(slot.tensor) for slot in slots.values()} | {id(p) for p in (soft.parameters() if soft else ())}
     kept |= {id(p) for _, layer in layers(model) for a in layer.adapters.values() for p in a.adapter_tensors()}
     lost = [
         n

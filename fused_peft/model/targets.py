@@ -309,5 +309,5 @@ def experts_asked_for(model: nn.Module, asked: PeftConfig, config: PeftConfig) -
 def expert_layers(model: nn.Module) -> list[str]:
     """The names that layers of the model's experts have, or had while they were linear layers."""
     parts = (*_EXPERT_LAYERS, *renamed(model))
-    held = {name for name in experts(model)} | {n.rpartition(".")[0] for n, _ in model.named_modules()}
+    held = set(experts(model)) | {n.rpartition(".")[0] for n, _ in model.named_modules()}
     return [f"{name}.{part}" for name in held for part in parts] if experts(model) else []
