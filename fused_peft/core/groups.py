@@ -240,13 +240,13 @@ def backward(
                 dx = dx if o.w is None else dx.add_(p.mm(dy, o.w))
             grads = grads._replace(x=groups.gathered(dx))
         return list(grads[: len(need)])
-    K = next(t for t in (o.w, o.A, o.x) if t is not None).shape[-1]
+    K = next((t.shape[-1] for t in (o.w, o.A) if t is not None), None)  # None: x takes no part
     mask = None if o.seed is None else Mask(o.seed, (P, K), o.p)
     stacked = {n: torch.zeros_like(t) for n in _STACKED if getattr(want, n) and (t := getattr(o, n)) is not None}
     if want.bias:
         stacked["bias"] = o.bias.new_zeros(len(groups.offs), dy.shape[1])
     parts = o._replace(bias=None, c=None)  # the bias is kept for its dtype alone
-    dx, dc = dy.new_empty(P, K) if want.x else None, torch.empty_like(dy) if want.c else None
+    dx, dc = dy.new_empty(P, K) if want.x and K else None, torch.empty_like(dy) if want.c else None
     for e, i in _each(groups.offs, P):
         part = at(parts, e, x=None if x is None else x[i], seed=None if mask is None else mask.rows(i), bias=o.bias)
         found = Operands(*_eager.backward(dy[i], part, None if T is None else T[i], None if z is None else z[i], need))

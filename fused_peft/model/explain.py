@@ -100,7 +100,7 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
 def _explain_parameter(
     layer: PeftParameter, names: str, adapters: Sequence[Bound], tokens: int, dtype: torch.dtype | None
 ) -> Row:
-    owner, kind = layer.owner, type(layer.owner).__name__
+    owner, kind = layer.owner, layer.base_class.__name__
     why = experts.why_not(owner) if layer.kind.stacked else "it reads the matrix itself"
     if why is not None or not layer.routed:
         return (
