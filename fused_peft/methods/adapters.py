@@ -122,6 +122,7 @@ def bottleneck_output(layer):
 
 PARALLEL_ADAPTER = Method(
     name="parallel_adapter",
+    stacks=False,
     group="extend",
     config=ParallelAdapterConfig,
     A="lora_A",

@@ -269,6 +269,7 @@ class Method:
     reads_weight: its factors depend on the weight in each call.
     decomposes_later: on_step reads the weight.
     replaces_weight: the factors stand in place of xWᵀ instead of beside it.
+    stacks: its factors read tensors stacked over experts as they read those of one layer.
     disk_buffers: buffers that belong into a checkpoint, since they cannot be made again exactly.
     remade(config): whether a checkpoint without them (Hugging Face PEFT's) can be read all the same, since init makes
         the same ones again from the same weight.
@@ -295,6 +296,7 @@ class Method:
     reads_weight: bool = False
     decomposes_later: bool = False
     replaces_weight: bool = False
+    stacks: bool = True
     disk_buffers: tuple[str, ...] = ()
     remade: Callable[[PeftConfig], bool] = lambda config: False
     disk_shared: tuple[str, ...] = ()

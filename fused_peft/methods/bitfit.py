@@ -22,6 +22,7 @@ class BitFitConfig(PeftConfig):
 
 BITFIT = Method(
     name="bitfit",
+    stacks=False,
     group="reconstruct",
     config=BitFitConfig,
     example=lambda r: BitFitConfig(),

@@ -77,6 +77,7 @@ _NAMES = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
 
 DELORA = Method(
     name="delora",
+    stacks=False,
     group="combine",
     config=DeloraConfig,
     A="delora_A",

@@ -46,6 +46,7 @@ def factors(layer):
 
 SPECTRAL_ADAPTER = Method(
     name="spectral_adapter",
+    stacks=False,
     group="combine",
     config=SpectralAdapterConfig,
     A="lora_B",
