@@ -21,23 +21,28 @@ from fused_peft.model.holder import Holder
 from fused_peft.model.parameter import PeftParameter, why_not_method
 
 transformers = pytest.importorskip("transformers")
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64)
-SIZES |= dict(num_key_value_heads=2, num_experts_per_tok=2, pad_token_id=0)
-FOUR = dict(num_experts=4, moe_intermediate_size=24, head_dim=8)
-ROUTED = dict(n_routed_experts=4, n_group=1, topk_group=1, moe_intermediate_size=24, first_k_dense_replace=0)
-LATENT = dict(
-    q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, num_key_value_heads=4
-)
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+SIZES |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "pad_token_id": 0}
+FOUR = {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8}
+ROUTED = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 0}
+LATENT = {
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
 MODELS = {
-    "Mixtral": dict(num_local_experts=4),
-    "Qwen2Moe": dict(num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=16),
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen2Moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16},
     "Qwen3Moe": FOUR,
-    "GptOss": dict(num_local_experts=4, head_dim=8),
-    "Olmoe": dict(num_experts=4),
+    "GptOss": {"num_local_experts": 4, "head_dim": 8},
+    "Olmoe": {"num_experts": 4},
     "DeepseekV3": ROUTED | LATENT,
-    "Glm4Moe": ROUTED | dict(head_dim=8),
-    "Ernie4_5_Moe": dict(moe_num_experts=4, moe_k=2, moe_intermediate_size=24),
-    "GraniteMoe": dict(num_local_experts=4),
+    "Glm4Moe": ROUTED | {"head_dim": 8},
+    "Ernie4_5_Moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
+    "GraniteMoe": {"num_local_experts": 4},
 }
 IDS = torch.randint(1, 64, (2, 9), generator=torch.Generator().manual_seed(1))
 STACKS = ["gate_up_proj", "down_proj"]
@@ -98,7 +103,8 @@ def test_every_method_equals_weights_formed_expert_by_expert(method, monkeypatch
     exact, wanted = gradients(formed(m, monkeypatch))
     assert (y - exact).abs().max() < 1e-12
     assert (y - model()(IDS).logits).abs().max() > 1e-3
-    assert found.keys() == wanted.keys() and found
+    assert found.keys() == wanted.keys()
+    assert found
     for name, grad in found.items():
         assert (grad - wanted[name]).norm() <= 1e-10 * wanted[name].norm().clamp_min(1e-3), name
 
@@ -150,7 +156,13 @@ def test_dropout_acts_on_each_routed_row(method):
 @pytest.mark.parametrize("kind", MODELS)
 def test_architectures_agree_with_peft_and_read_its_checkpoints(kind, tmp_path):
     parameters = [f"experts.{s}" for s in STACKS]
-    settings = dict(r=2, lora_alpha=6, target_modules=["o_proj"], target_parameters=parameters, init_lora_weights=False)
+    settings = {
+        "r": 2,
+        "lora_alpha": 6,
+        "target_modules": ["o_proj"],
+        "target_parameters": parameters,
+        "init_lora_weights": False,
+    }
     stock = peft.get_peft_model(model(kind, torch.float32), peft.LoraConfig(**settings)).eval()
     stock.save_pretrained(tmp_path / "stock")
     own = fp.load_adapter(model(kind, torch.float32), tmp_path / "stock").eval()
@@ -175,9 +187,9 @@ OLD_NAMES += [(kind, "all-linear") for kind in ("Mixtral", "Qwen3Moe", "Olmoe", 
 OLD_NAMES += [(kind, t) for kind in ("Qwen3Moe", "Olmoe") for t in (NAMED, r".*experts\.(gate|up|down)_proj")]
 
 
-@pytest.mark.parametrize("kind, targets", OLD_NAMES, ids=[f"{kind}-{i}" for i, (kind, _) in enumerate(OLD_NAMES)])
+@pytest.mark.parametrize(("kind", "targets"), OLD_NAMES, ids=[f"{kind}-{i}" for i, (kind, _) in enumerate(OLD_NAMES)])
 def test_old_names_mean_what_they_mean_in_peft(kind, targets):
-    settings = dict(r=2, lora_alpha=4, target_modules=targets)
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": targets}
     stock = peft.get_peft_model(model(kind, torch.float32), peft.LoraConfig(**settings))
     said = kind == "GptOss" and targets == "all-linear"  # whose experts PEFT does not mean by it
     with pytest.warns(UserWarning, match="does not reach") if said else contextlib.nullcontext():
@@ -222,7 +234,8 @@ def test_several_adapters_on_experts():
     fp.set_adapter(m, "third")
     third = m(IDS).logits
     fp.set_adapter(m, ["default", "third"][:1])
-    assert torch.equal(m(IDS).logits, one) and (third - one).abs().max() > 1e-3
+    assert torch.equal(m(IDS).logits, one)
+    assert (third - one).abs().max() > 1e-3
     fp.set_adapter(m, "second")
     y = m(IDS).logits
     fp.merge(m)
@@ -241,7 +254,8 @@ def test_several_adapters_on_experts():
     fp.set_adapter(m, ["default", "sum"])
     y = m(IDS).logits
     fp.merge(m)
-    assert (m(IDS).logits - y).abs().max() < 1e-10 and (y - one).abs().max() > 1e-3
+    assert (m(IDS).logits - y).abs().max() < 1e-10
+    assert (y - one).abs().max() > 1e-3
 
 
 def test_an_adapter_on_other_parameters_comes_and_goes():
@@ -338,13 +352,17 @@ def test_other_modules_compute_with_formed_weights():
 
 # what is asked for -> (the error, what its message names)
 BAD = {
-    "a name that is none": (dict(target_parameters=["w2"]), ValueError, "no parameter"),
-    "a string": (dict(target_parameters="w"), TypeError, "list of names"),
-    "four dimensions": (dict(target_parameters=["code"]), TypeError, "shape"),
-    "codes": (dict(target_parameters=["table"]), TypeError, "quantised"),
-    "a linear layer's": (dict(target_parameters=["plain.weight"]), TypeError, "linear layer"),
-    "an embedding's": (dict(target_parameters=["embedding.weight"]), TypeError, "does not multiply rows"),
-    "a rank too large": (dict(target_parameters=["w"], init_lora_weights="olora", r=9), ValueError, "must not exceed"),
+    "a name that is none": ({"target_parameters": ["w2"]}, ValueError, "no parameter"),
+    "a string": ({"target_parameters": "w"}, TypeError, "list of names"),
+    "four dimensions": ({"target_parameters": ["code"]}, TypeError, "shape"),
+    "codes": ({"target_parameters": ["table"]}, TypeError, "quantised"),
+    "a linear layer's": ({"target_parameters": ["plain.weight"]}, TypeError, "linear layer"),
+    "an embedding's": ({"target_parameters": ["embedding.weight"]}, TypeError, "does not multiply rows"),
+    "a rank too large": (
+        {"target_parameters": ["w"], "init_lora_weights": "olora", "r": 9},
+        ValueError,
+        "must not exceed",
+    ),
 }
 
 
@@ -354,7 +372,8 @@ def test_bad_input_leaves_the_model_alone(what):
     m = nn.ModuleDict({"experts": Undecorated()})
     with pytest.raises(kind, match=message):
         fp.get_peft_model(m, fp.LoraConfig(target_modules=[], **settings))
-    assert type(m["experts"]) is Undecorated and m["experts"].w.requires_grad
+    assert type(m["experts"]) is Undecorated
+    assert m["experts"].w.requires_grad
 
 
 @pytest.mark.parametrize("method", [n for n in METHODS if n not in ON_EXPERTS])

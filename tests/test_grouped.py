@@ -150,7 +150,7 @@ def test_each_gradient_alone():
         assert close(*(torch.autograd.grad(out, tensors[name], dy)[0] for out in (y, exact)))
 
 
-@pytest.mark.parametrize("dtype, limit", [(torch.float32, 1e-6), (torch.float16, 4e-4), (torch.bfloat16, 3e-3)])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-6), (torch.float16, 4e-4), (torch.bfloat16, 3e-3)])
 @pytest.mark.parametrize("form", ["lora", "dropout", "scales", "dora"])
 def test_accuracy_in_each_dtype(form, dtype, limit):
     """fp32 adapters; gradients come out in fp32."""
@@ -284,7 +284,8 @@ def test_a_backend_without_kernels_for_groups_is_passed_over():
     x, W = leaf(M, K), torch.randn(E, N, K, dtype=torch.float64)
     problem = grouped.problem_of(call_of(x, W, f, None, None, None, 0.0), g)
     choice = fp.core.dispatch.choose(problem)
-    assert choice.backend.name == "eager" and "rows in groups" in choice.why()
+    assert choice.backend.name == "eager"
+    assert "rows in groups" in choice.why()
     assert (problem.M, problem.K, problem.N, problem.r, problem.groups) == (M * TOP, K, N, R, E)
 
 
