@@ -346,7 +346,7 @@ def test_other_modules_compute_with_formed_weights():
     assert "formed in each call" in fp.explain(adapted)[0].why
     fp.merge(adapted)
     torch.testing.assert_close(adapted["experts"](x), y)
-    with pytest.raises(TypeError, match="lora_dropout|dropout=0.1"):
+    with pytest.raises(TypeError, match=r"dropout=0\.1"):
         fp.get_peft_model(wide(), fp.LoraConfig(r=2, target_modules=[], target_parameters=["w"], lora_dropout=0.1))
 
 
@@ -380,7 +380,7 @@ def test_bad_input_leaves_the_model_alone(what):
 def test_methods_that_cannot_act_on_experts_say_why(method):
     config = METHODS[method].example(2)
     config.target_modules, config.target_parameters = [], list(STACKS)
-    with pytest.raises((TypeError, ValueError), match="cannot be adapted|no factors|decomposes|target_"):
+    with pytest.raises((TypeError, ValueError), match=r"cannot be adapted|target_"):
         fp.get_peft_model(model(), config)
 
 
