@@ -156,6 +156,12 @@ def _is_lora(o: Operands) -> bool:
     return plain and o.A is not None and all(t is None for t in (o.a, o.G, o.d_in, o.d_out))
 
 
+def _packed(t: Tensor) -> Tensor:
+    """With the rows or the columns of each group's matrix next to one another, as products read them; PEFT stores the B
+    of experts side by side."""
+    return t if 1 in t.stride()[-2:] else t.contiguous()
+
+
 def _products(o: Operands, offs: Tensor, P: int):
     A, B, w = o.A, o.B, o.w
     on_gpu = fits_grouped_mm(*(t for t in (o.c if o.x is None else o.x, w) if t is not None))
@@ -179,7 +185,7 @@ def forward(o: Operands, groups: Groups, keep_z: bool) -> tuple[Tensor, Tensor |
             y = y.add_(bias[group_of(groups.offs, P)]) if shared else y
         else:
             y = o.c.clone() if bias is None else o.c + bias[group_of(groups.offs, P)]
-        return p.add(y, T, o.B.to(dt).mT, o.s), T, None
+        return p.add(y, T, _packed(o.B.to(dt)).mT, o.s), T, None
     loop, found = _Loop(groups.offs, P), []
     mask = None if o.seed is None else Mask(o.seed, x.shape, o.p)
     for e, i in loop.each:
@@ -213,7 +219,7 @@ def backward(
         mask, scale = None, 1.0
         if o.seed is not None:
             mask, scale = Mask(o.seed, (P, o.A.shape[2]), o.p), 1 / (1 - o.p)
-        dT = p.mm(dy, o.B.to(dt), alpha=o.s)
+        dT = p.mm(dy, _packed(o.B.to(dt)), alpha=o.s)
         if want.A:
             dA = p.outer(dT, x if mask is None else mask(x), scale)
             grads = grads._replace(A=dA.to(o.A.dtype))
