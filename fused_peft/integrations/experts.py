@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..core import dispatch, experts, grouped, operands, ops
 from ..core.factors import Factors
 from ..core.frozen import is_foreign
+from ..core.groups import Groups
 from ..core.sharded import is_spread
 from ..model.explain import Row
 
@@ -47,17 +48,16 @@ class ParamWrapper(lora.ParamWrapper):  # by this name PEFT knows its own
             return super().forward(*args, **kwargs)
         x, index, weights = call
         wrappers, base = self._chain()
-        by_name = {w.parameter_name: w for w in wrappers if not (w.disable_adapters or w.merged)}
+        found = {w.parameter_name: w.fused_factors(w._used()) for w in wrappers if w.acts()}
 
-        def linear(name: str, x: Tensor, groups) -> Tensor:
-            wrapper = by_name.get(name)
-            f = Factors() if wrapper is None else wrapper.fused_factors(wrapper._used())
+        def linear(name: str, x: Tensor, groups: Groups) -> Tensor:
+            f = found.get(name) or Factors()
             return grouped.linear(x, experts.matrices(base, getattr(base, name)), f, groups, _bias(base, name))
 
         rows = x.reshape(-1, x.shape[-1])
         k = index.shape[-1]
         y = experts.forward(base, rows, index.reshape(-1, k), weights.reshape(-1, k), linear)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     def acts(self, adapters: list[str] | None = None) -> bool:
         """Whether the wrapper adds anything to its stack in a call."""
@@ -85,6 +85,10 @@ class ParamWrapper(lora.ParamWrapper):  # by this name PEFT knows its own
                 return f"{kind}.{w.parameter_name} is a matrix, which PEFT adds to in place, and no stack of experts"
             if w is not self and (hooked(w) or "forward" in w.__dict__ or not isinstance(w, ParamWrapper)):
                 return f"the wrapper of {w.parameter_name} has hooks or a forward of its own, which would be bypassed"
+            if w is not self and w.disable_adapters and w.merged:
+                return f"the wrapper of {w.parameter_name} is disabled but merged, and PEFT unmerges it in its call"
+        if "parametrizations" in base._modules:
+            return "the weights of its experts are parametrized"
         if reason := _class_unread(type(base)) or experts.why_not(base) or _unread(base):
             return reason
         if len(set(names)) < len(names) or not set(names) <= set(experts.stacks(base)):
@@ -95,15 +99,15 @@ class ParamWrapper(lora.ParamWrapper):  # by this name PEFT knows its own
                 return f"{kind}.{name} is trained itself"
             if x is not None and x.dtype != W.dtype and not ops.autocasting(x):
                 return f"x has dtype {x.dtype}, the weights {W.dtype}"
-        return next(filter(None, (w._adapters_unfused(base, adapters) for w in wrappers)), None)
+        return next(filter(None, (w._adapters_unfused(base, w._used(adapters)) for w in wrappers)), None)
 
-    def _adapters_unfused(self, base: nn.Module, adapters: list[str] | None) -> str | None:
+    def _adapters_unfused(self, base: nn.Module, used: list[str]) -> str | None:
         E, N, K = experts.matrices(base, getattr(base, self.parameter_name)).shape
         if base.is_transposed is self._did_swap_in_out_features:
             return f"{type(base).__name__} was stored the other way round when PEFT wrapped it"
         if E == 1 and base.is_transposed:
             return "of a single expert stored (in, out) PEFT adds B A as it is"
-        for name in self._used(adapters):
+        for name in used:
             A, B, r = self.lora_A[name].weight, self.lora_B[name].weight, self.r[name]
             if is_spread(A) or is_spread(B):
                 return f"adapter {name!r} is sharded over several processes"
@@ -118,8 +122,6 @@ class ParamWrapper(lora.ParamWrapper):  # by this name PEFT knows its own
 
     def fused_factors(self, used: list[str]) -> Factors:
         """What these adapters add to the stack, as one update whose rank is the sum of theirs."""
-        if not used:
-            return Factors()
         E, scales = self.num_experts, [self.scaling[name] for name in used]
         A = [(w := self.lora_A[name].weight).view(E, -1, w.shape[1]) for name in used]
         B = [(w := self.lora_B[name].weight).view(w.shape[0], -1, E).permute(2, 0, 1) for name in used]
@@ -150,8 +152,8 @@ def started_by(layers: Iterable[nn.Module], adapters: list[str] | None = None) -
     found = {}
     for layer in layers:
         if isinstance(layer, ParamWrapper):
-            start = found.get(layer) or (layer if layer.acts(adapters) else None)
-            if start is not None and isinstance(layer.base_layer, ParamWrapper):
+            start = found.get(layer, layer)
+            if start.acts(adapters) and isinstance(layer.base_layer, lora.ParamWrapper):
                 found[layer.base_layer] = start
     return found
 
@@ -174,8 +176,6 @@ def _bias(base: nn.Module, name: str) -> Tensor | None:
 def _unread(base: nn.Module) -> str | None:
     """Why a module of experts does not compute by its class and its stacks alone, or None."""
     kind = type(base).__name__
-    if "parametrizations" in base._modules:
-        return f"the weights of {kind} are parametrized"
     if hooked(base) or "forward" in base.__dict__ or "_apply_gate" in base.__dict__:
         return f"{kind} has hooks or a forward of its own, which the fused call would bypass"
     implementation = base.config._experts_implementation
@@ -204,8 +204,8 @@ def _class_unread(kind: type) -> str | None:
     forward = vars(owner)["forward"]
     if not inspect.isfunction(forward) or forward.__code__ is not _FORWARD:
         return f"the forward of {kind.__name__} is not one that Transformers chooses by the experts implementation"
-    cells = inspect.getclosurevars(forward).nonlocals
-    if cells["experts_interface"] is not moe.ALL_EXPERTS_FUNCTIONS:
+    around = dict(zip(_FORWARD.co_freevars, forward.__closure__, strict=True))
+    if around["experts_interface"].cell_contents is not moe.ALL_EXPERTS_FUNCTIONS:
         return f"{kind.__name__} has experts implementations of its own"
     if getattr(kind, "_apply_gate", None) is not getattr(owner, "_apply_gate", None):
         return f"{kind.__name__} replaces the gate of {owner.__name__}"
