@@ -492,6 +492,30 @@ def test_compiled(name):
     close(found[1], found[0], 1e-5)
 
 
+def test_transforms_tracing_and_export():
+    module, w = the_experts(fp.accelerate(build())), torch.rand(6, 2)
+    x, index = torch.randn(6, 16, requires_grad=True), torch.tensor([[0, 3], [1, 2], [2, 0]] * 2)
+    y = module(x, index, w)
+    (want,) = torch.autograd.grad(y.square().sum(), x)
+    torch.testing.assert_close(torch.func.grad(lambda x: module(x, index, w).square().sum())(x.detach()), want)
+    x = x.detach()
+    for other in (torch.jit.trace(module, (x, index, w)), torch.export.export(module, (x, index, w)).module()):
+        torch.testing.assert_close(other(x, index, w), y)
+
+
+def test_patterns_of_ranks_and_scales(calls):
+    options = {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"gate_up_proj": 3}, "use_rslora": True}
+    same(fp.accelerate(build(options=options)), calls)
+    assert {(c[2].A.shape[1], c[2].s) for c in calls} == {(3, 3 / 3**0.5), (2, 5 / 2**0.5)}
+
+
+def test_layers_that_peft_turns_into_stacks(calls):
+    """Adapters made for a model's former layers go to its stacks."""
+    model = fill(peft.get_peft_model(bare(), peft.LoraConfig(r=3, target_modules=["w1", "w2", "w3"])))
+    assert warned(fp.accelerate, model) == []
+    same(model, calls)
+
+
 # What stays PEFT's, and why
 
 

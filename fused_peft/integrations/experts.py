@@ -82,7 +82,7 @@ class ParamWrapper(lora.ParamWrapper):  # by this name PEFT knows its own
         kind, names = type(base).__name__, [w.parameter_name for w in wrappers]
         for w in wrappers:
             if w._param_ndim != 3:
-                return f"{kind}.{w.parameter_name} is a matrix, which PEFT adds to in place, and no stack of experts"
+                return f"{kind}.{w.parameter_name} is a matrix and no stack of experts"
             if w is not self and (hooked(w) or "forward" in w.__dict__ or not isinstance(w, ParamWrapper)):
                 return f"the wrapper of {w.parameter_name} has hooks or a forward of its own, which would be bypassed"
             if w is not self and w.disable_adapters and w.merged:
