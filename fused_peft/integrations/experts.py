@@ -178,10 +178,9 @@ def _unread(base: nn.Module) -> str | None:
     kind = type(base).__name__
     if hooked(base) or "forward" in base.__dict__ or "_apply_gate" in base.__dict__:
         return f"{kind} has hooks or a forward of its own, which the fused call would bypass"
-    implementation = base.config._experts_implementation
-    if own := _IMPLEMENTED.get(implementation):
-        if moe.ALL_EXPERTS_FUNCTIONS.get(implementation) is not getattr(moe, own):
-            return f"the experts implementation {implementation!r} was replaced by a forward of its own"
+    replaced = [n for n, own in _IMPLEMENTED.items() if moe.ALL_EXPERTS_FUNCTIONS.get(n) is not getattr(moe, own)]
+    if replaced and (implementation := base.config._experts_implementation) in replaced:  # 10 us to ask a config
+        return f"the experts implementation {implementation!r} was replaced by a forward of its own"
     for name in experts.stacks(base):
         if is_foreign(getattr(base, name)):
             return f"{kind}.{name} is a {type(getattr(base, name)).__name__}, whose format is not read"
