@@ -17,12 +17,13 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from .groups import Groups, route
-from .sharded import is_sharded
+from .sharded import is_spread
 from .torch_internals import tracing, transforming
 
 _CONTRACT = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate", "config")
 # Transformers' own forwards of these modules, which differ in speed alone
 _IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", None)
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def stacks(module: nn.Module) -> tuple[str, ...]:
@@ -47,12 +48,12 @@ def why_not(module: nn.Module) -> str | None:
         return "its experts are spread over several processes (expert parallelism)"
     for name in stacks(module):
         W = getattr(module, name)
-        if W.dim() != 3:
-            return f"{kind}.{name} has shape {tuple(W.shape)}, which is no stack (experts, out, in)"
-        if not W.dtype.is_floating_point:
-            return f"{kind}.{name} has dtype {W.dtype}, and experts in a quantised format are not read"
-        if is_sharded(W):
+        if is_spread(W):
             return f"{kind}.{name} is sharded over several processes"
+        if W.dim() != 3 or W.shape[0] != module.num_experts:
+            return f"{kind}.{name} has shape {tuple(W.shape)}, which is no stack of {module.num_experts} experts"
+        if W.dtype not in _COMPUTED:
+            return f"{kind}.{name} has dtype {W.dtype}, and experts in a quantised format are not read"
     return None
 
 

@@ -121,6 +121,8 @@ def problem_of(o: Operands, groups: Groups) -> Problem:
 
 def _kept(o: Operands, need: tuple[bool, ...]) -> tuple[tuple[Tensor | None, ...], bool]:
     """(what backward reads of the operands, whether it reads T)."""
+    if need[ops._W]:
+        raise RuntimeError("the weights of experts stay frozen in the fused call; set requires_grad_(False) on them")
     read_x, read_T = ops._reads(need, o.h, o.hadamard)
     return o.kept(read_x, need[ops._BIAS]), read_T
 
@@ -130,12 +132,8 @@ class _Grouped(torch.autograd.Function):
     def forward(ctx, backend, groups, *operands):
         need = ctx.needs_input_grad[2 : TENSORS + 2]
         o = Operands(*operands)
-        if need[ops._W]:
-            raise RuntimeError(
-                "the weights of experts stay frozen in the fused call; set requires_grad_(False) on them"
-            )
-        y, T, z = backend.grouped_forward(o, groups, need[ops.D_OUT])
         kept, read_T = _kept(o, need)
+        y, T, z = backend.grouped_forward(o, groups, need[ops.D_OUT])
         ctx.save_for_backward(*kept, T if read_T else None, z, *groups)
         ctx.rest = (backend, need, operands[TENSORS:])
         ctx.set_materialize_grads(False)

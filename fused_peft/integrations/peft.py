@@ -30,6 +30,8 @@ from ..core.sharded import is_partitioned, is_sharded
 from ..model.adapted import is_adapted
 from ..model.adapter import in_turn
 from ..model.explain import Row, explain_layer
+from .experts import ParamWrapper as FusedParamWrapper
+from .experts import hooked, started_by
 from .tuners import FusedTunerLayer
 
 _KEPT = "_fused_peft_norm2"  # where an accelerated DoRA layer keeps its ‖W‖², and of which weight
@@ -37,24 +39,18 @@ _TRIED = "_fused_peft_tried"  # and how a base with a forward of its own holds W
 _NAMED = 3  # reasons that a warning spells out
 
 
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _called(module: nn.Module, kinds: tuple[type, ...], what: str) -> str | None:
     """Why the fused call may not bypass a module's own forward, or None."""
     if type(module) not in kinds:
         return f"its {what} is a {type(module).__module__}.{type(module).__name__}, whose forward is not a plain one"
-    if _hooked(module) or "forward" in module.__dict__:
+    if hooked(module) or "forward" in module.__dict__:
         return f"its {what} has hooks or a forward of its own, which the fused call would bypass"
     return None
 
 
 def _replaceable(kind: Frozen, base: nn.Module) -> bool:
     """Whether the fused call may take the place of the base's own; otherwise adapters act beside its product."""
-    return isinstance(kind, (Dense, Transposed)) and not _hooked(base)
+    return isinstance(kind, (Dense, Transposed)) and not hooked(base)
 
 
 def _with_base(weight: Tensor, f: Factors, bias: Tensor | None, x: Tensor) -> Tensor:
@@ -274,7 +270,13 @@ class FusedIA3Linear(_Fused, ia3.Linear):
         return [Factors(d_in=scale) if self.is_feedforward else Factors(d_out=scale, scale_bias=True)]
 
 
-FUSED = {lora.Linear: FusedLoraLinear, adalora.SVDLinear: FusedSVDLinear, ia3.Linear: FusedIA3Linear}
+FUSED = {
+    lora.Linear: FusedLoraLinear,
+    lora.ParamWrapper: FusedParamWrapper,
+    adalora.SVDLinear: FusedSVDLinear,
+    ia3.Linear: FusedIA3Linear,
+}
+_ANY = tuple(FUSED.values())
 
 
 def peft_class(layer: nn.Module) -> type:
@@ -283,7 +285,8 @@ def peft_class(layer: nn.Module) -> type:
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Put the LoRA, DoRA, AdaLoRA and (IA)³ layers of a PEFT model on the fused call, in place; returns the model.
+    """Put the LoRA, DoRA, AdaLoRA and (IA)³ layers of a PEFT model, and its LoRA on stacks of experts, on the fused
+    call, in place; returns the model.
 
     Keys, checkpoints and the whole of PEFT's interface stay as they are; results differ from PEFT's by rounding,
     dropout draws other masks, and gradients of gradients are refused. Layers that cannot be fused keep PEFT's forward:
@@ -356,7 +359,7 @@ def _keeps_peft_s(layer: nn.Module, adapters: list[str] | None = None) -> str | 
     where it is fused. Makes no tensor."""
     if isinstance(layer, FusedTunerLayer):
         return None
-    if not isinstance(layer, _Fused):
+    if not isinstance(layer, _ANY):
         kind = f"{type(layer).__module__}.{type(layer).__name__}"
         return "accelerate has not run on it" if type(layer) in FUSED else f"{kind} has no fused form"
     if "forward" in layer.__dict__:
@@ -369,8 +372,10 @@ def _report(layers: list[tuple[str, nn.Module]], adapter: str | None = None) -> 
     none where all are fused."""
     reasons: dict[str, list[str]] = {}
     beside: Counter[str] = Counter()
+    adapters = None if adapter is None else [adapter]
+    started = started_by((layer for _, layer in layers), adapters)
     for name, layer in layers:
-        if reason := _keeps_peft_s(layer, None if adapter is None else [adapter]):
+        if reason := _keeps_peft_s(started.get(layer, layer), adapters):
             reasons.setdefault(reason, []).append(name)
         elif isinstance(layer, _Fused) and not _replaceable(kind_of(layer.base_layer), layer.base_layer):
             beside[type(layer.base_layer).__name__] += 1
@@ -400,7 +405,7 @@ def _accelerate_what_is_added(inject_adapter):
     @wraps(inject_adapter)
     def inject(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         before = [layer for _, layer in _layers(model)]
-        accelerated = any(isinstance(layer, _Fused) for layer in before)
+        accelerated = any(isinstance(layer, _ANY) for layer in before)
         inject_adapter(self, model, adapter_name, *args, **kwargs)
         if accelerated:
             layers, known = _layers(model), {id(layer) for layer in before}
@@ -421,19 +426,24 @@ if not hasattr(BaseTuner.inject_adapter, "_accelerates"):  # wrapped once, thoug
 
 def explanations(model: nn.Module, tokens: int, dtype: torch.dtype | None) -> list[tuple]:
     """(name, *Row) of every PEFT layer: fused, or PEFT's own and why."""
-    return [(name, *_explain(layer, tokens, dtype)) for name, layer in _layers(model)]
+    layers = _layers(model)
+    started = started_by(layer for _, layer in layers)
+    return [(name, *_explain(layer, started.get(layer, layer), tokens, dtype)) for name, layer in layers]
 
 
-def _explain(layer: nn.Module, tokens: int, dtype: torch.dtype | None) -> Row:
+def _explain(layer: nn.Module, by: nn.Module, tokens: int, dtype: torch.dtype | None) -> Row:
+    """The row of a layer; ``by``: whose forward computes it."""
     if isinstance(layer, FusedTunerLayer):
         row = explain_layer(layer, layer.active(), tokens, dtype)
         return (next(iter(layer.configs.values())).method_name, *row[1:]) if row[1] == "plain" else row
     method = peft_class(layer).__module__.split(".")[2]
     state = None
-    if isinstance(layer, _Fused):
+    if isinstance(layer, _ANY):
         state = "disabled" if layer.disable_adapters else "merged" if layer.merged else None
-    if reason := state or _keeps_peft_s(layer):
+    if reason := state or _keeps_peft_s(by):
         return method, "PEFT's", "peft", reason, None
+    if isinstance(layer, FusedParamWrapper):
+        return layer.explained(tokens, dtype)
     base, kind = layer.base_layer, kind_of(layer.base_layer)
     like, plain = kind.like(base), _replaceable(kind, base)
     N, K = kind.shape(base)

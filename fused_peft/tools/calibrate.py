@@ -120,7 +120,8 @@ def _asked(model: nn.Module, rows, seconds, dtype) -> tuple[torch.device, list[P
         raise ValueError(f"seconds={seconds!r} must be a positive number")
     with _training(model):
         asked = (row.problem for M in rows for row in explain(model, M, dtype))
-        problems = list(dict.fromkeys(p for p in asked if p is not None))
+        # rows in groups are computed in one way on each device
+        problems = list(dict.fromkeys(p for p in asked if p is not None and not p.groups))
     device = next((p.device for p in (*model.parameters(), *model.buffers()) if p.device.type == "cuda"), None)
     triton = dispatch.backends()["triton"]
     if device is None:
