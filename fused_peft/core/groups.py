@@ -6,6 +6,9 @@ For the rows i of group e, with W (E, N, K), A (E, r, K), B (E, N, r) and every 
 
 LoRA's form goes product by product over all groups; every other form is ``eager``'s, a group at a time. Where W's group
 stride is 0 all groups share one weight, and its product is one GEMM.
+
+Rows that share the weight may also stay in an order of their own, as runs (``Groups.of``): of a batch's samples each
+follows an adapter of its own, or none. Nothing of x's or y's size is sorted then.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from .dropout import Mask
 from .eager import Eager
 from .operands import TENSORS, Operands
 
+FEW = 8  # rows of a run up to which runs of a CPU are computed in one batched product
 _eager = Eager()
 _STACKED = tuple(name for name in Operands._fields[:TENSORS] if name not in ("x", "c", "seed"))
 
@@ -30,11 +34,14 @@ class Groups(NamedTuple):
 
     offs (E,) int32. rows (P,) int64: the row of x that each of them reads; None where x is in that order itself.
     back (M, k) int64: the k places of that order in which each row of x is read; given where rows is.
+    of (runs,) int64: with it the rows offs[j - 1] to offs[j] of x itself are a run of group of[j], in any order and
+    several to a group; -1 for none, where the frozen product and the bias stand alone. For LoRA's form on one weight.
     """
 
     offs: Tensor
     rows: Tensor | None = None
     back: Tensor | None = None
+    of: Tensor | None = None
 
     def read(self, x: Tensor) -> Tensor:
         """x (M, K) in the order of the groups, (P, K)."""
@@ -70,6 +77,16 @@ def at(o: Operands, e: int, **others) -> Operands:
     return o._replace(**{n: t[e] for n in _STACKED if (t := getattr(o, n)) is not None}, **others)
 
 
+def per_run(t: Tensor, of: Tensor) -> Tensor:
+    """What each run has of a stack (E, ...): nothing where it is of no group."""
+    return torch.cat([t, t.new_zeros(1, *t.shape[1:])]).index_select(0, of % (len(t) + 1))
+
+
+def one_for_all(t: Tensor) -> bool:
+    """Whether a stack (E, ...) holds one tensor for every group."""
+    return t.stride(0) == 0 or len(t) == 1
+
+
 def fits_grouped_mm(*tensors: Tensor) -> bool:
     """Whether PyTorch's grouped product takes these on a GPU: bf16, rows or columns 16-byte aligned."""
     return hasattr(F, "grouped_mm") and all(
@@ -80,17 +97,19 @@ def fits_grouped_mm(*tensors: Tensor) -> bool:
 class _Loop:
     """Products a group, one after the other."""
 
-    def __init__(self, offs: Tensor, P: int):
-        self.offs, self.ends = offs, [0, *offs.tolist()]
+    def __init__(self, groups: Groups, P: int):
+        self.ends = [0, *groups.offs.tolist()]
         if self.ends[-1] != P:
-            refuse_routing(self.ends[-1], P, len(offs))
-        self.each = [(e, slice(b, t)) for e, (b, t) in enumerate(pairwise(self.ends)) if t > b]
+            refuse_routing(self.ends[-1], P, len(groups.offs))
+        of = range(len(groups.offs)) if groups.of is None else groups.of.tolist()
+        self.each = [(e, slice(b, t)) for e, (b, t) in zip(of, pairwise(self.ends), strict=True) if t > b and e >= 0]
+        self.all = groups.of is None or min(of, default=0) >= 0  # every row has a group
 
     def mm(self, u: Tensor, w: Tensor, bias: Tensor | None = None, alpha: float = 1.0) -> Tensor:
         """alpha·u_e w_e + bias_e, (P, n); u (P, m), w (E, m, n), bias (E, n)."""
-        if w.stride(0) == 0:
+        if one_for_all(w) and self.all:
             return _scaled(u, w[0], alpha) if bias is None else torch.addmm(bias[0], u, w[0], alpha=alpha)
-        out = u.new_empty(u.shape[0], w.shape[2])
+        out = (u.new_empty if self.all else u.new_zeros)(u.shape[0], w.shape[2])
         weights, biases = w.unbind(0), None if bias is None else bias.unbind(0)
         for e, i in self.each:
             if biases is not None:
@@ -106,34 +125,105 @@ class _Loop:
             y[i].addmm_(u[i], weights[e], alpha=alpha)
         return y
 
-    def outer(self, u: Tensor, v: Tensor, alpha: float = 1.0) -> Tensor:
+    def add_masked(self, y: Tensor, u: Tensor, w: Tensor, mask: Mask, alpha: float) -> Tensor:
+        """y + alpha·mask ⊙ u_e w_e, in place."""
+        weights = w.unbind(0)
+        for e, i in self.each:
+            y[i].add_(mask.rows(i)(_scaled(u[i], weights[e], alpha)))
+        return y
+
+    def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
+        """y + bias_e, in place."""
+        biases = bias.unbind(0)
+        for e, i in self.each:
+            y[i].add_(biases[e])
+        return y
+
+    def outer(self, u: Tensor, v: Tensor, E: int, alpha: float = 1.0) -> Tensor:
         """alpha·u_eᵀ v_e, (E, m, n); u (P, m), v (P, n)."""
-        out = u.new_empty(len(self.offs), u.shape[1], v.shape[1])
-        if len(self.each) < len(out):
+        begun, several = set(), len({e for e, _ in self.each}) < len(self.each)
+        dt = torch.promote_types(u.dtype, torch.float32) if several else u.dtype  # sums of runs round once
+        out = u.new_empty(E, u.shape[1], v.shape[1], dtype=dt)
+        if len({e for e, _ in self.each}) < E:
             out.zero_()
         for e, i in self.each:
-            _scaled(u[i].t(), v[i], alpha, out[e])
+            if e in begun:
+                _plus(out[e], u[i].t(), v[i], alpha)
+            elif dt == u.dtype:
+                _scaled(u[i].t(), v[i], alpha, out[e])
+            else:
+                out[e] = _scaled(u[i].t(), v[i], alpha)
+            begun.add(e)
         return out
+
+
+class _Batched(_Loop):
+    """The same for runs of FEW rows each, all alike, on a CPU: one batched product, with what each run has gathered."""
+
+    def __init__(self, groups: Groups, P: int):
+        super().__init__(groups, P)
+        self.of, self.runs = groups.of, len(groups.of)
+        self.in_order = groups.of.tolist()
+
+    def _gathered(self, t: Tensor) -> Tensor:
+        return t if self.in_order == list(range(len(t))) else per_run(t, self.of)
+
+    def _split(self, t: Tensor) -> Tensor:
+        return t.view(self.runs, -1, t.shape[1])
+
+    def mm(self, u, w, bias=None, alpha=1.0):
+        out = torch.bmm(self._split(u), self._gathered(w)).flatten(0, 1)
+        out = out if alpha == 1.0 else out.mul_(alpha)
+        return out if bias is None else self.add_bias(out, bias)
+
+    def add(self, y, u, w, alpha=1.0):
+        self._split(y).baddbmm_(self._split(u), self._gathered(w), alpha=alpha)
+        return y
 
 
 class _GroupedMM:
     """The same by PyTorch's grouped product, which the host does not wait for."""
 
-    def __init__(self, offs: Tensor, P: int):
-        self.offs = offs
-        torch._assert_async(offs[-1] == P)  # an expert that does not exist
+    def __init__(self, groups: Groups, P: int):
+        self.offs, self.of = groups.offs, groups.of
+        torch._assert_async(self.offs[-1] == P)  # an expert that does not exist
+
+    def _each(self, t: Tensor) -> Tensor:
+        """What each run has of a stack (E, ...)."""
+        if self.of is None:
+            return t
+        return per_run(t, self.of)
+
+    def _mm(self, u: Tensor, w: Tensor) -> Tensor:
+        return F.grouped_mm(u, self._each(w), offs=self.offs)
 
     def mm(self, u, w, bias=None, alpha=1.0):
-        out = torch.mm(u, w[0]) if w.stride(0) == 0 else F.grouped_mm(u, w, offs=self.offs)
+        out = torch.mm(u, w[0]) if w.stride(0) == 0 else self._mm(u, w)
         out = out if alpha == 1.0 else out.mul_(alpha)
-        return out if bias is None else out.add_(bias[group_of(self.offs, u.shape[0])])
+        return out if bias is None else self.add_bias(out, bias)
 
     def add(self, y, u, w, alpha=1.0):
-        return y.add_(F.grouped_mm(u, w, offs=self.offs), alpha=alpha)
+        return y.add_(self._mm(u, w), alpha=alpha)
 
-    def outer(self, u, v, alpha=1.0):
+    def add_masked(self, y, u, w, mask, alpha):
+        return y.add_(mask(self._mm(u, w)), alpha=alpha)
+
+    def add_bias(self, y, bias):
+        return y.add_(self._each(bias)[group_of(self.offs, y.shape[0])])
+
+    def outer(self, u, v, E, alpha=1.0):
         out = F.grouped_mm(u.t(), v, offs=self.offs)
+        if self.of is not None:  # no index_add_, whose order of summation is not fixed
+            runs = (torch.arange(E, device=out.device)[:, None] == self.of).to(torch.float32)
+            out = torch.mm(runs, out.flatten(1).to(torch.float32)).view(E, *out.shape[1:])
         return out if alpha == 1.0 else out.mul_(alpha)
+
+
+def _plus(out: Tensor, u: Tensor, v: Tensor, alpha: float) -> None:
+    if out.dtype == u.dtype:
+        out.addmm_(u, v, alpha=alpha)
+    else:
+        out.add_(_scaled(u, v, alpha))
 
 
 def _scaled(u: Tensor, w: Tensor, alpha: float, out: Tensor | None = None) -> Tensor:
@@ -144,8 +234,8 @@ def _scaled(u: Tensor, w: Tensor, alpha: float, out: Tensor | None = None) -> Te
 
 def refuse_routing(reached: int, P: int, experts: int) -> None:
     raise ValueError(
-        f"the routing sends {P - reached} of {P} rows to no expert of 0 ... {experts - 1}; check top_k_index (sentinels "
-        "of expert parallelism are not taken)"
+        f"the routing sends {P - reached} of {P} rows to no expert of 0 ... {experts - 1}; check top_k_index "
+        "(sentinels of expert parallelism are not taken)"
     )
 
 
@@ -155,11 +245,20 @@ def _is_lora(o: Operands) -> bool:
     return plain and o.A is not None and all(t is None for t in (o.a, o.G, o.d_in, o.d_out))
 
 
-def _products(o: Operands, offs: Tensor, P: int):
+def _products(o: Operands, groups: Groups, P: int):
     A, B, w = o.A, o.B, o.w
     on_gpu = fits_grouped_mm(*(t for t in (o.c if o.x is None else o.x, w) if t is not None))
     wide = A is None or all(t.shape[-1] % 8 == 0 and t.shape[-2] % 8 == 0 for t in (A, B))
-    return (_GroupedMM if on_gpu and wide else _Loop)(offs, P)
+    if on_gpu and wide:
+        return _GroupedMM(groups, P)
+    return (_Batched if groups.of is not None and A.is_cpu and _alike(groups, P) else _Loop)(groups, P)
+
+
+def _alike(groups: Groups, P: int) -> bool:
+    """Whether the runs are of FEW rows each, and of as many."""
+    runs = len(groups.offs)
+    rows = P // max(1, runs)
+    return runs > 1 and 0 < rows <= FEW and groups.offs.tolist() == [rows * j for j in range(1, runs + 1)]
 
 
 def forward(o: Operands, groups: Groups, keep_z: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -169,17 +268,19 @@ def forward(o: Operands, groups: Groups, keep_z: bool) -> tuple[Tensor, Tensor |
     if _is_lora(o):
         with_bias = o.bias is not None
         bias = o.bias.to(dt) if with_bias else None
-        p = _products(o, groups.offs, P)
+        p = _products(o, groups, P)
         xd, scale = (x, 1.0) if o.seed is None else (Mask(o.seed, x.shape, o.p)(x), 1 / (1 - o.p))
         T = p.mm(xd, o.A.to(dt).mT, alpha=scale)
-        if o.w is not None:
-            shared = with_bias and o.w.stride(0) == 0
-            y = p.mm(x, o.w.mT, None if shared else bias)
-            y = y.add_(bias[group_of(groups.offs, P)]) if shared else y
+        if o.w is None:
+            y = o.c.clone() if bias is None else _biased(p, o.c.clone(), bias)
+        elif one_for_all(o.w):
+            alike = with_bias and one_for_all(bias)
+            y = F.linear(x, o.w[0], bias[0] if alike else None)
+            y = y if bias is None or alike else p.add_bias(y, bias)
         else:
-            y = o.c.clone() if bias is None else o.c + bias[group_of(groups.offs, P)]
+            y = p.mm(x, o.w.mT, bias)
         return p.add(y, T, o.B.to(dt).mT, o.s), T, None
-    loop, found = _Loop(groups.offs, P), []
+    loop, found = _Loop(groups, P), []
     mask = None if o.seed is None else Mask(o.seed, x.shape, o.p)
     for e, i in loop.each:
         c, seed = None if o.c is None else o.c[i], None if mask is None else mask.rows(i)
@@ -201,11 +302,11 @@ def backward(
     x = None if o.x is None else groups.read(o.x)
     if _is_lora(o):
         grads = Operands(c=dy if want.c else None)
-        p = _products(o._replace(x=dy, c=None), groups.offs, P)
+        p, E = _products(o._replace(x=dy, c=None), groups, P), len(o.A)
         if want.bias:
-            grads = grads._replace(bias=_sums(dy, o.bias, groups.offs))
+            grads = grads._replace(bias=_sums(dy, o.bias, groups, E))
         if want.B:
-            dB = p.outer(T, dy, o.s).mT  # (E, r, N) first, as the single layer's
+            dB = p.outer(T, dy, E, o.s).mT  # (E, r, N) first, as the single layer's
             grads = grads._replace(B=dB.to(o.B.dtype))
         if not (into_x or want.A):
             return list(grads[: len(need)])
@@ -214,19 +315,22 @@ def backward(
             mask, scale = Mask(o.seed, (P, o.A.shape[2]), o.p), 1 / (1 - o.p)
         dT = p.mm(dy, o.B.to(dt), alpha=o.s)
         if want.A:
-            dA = p.outer(dT, x if mask is None else mask(x), scale)
+            dA = p.outer(dT, x if mask is None else mask(x), E, scale)
             grads = grads._replace(A=dA.to(o.A.dtype))
         if into_x:
             A = o.A.to(dt)
             if mask is None and o.w is not None:
-                dx = p.add(p.mm(dy, o.w), dT, A)
+                dx = p.add(torch.mm(dy, o.w[0]) if one_for_all(o.w) else p.mm(dy, o.w), dT, A)
+            elif groups.of is not None:  # where a run is of no group, dT has nothing
+                dx = dy.new_zeros(P, o.A.shape[2]) if o.w is None else torch.mm(dy, o.w[0])
+                dx = p.add(dx, dT, A) if mask is None else p.add_masked(dx, dT, A, mask, scale)
             else:
                 dx = p.mm(dT, A, alpha=scale)
                 dx = dx if mask is None else mask(dx)
                 dx = dx if o.w is None else dx.add_(p.mm(dy, o.w))
             grads = grads._replace(x=groups.gathered(dx))
         return list(grads[: len(need)])
-    loop = _Loop(groups.offs, P)
+    loop = _Loop(groups, P)
     K = next(t for t in (o.w, o.A, o.x) if t is not None).shape[-1]
     mask = None if o.seed is None else Mask(o.seed, (P, K), o.p)
     stacked = {n: torch.zeros_like(t) for n in _STACKED if getattr(want, n) and (t := getattr(o, n)) is not None}
@@ -254,8 +358,17 @@ class EagerBackend(Eager):
     grouped_backward = staticmethod(backward)
 
 
-def _sums(dy: Tensor, bias: Tensor, offs: Tensor) -> Tensor:
-    """Each group's sum over rows, (E, N), in the bias's dtype."""
+def _biased(p, y: Tensor, bias: Tensor) -> Tensor:
+    """y + bias_e, in place, to rows of no group too where all have one bias."""
+    return y.add_(bias[0]) if one_for_all(bias) else p.add_bias(y, bias)
+
+
+def _sums(dy: Tensor, bias: Tensor, groups: Groups, E: int | None = None) -> Tensor:
+    """Each group's sum over rows, (E, N), in the bias's dtype; rows of no group, whose bias is everyone's, in the
+    first one's."""
     wide = torch.promote_types(dy.dtype, torch.float32)
-    lengths = torch.diff(offs, prepend=offs.new_zeros(1)).long()
-    return torch.segment_reduce(dy.to(wide), "sum", lengths=lengths, axis=0, initial=0).to(bias.dtype)
+    lengths = torch.diff(groups.offs, prepend=groups.offs.new_zeros(1)).long()
+    sums = torch.segment_reduce(dy.to(wide), "sum", lengths=lengths, axis=0, initial=0)
+    if groups.of is not None:
+        sums = torch.mm((torch.arange(E, device=dy.device)[:, None] == groups.of.clamp(min=0)).to(wide), sums)
+    return sums.to(bias.dtype)

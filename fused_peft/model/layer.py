@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,7 @@ class PeftLinear(Bound, nn.Linear):
     base_class: type = nn.Linear
     merged, enabled = False, True
     active: tuple[str, ...] | None = None  # the names of the active adapters; None: the layer's own
+    _batch: Callable[[PeftLinear, Tensor], Tensor | None] | None = None  # what chooses an adapter for each sample
 
     def __init__(
         self,
@@ -271,6 +272,9 @@ class PeftLinear(Bound, nn.Linear):
 
         Raises ValueError (width, device) or TypeError (dtype) when x does not fit.
         """
+        if self._batch is not None and self.enabled and not self.merged:
+            if (y := self._batch(self, x)) is not None:
+                return y
         if self.enabled and not self.merged and self.active != ():
             return compose(self, (self,) if self.active is None else self.active_adapters(), x)
         if self.merged and self.enabled:
@@ -398,6 +402,7 @@ class PeftLinear(Bound, nn.Linear):
             return hooked
         for name in (*OWN, *(("in_features", "out_features") if _is_conv1d(self.base_class) else ())):
             plain.__dict__.pop(name, None)
+        plain.__dict__.pop("_batch", None)
         plain._modules.pop("added", None)
         for name in self.tensor_names:
             del plain._parameters[name]
