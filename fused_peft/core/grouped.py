@@ -58,13 +58,17 @@ def linear(
     p = f.p if training else 0.0
     seed = None if not p else new_seed(x.device) if seed is None else seed
     o = call_of(x, w, f, bias, c, seed, p)
-    if transforming() or tracing():
-        if p and tracing():
-            raise RuntimeError("torch.jit.trace of experts with dropout on would fix one mask; call model.eval() first")
+    if transforming():
         return written_out(o, groups, f)
     if is_compiling():
         keep_z = f.d_out is not None and f.d_out.requires_grad and torch.is_grad_enabled()
         return torch.ops.fused_peft.grouped(*o, *groups, keep_z)[0]
+    if tracing():
+        if p:
+            raise RuntimeError(
+                "torch.jit.trace of rows in groups with dropout on would fix one mask; call model.eval()"
+            )
+        return written_out(o, groups, f)
     backend = backend_of(o, groups)
     if torch.is_grad_enabled():
         return _apply(backend, groups, *o)

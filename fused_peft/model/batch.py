@@ -70,12 +70,12 @@ class Switch:
         if is_compiling():
             return self.current.names
         if in_backward():
-            self._repeated = True
             if len({choice.names for choice in (*self._alive, self.last)}) > 1:
                 raise RuntimeError(
                     "activation checkpointing makes a forward again, and since then the model has run with other "
                     "adapters (another adapter_batch, or none); call backward before that"
                 )
+            self._repeated = True
             return self.last.names
         if self._repeated:  # what was to be computed again has been
             self._alive.clear()
