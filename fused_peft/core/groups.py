@@ -158,26 +158,24 @@ class _Loop:
 
 
 class _Batched(_Loop):
-    """The same for runs of FEW rows each, all alike, on a CPU: one batched product, with what each run has gathered."""
+    """The same for runs of FEW rows each, all alike, in the order of the groups, and rows of no group behind them: one
+    batched product on a CPU."""
 
     def __init__(self, groups: Groups, P: int):
         super().__init__(groups, P)
-        self.of, self.runs = groups.of, len(groups.of)
-        self.in_order = groups.of.tolist()
-
-    def _gathered(self, t: Tensor) -> Tensor:
-        return t if self.in_order == list(range(len(t))) else per_run(t, self.of)
+        self.runs, self.rows = len(self.each), self.each[-1][1].stop
 
     def _split(self, t: Tensor) -> Tensor:
-        return t.view(self.runs, -1, t.shape[1])
+        return t[: self.rows].view(self.runs, -1, t.shape[1])
 
     def mm(self, u, w, bias=None, alpha=1.0):
-        out = torch.bmm(self._split(u), self._gathered(w)).flatten(0, 1)
+        out = torch.bmm(self._split(u), w).flatten(0, 1)
         out = out if alpha == 1.0 else out.mul_(alpha)
+        out = out if self.rows == len(u) else F.pad(out, (0, 0, 0, len(u) - self.rows))
         return out if bias is None else self.add_bias(out, bias)
 
     def add(self, y, u, w, alpha=1.0):
-        self._split(y).baddbmm_(self._split(u), self._gathered(w), alpha=alpha)
+        self._split(y).baddbmm_(self._split(u), w, alpha=alpha)
         return y
 
 
@@ -251,14 +249,14 @@ def _products(o: Operands, groups: Groups, P: int):
     wide = A is None or all(t.shape[-1] % 8 == 0 and t.shape[-2] % 8 == 0 for t in (A, B))
     if on_gpu and wide:
         return _GroupedMM(groups, P)
-    return (_Batched if groups.of is not None and A.is_cpu and _alike(groups, P) else _Loop)(groups, P)
+    return (_Batched if groups.of is not None and A.is_cpu and _alike(groups, len(A)) else _Loop)(groups, P)
 
 
-def _alike(groups: Groups, P: int) -> bool:
-    """Whether the runs are of FEW rows each, and of as many."""
-    runs = len(groups.offs)
-    rows = P // max(1, runs)
-    return runs > 1 and 0 < rows <= FEW and groups.offs.tolist() == [rows * j for j in range(1, runs + 1)]
+def _alike(groups: Groups, E: int) -> bool:
+    """Whether the runs are what one batched product takes."""
+    ends = groups.offs.tolist()[:E]
+    n, of = ends[0], groups.of.tolist()
+    return E > 1 and 0 < n <= FEW and ends == [n * e for e in range(1, E + 1)] and of in ([*range(E)], [*range(E), -1])
 
 
 def forward(o: Operands, groups: Groups, keep_z: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -19,7 +19,7 @@ from ..core import ops
 from ..core.frozen import is_foreign
 from ..core.sharded import is_sharded, is_spread
 from ..core.torch_internals import in_backward
-from .adapted import layers, unwrap
+from .adapted import is_pefts, layers, unwrap
 from .adapter import compose, own_product
 from .layer import PeftLinear
 from .prompt import SoftPromptConfig
@@ -149,7 +149,7 @@ def _members(model: nn.Module) -> list[Member]:
         return Member(name, layer, tensors, layer.merged, lambda switch: layer.__dict__.__setitem__("_batch", switch))
 
     found = [member(name, layer) for name, layer in layers(model)]
-    for of_peft in OF_PEFT:
+    for of_peft in OF_PEFT if is_pefts(model) else ():
         found += of_peft(model)
     return found
 

@@ -113,8 +113,15 @@ def _grouped(
         biases = torch.stack(own if c is None or bias is None else [b - bias for b in own])
     elif bias is not None and c is None:
         biases = bias.expand(len(factors), -1)
-    f = stacked(factors)
-    groups = runs(tuple(of[name] for name in names), x[0].numel() // x.shape[-1], x.device)
+    f, each = stacked(factors), [of[name] for name in names]
+    back = None
+    if (per := x[0].numel() // x.shape[-1]) <= FEW:  # so short that sorting costs less than a run for each sample
+        order = sorted(range(len(each)), key=lambda i: each[i] % (len(factors) + 1))  # those of no group last
+        if order != [*range(len(each))]:
+            back = torch.tensor(sorted(range(len(each)), key=order.__getitem__), device=x.device)
+            order, each = torch.tensor(order, device=x.device), [each[i] for i in order]
+            x, c = x.index_select(0, order), None if c is None else c.index_select(0, order)
+    groups = runs(tuple(each), per, x.device)
     rows = x.reshape(-1, x.shape[-1])
     if c is None:
         y = grouped.linear(rows, w.expand(len(factors), *w.shape), f, groups, biases, None, training)
@@ -122,7 +129,8 @@ def _grouped(
         with ops.no_autocast(c.device.type):  # which c's dtype has settled
             c = c.reshape(-1, c.shape[-1])
             y = grouped.linear(rows.to(c.dtype), None, f, groups, biases, c, training)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    y = y.view(*x.shape[:-1], y.shape[-1])
+    return y if back is None else y.index_select(0, back)
 
 
 def stacked(factors: Sequence[Factors]) -> Factors:
@@ -146,11 +154,9 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 @lru_cache(maxsize=256)
 def runs(of: tuple[int, ...], rows: int, device: torch.device) -> Groups:
     """The runs of a batch of samples of that many rows, sample i of group of[i]; neighbours of one group are one."""
-    merged = sum(e != before for e, before in zip(of, (None, *of), strict=False))
-    apart = rows <= FEW and 2 * merged > len(of)  # all of one length, which is faster where they are short
     ends, groups = [], []
     for i, e in enumerate(of, 1):
-        if groups and groups[-1] == e and not apart:
+        if groups and groups[-1] == e:
             ends[-1] = i * rows
         else:
             ends.append(i * rows)
