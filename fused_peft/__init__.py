@@ -57,9 +57,11 @@ from .methods import (  # noqa: E402
     bottleneck,
 )
 from .methods import base as _base  # noqa: E402
+from .model import batch as _batch  # noqa: E402
 from .model import explain as _explain  # noqa: E402
 from .model import schedule as _schedule  # noqa: E402
 from .model.adapter_config import AdapterFormatError, load_config  # noqa: E402
+from .model.batch import adapter_batch  # noqa: E402
 from .model.checks import check_training  # noqa: E402
 from .model.convert import (  # noqa: E402
     disable_adapter,
@@ -102,7 +104,13 @@ def _allocate_in_peft(model, step):
         _bridge("on_step").allocate(model, step)
 
 
+def _members_in_peft(model):
+    """What adapter_batch acts on in a Hugging Face PEFT model."""
+    return _bridge("adapter_batch").members(model) if "peft" in _sys.modules else []
+
+
 _base.ON_USE.append(_register_with_peft)
+_batch.OF_PEFT.append(_members_in_peft)
 _explain.OF_PEFT.append(_peft_rows)
 _schedule.OF_PEFT.append(_allocate_in_peft)
 
@@ -131,6 +139,7 @@ def restore(model):
 
 __all__ = [
     "accelerate",
+    "adapter_batch",
     "add_adapter",
     "AdaLoraConfig",
     "AdapterFormatError",

@@ -161,8 +161,8 @@ def test_switching_mixing_disabling_and_deleting(name, calls):
     if "lora" in name and name != "adalora":  # PEFT mixes no other method's adapters in a batch
         each(models, "eval")
         want, got = each(models, "forward", torch.randn(3, 8), adapter_names=["second", "__base__", "default"])
-        assert torch.equal(got, want)
-        assert not calls
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        assert not calls  # none a sample or an adapter: test_adapter_batch counts the grouped ones
     both = {"dora": 1, "ia3": 2}.get(name, 3)  # PEFT computes DoRA beside another adapter; (IA)³'s are one factor
     for active, fused in (("second", one), (["default", "second"], both), ("default", 2)):
         each([m.base_model for m in models], "set_adapter", active)

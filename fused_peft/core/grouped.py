@@ -20,11 +20,11 @@ from . import ops
 from .dispatch import backend_for
 from .dropout import keep_mask, new_seed
 from .factors import Factors
-from .groups import Groups, at
+from .groups import Groups, at, one_for_all
 from .operands import SCHEMA, TENSORS, Operands, Problem, call_of
 from .torch_internals import function_apply, tracing, transforming
 
-_ROUTING = "Tensor offs, Tensor? rows, Tensor? back"
+_ROUTING = "Tensor offs, Tensor? rows, Tensor? back, Tensor? of"
 
 
 def linear(
@@ -42,8 +42,10 @@ def linear(
     x (M, K), of which each group reads its rows by ``groups``; w (E, N, K) in x's dtype, any strides (a group stride of
     0: one weight for all), or None where c (P, N) takes the place of x̂Wᵀ; bias (E, N) is used unless ``f.bias`` is
     given. Every tensor of ``f`` is stacked: A (E, r, K), B (E, N, r), G (E, r) or (E, r, r), d_in (E, K), d_out (E, N),
-    bias (E, N). Dropout draws one mask for (P, K). Autocast as in ``ops.linear``. Raises ValueError or TypeError when
-    shapes, dtypes or devices do not fit, and for a routing that names no group.
+    bias (E, N). Dropout draws one mask for (P, K). Groups in runs (``Groups.of``) leave rows where they are: LoRA's
+    form on one weight alone, and where a run is of no group one bias too (group stride 0). Autocast as in
+    ``ops.linear``. Raises ValueError or TypeError when shapes, dtypes or devices do not fit, and for a routing that
+    names no group.
     """
     bias = bias if f.bias is None else f.bias
     if ops.autocasting(x) and x.dtype != torch.float64:
@@ -63,7 +65,9 @@ def linear(
         return torch.ops.fused_peft.grouped(*o, *groups, keep_z)[0]
     if tracing():
         if p:
-            raise RuntimeError("torch.jit.trace of experts with dropout on would fix one mask; call model.eval() first")
+            raise RuntimeError(
+                "torch.jit.trace of rows in groups with dropout on would fix one mask; call model.eval()"
+            )
         return written_out(o, groups, f)
     backend = backend_of(o, groups)
     if torch.is_grad_enabled():
@@ -76,7 +80,12 @@ def written_out(o: Operands, groups: Groups, f: Factors) -> Tensor:
     x, parts = groups.read(o.x), []
     keep = keep_mask(o.seed, x.shape, o.p) if o.seed is not None else None
     f = replace(f.to(x.dtype), bias=None)
-    for e, (b, t) in enumerate(pairwise([0, *groups.offs.tolist()])):
+    of = range(len(groups.offs)) if groups.of is None else groups.of.tolist()
+    for e, (b, t) in zip(of, pairwise([0, *groups.offs.tolist()]), strict=True):
+        if e < 0:
+            z = o.c[b:t] if o.w is None else x[b:t] @ o.w[0].mT
+            parts.append(z if o.bias is None else z + o.bias[0].to(x.dtype))
+            continue
         one = [None if v is None else v[e] for v in (o.w, o.bias)]
         bias = None if one[1] is None else one[1].to(x.dtype)
         rest = [None if v is None else v[b:t] for v in (o.c, keep)]
@@ -86,7 +95,7 @@ def written_out(o: Operands, groups: Groups, f: Factors) -> Tensor:
 
 def _check(x: Tensor, w: Tensor | None, f: Factors, groups: Groups, bias: Tensor | None, c: Tensor | None) -> None:
     """Raise the error that says what does not fit."""
-    E = groups.offs.shape[0]
+    E = groups.offs.shape[0] if groups.of is None else f.A.shape[0] if f.A is not None else 0
     P = x.shape[0] if groups.rows is None else groups.rows.shape[0]
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, but rows in groups are a matrix (M, in_features); reshape it")
@@ -101,6 +110,10 @@ def _check(x: Tensor, w: Tensor | None, f: Factors, groups: Groups, bias: Tensor
     for name, t in stacks.items():
         if t is not None and (t.dim() < 2 or t.shape[0] != E):
             raise ValueError(f"{name} has shape {tuple(t.shape)}, but one for each of {E} groups is needed, ({E}, ...)")
+    if groups.of is not None:
+        others = f.A is None or f.h != "identity" or f.drop_base or f.hadamard
+        if others or any(t is not None for t in (f.G, f.a, f.d_in, f.d_out)) or not (w is None or one_for_all(w)):
+            raise ValueError("groups in runs (of) take LoRA's form on one weight (a group stride of 0)")
     if f.A is not None and f.A.shape[1] != f.B.shape[2]:
         raise ValueError(f"A has rank {f.A.shape[1]} and B {f.B.shape[2]}; they must be equal")
     if c is not None and c.shape[0] != P:
@@ -116,7 +129,7 @@ def problem_of(o: Operands, groups: Groups) -> Problem:
     """The call as a backend judges it."""
     rows = o.x.shape[0] if groups.rows is None else groups.rows.shape[0]
     one = Problem.of(at(o._replace(bias=None), 0, bias=o.bias))
-    return replace(one, M=rows, groups=groups.offs.shape[0])
+    return replace(one, M=rows, groups=groups.offs.shape[0] if groups.of is None else o.A.shape[0])
 
 
 def _kept(o: Operands, need: tuple[bool, ...]) -> tuple[tuple[Tensor | None, ...], bool]:
@@ -163,8 +176,8 @@ _apply = function_apply(_Grouped)
     schema=f"({SCHEMA}, {_ROUTING}, bool keep_z) -> (Tensor, Tensor, Tensor)",
 )
 def _grouped_op(*args):
-    *operands, offs, rows, back, keep_z = args
-    o, groups = Operands(*operands), Groups(offs, rows, back)
+    *operands, offs, rows, back, of, keep_z = args
+    o, groups = Operands(*operands), Groups(offs, rows, back, of)
     y, T, z = backend_of(o, groups).grouped_forward(o, groups, keep_z)
     nothing = o.x.new_empty(0)
     if z is not None and z.data_ptr() == y.data_ptr():
@@ -174,7 +187,7 @@ def _grouped_op(*args):
 
 @_grouped_op.register_fake
 def _(*args):
-    *operands, _, rows, _, keep_z = args
+    *operands, _, rows, _, _, keep_z = args
     o = Operands(*operands)
     P = (o.x if rows is None else rows).shape[0]
     N = o.c.shape[-1] if o.c is not None else (o.B if o.w is None else o.w).shape[1]
@@ -188,8 +201,8 @@ def _(*args):
     schema=f"(Tensor dy, {SCHEMA}, {_ROUTING}, Tensor? T, Tensor? z, bool[] need) -> Tensor[]",
 )
 def _grouped_backward_op(dy, *args):
-    *operands, offs, rows, back, T, z, need = args
-    o, groups = Operands(*operands), Groups(offs, rows, back)
+    *operands, offs, rows, back, of, T, z, need = args
+    o, groups = Operands(*operands), Groups(offs, rows, back, of)
     like = o._replace(x=dy if o.x is None else o.x)
     grads = backend_of(like, groups).grouped_backward(dy.contiguous(), o, groups, T, z, tuple(need))
     parts = lambda g: g.untyped_storage().nbytes() != g.nbytes or not g.is_contiguous()  # noqa: E731
@@ -200,28 +213,28 @@ def _grouped_backward_op(dy, *args):
 
 @_grouped_backward_op.register_fake
 def _(dy, *args):
-    *operands, offs, _, back, _, _, need = args
+    *operands, offs, _, back, of, _, _, need = args
     o = Operands(*operands)
     M = dy.shape[0] if back is None else back.shape[0]
     dx = dy.new_empty(M, next(t for t in (o.w, o.A, o.x) if t is not None).shape[-1])
-    dbias = None if o.bias is None else o.bias.new_empty(offs.shape[0], dy.shape[-1])
+    dbias = None if o.bias is None else o.bias.new_empty(len(offs if of is None else o.A), dy.shape[-1])
     like = o._replace(x=dx, c=dy, bias=dbias)
     return [t.new_empty(t.shape) for t, wanted in zip(like, need, strict=False) if wanted]
 
 
 def _setup_context(ctx, inputs, output):
-    *operands, offs, rows, back, keep_z = inputs
+    *operands, offs, rows, back, of, keep_z = inputs
     o, (_, T, z) = Operands(*operands), output
     need = tuple(ctx.needs_input_grad[:TENSORS])
     kept, read_T = _kept(o, need)
-    ctx.save_for_backward(*kept, T if read_T else None, z if keep_z else None, offs, rows, back)
+    ctx.save_for_backward(*kept, T if read_T else None, z if keep_z else None, offs, rows, back, of)
     ctx.rest = (need, operands[TENSORS:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, dy, dT, dz):
     need, scalars = ctx.rest
-    nones = (*([] if isinstance(s, list) else None for s in scalars), None, None, None, None)
+    nones = (*([] if isinstance(s, list) else None for s in scalars), None, None, None, None, None)
     if dy is None:
         return (*(None,) * TENSORS, *nones)
     saved = ctx.saved_tensors

@@ -14,6 +14,14 @@ transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_
 # Whether torch.jit.trace runs, which would keep an autograd.Function as a call into Python
 tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 
+_graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward: a forward within it is activation checkpointing's, made again."""
+    return _graph_task() != -1
+
+
 # Whether autocast is on for any device; True where it cannot be asked, and the device's own answer counts
 autocast_is_on: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 

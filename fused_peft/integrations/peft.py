@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial, reduce, wraps
 from operator import mul
 from weakref import ref
@@ -18,8 +18,10 @@ from weakref import ref
 import torch
 from peft.tuners import adalora, ia3, lora
 from peft.tuners.lora import dora
+from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -29,13 +31,16 @@ from ..core.frozen import Dense, Frozen, Transposed, kind_of, own_forward
 from ..core.sharded import is_partitioned, is_sharded
 from ..model.adapted import is_adapted
 from ..model.adapter import in_turn
+from ..model.batch import Member, Switch
 from ..model.explain import Row, explain_layer
+from ..model.rows import Chosen, length_error, lora_form, mixed
 from .experts import ParamWrapper as FusedParamWrapper
 from .experts import hooked, started_by
 from .tuners import FusedTunerLayer
 
 _KEPT = "_fused_peft_norm2"  # where an accelerated DoRA layer keeps its ‖W‖², and of which weight
 _TRIED = "_fused_peft_tried"  # and how a base with a forward of its own holds W, of which base
+_HOOKS = "_fused_peft_hooks"  # of adapter_batch, while it is on
 _NAMED = 3  # reasons that a warning spells out
 
 
@@ -62,11 +67,52 @@ class _Fused:
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if args or kwargs or self.disable_adapters or self.merged:
+            names = kwargs.get("adapter_names")
+            if names is not None and not args and len(kwargs) == 1 and not self.disable_adapters:
+                return self._mixed(x, names)
+            if isinstance(names, Chosen):  # disabled
+                kwargs.pop("adapter_names")
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        kind, used = kind_of(base), self._used()
+        return self._with(x)
+
+    def _mixed(self, x: Tensor, names: Sequence[str]) -> Tensor:
+        """y (S, ..., N) of samples x (S, ..., K), each with the adapter of its name."""
+        base, own = self.base_layer, getattr(self, self.adapter_layer_names[0])
+        if not isinstance(names, Chosen):  # PEFT's own argument
+            if not isinstance(self, lora.Linear):
+                return super().forward(x, adapter_names=names)
+            self._check_forward_args(x, adapter_names=names)
+        elif x.dim() < 2 or x.shape[0] != len(names):
+            raise ValueError(length_error(names, x))
+        elif self.merged:
+            raise RuntimeError("the layer was merged within adapter_batch; unmerge it first")
+        used, kind = [name for name in dict.fromkeys(names) if name in own], kind_of(base)
         plain = _replaceable(kind, base)
-        if self._unfused(base, kind, plain, x, used):
+        if x.dim() < 2 or any(self._unfused(base, kind, plain, x, [name]) for name in used):
+            return super().forward(x, adapter_names=names)
+        trains = plain and base.weight.requires_grad
+        weight, bias = (kind.matrix(base), base.bias) if plain else (None, None)
+
+        def form(name: str) -> Factors | None:
+            return lora_form(self.fused_factors([name], weight, bias)[0])
+
+        def alone(name: str | None, x: Tensor) -> Tensor:
+            if name is None:
+                return ops.plain_linear(x, weight, bias) if plain else base(x)
+            return self._with(x, [name])
+
+        def product(x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            return (weight, bias, None) if plain else (None, None, base(x))
+
+        joint = not (trains or is_sharded(x) or is_sharded(weight))
+        return mixed(x, [name if name in own else None for name in names], form, alone, product if joint else None)
+
+    def _with(self, x: Tensor, adapters: list[str] | None = None) -> Tensor:
+        """y with these adapters (default: the active ones)."""
+        base = self.base_layer
+        kind, used = kind_of(base), self._used(adapters)
+        plain = _replaceable(kind, base)
+        if adapters is None and self._unfused(base, kind, plain, x, used):
             return super().forward(x)
         if not plain:
             found = self.fused_factors(used, None, None)
@@ -474,6 +520,57 @@ def _beside_what(base: nn.Module, kind: Frozen, dtype: torch.dtype | None) -> st
         except Exception:  # what it takes is not this row; the call itself will tell
             return who
     return who
+
+
+class _Hooks:
+    """A layer's hooks of ``adapter_batch``: PEFT's own argument for mixed batches, in training mode too."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer, self.switch, self.handles = layer, None, ()
+
+    def attach(self, switch: Switch | None) -> None:
+        layer = self.layer
+        for handle in layer.__dict__.pop(_HOOKS, ()):
+            handle.remove()
+        layer.__dict__.pop("_batch", None)
+        if switch is not None:
+            self.switch = layer.__dict__["_batch"] = switch
+            layer.__dict__[_HOOKS] = (
+                layer.register_forward_pre_hook(partial(_name, switch), with_kwargs=True),
+                layer.register_forward_hook(partial(_made, switch)),
+            )
+
+
+def _name(switch: Switch | None, layer: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+    names = None if switch is None else switch.names()
+    return None if names is None else (args, {**kwargs, "adapter_names": names})
+
+
+def _made(switch: Switch | None, layer: nn.Module, args: tuple, y: Tensor) -> None:
+    if switch is not None:
+        switch.made(y)
+
+
+def members(model: nn.Module) -> list[Member]:
+    """The layers of a PEFT model as ``adapter_batch`` sees them. ValueError where one takes no mixed batch."""
+    found = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            continue
+        if not isinstance(layer, (LoraLayer, _Fused, FusedTunerLayer, AuxiliaryTrainingWrapper)) or isinstance(
+            layer, lora.ParamWrapper
+        ):
+            raise ValueError(
+                f"{name} is a {type(layer).__module__}.{type(layer).__name__}, which takes no batch of several adapters"
+            )
+        adapters = {}
+        for key in layer.adapter_layer_names:
+            for adapter, held in getattr(layer, key, {}).items():
+                tensors = held.parameters() if isinstance(held, nn.Module) else [held]
+                adapters.setdefault(adapter, []).extend(tensors)
+        merged = isinstance(layer, BaseTunerLayer) and layer.merged
+        found.append(Member(name, layer, adapters, merged, _Hooks(layer).attach))
+    return found
 
 
 def allocate(model: nn.Module, step: int) -> None:

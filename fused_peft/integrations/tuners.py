@@ -26,6 +26,7 @@ from ..methods import METHODS, PeftConfig, method_of
 from ..model import adapted, adapter_config, checks
 from ..model.adapter import Adapter, compose, merged, why_not_together
 from ..model.layer import readable, why_not_adaptable
+from ..model.rows import Chosen, length_error, mixed
 from ..model.targets import resolve
 
 
@@ -115,8 +116,21 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        names = kwargs.pop("adapter_names", None)
+        if isinstance(names, Chosen) and not self.merged and not self.disable_adapters:
+            return self._mixed(x, names)
         found = [] if self.merged else self.active()
         return compose(self, found, x) if found else self.base_layer(x, *args, **kwargs)
+
+    def _mixed(self, x: Tensor, names: Chosen) -> Tensor:
+        """y (S, ..., N) of samples x (S, ..., K), each with the adapter of its name."""
+        if x.dim() < 2 or x.shape[0] != len(names):
+            raise ValueError(length_error(names, x))
+
+        def alone(name: str | None, x: Tensor) -> Tensor:
+            return self.base_layer(x) if name is None else compose(self, [self.adapter(name)], x)
+
+        return mixed(x, [name if name in self.configs else None for name in names], None, alone, None)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -191,7 +191,7 @@ def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor, linear: Line
         if any(f.d_out is not None and not f.scale_bias for f in found):  # the bias stays outside d_out: what is it?
             with torch.no_grad():
                 bias = layer.base_forward(x.new_zeros(1, x.shape[-1]))[0].detach()
-        start, rest = lambda x: _own(layer, x, first.method.name), zip(adapters, found, strict=True)
+        start, rest = lambda x: own_product(layer, x, first.method.name), zip(adapters, found, strict=True)
     else:
         start = lambda x: _first(first, x, kind.matrix(layer), layer.bias, layer.training, linear, found[0])  # noqa: E731
         behind = found[0] is None or first.method.output is not None  # whose bias is no change of the layer's
@@ -293,7 +293,7 @@ def beside(
         return linear(x.to(z.dtype), None, f, extra, z, training)
 
 
-def _own(layer: nn.Module, x: Tensor, method: str) -> Tensor:
+def own_product(layer: nn.Module, x: Tensor, method: str) -> Tensor:
     """C + b of a base with a forward of its own. RuntimeError where it gives no tensor (..., N), or no gradient."""
     C, name = layer.base_forward(x), layer.base_class.__name__
     if not isinstance(C, Tensor) or C.shape != (*x.shape[:-1], layer.out_features):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class PeftLinear(Holder, nn.Linear):
 
     kind: Frozen = DENSE
     base_class: type = nn.Linear
+    _batch: Callable[[PeftLinear, Tensor], Tensor | None] | None = None  # what chooses an adapter for each sample
 
     def __init__(
         self,
@@ -150,6 +152,9 @@ class PeftLinear(Holder, nn.Linear):
 
         Raises ValueError (width, device) or TypeError (dtype) when x does not fit.
         """
+        if self._batch is not None and self.enabled and not self.merged:
+            if (y := self._batch(self, x)) is not None:
+                return y
         if self.enabled and not self.merged and self.active != ():
             return compose(self, (self,) if self.active is None else self.active_adapters(), x)
         if self.merged and self.enabled:
@@ -190,6 +195,7 @@ class PeftLinear(Holder, nn.Linear):
             return hooked
         for name in (*OWN, *(("in_features", "out_features") if _is_conv1d(self.base_class) else ())):
             plain.__dict__.pop(name, None)
+        plain.__dict__.pop("_batch", None)
         plain._modules.pop("added", None)
         for name in self.tensor_names:
             del plain._parameters[name]

@@ -28,6 +28,7 @@ _PEFT_CALLS = {
     "add_adapter": "add_adapter(adapter_name, config)",
     "set_adapter": "set_adapter(adapter_name)",
     "delete_adapter": "delete_adapter(adapter_name)",
+    "adapter_batch": "forward(..., adapter_names=names)",
 }
 
 
