@@ -88,6 +88,25 @@ def matrix(ptr, row, col, n_rows, n_cols, row_stride, col_stride, ROWS: tl.const
 
 
 @triton.jit
+def places(rows_ptr, row, n_rows, ROWS: tl.constexpr):
+    """Where the ROWS rows from ``row`` on stand in memory (int64): by an index, or in their order where it is None."""
+    i = row + tl.arange(0, ROWS)
+    if rows_ptr is None:
+        return i.to(tl.int64)
+    else:
+        return tl.load(rows_ptr + i, mask=i < n_rows, other=0).to(tl.int64)
+
+
+@triton.jit
+def picked(ptr, at, row, col, n_rows, n_cols, row_stride, col_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """``matrix`` whose rows stand at the ``places`` at."""
+    i, j = row + tl.arange(0, ROWS), tl.arange(0, COLS)
+    inside = (i < n_rows)[:, None] & (col + j < n_cols)[None, :]
+    start = (tl.full((), 0, tl.int64) + col) * col_stride
+    return tl.load(ptr + start + at[:, None] * row_stride + j[None, :] * col_stride, mask=inside, other=0.0)
+
+
+@triton.jit
 def put(ptr, value, row, col, n_rows, n_cols, row_stride, col_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Store a tile at (row, col), where it lies inside the matrix."""
     start, at, inside = _tile(row, col, n_rows, n_cols, row_stride, col_stride, ROWS, COLS)

@@ -174,7 +174,7 @@ def _grouped_op(*args):
 
 @_grouped_op.register_fake
 def _(*args):
-    *operands, offs, rows, back, keep_z = args
+    *operands, _, rows, _, keep_z = args
     o = Operands(*operands)
     P = (o.x if rows is None else rows).shape[0]
     N = o.c.shape[-1] if o.c is not None else (o.B if o.w is None else o.w).shape[1]
@@ -200,7 +200,7 @@ def _grouped_backward_op(dy, *args):
 
 @_grouped_backward_op.register_fake
 def _(dy, *args):
-    *operands, offs, rows, back, _, _, need = args
+    *operands, offs, _, back, _, _, need = args
     o = Operands(*operands)
     M = dy.shape[0] if back is None else back.shape[0]
     dx = dy.new_empty(M, next(t for t in (o.w, o.A, o.x) if t is not None).shape[-1])

@@ -144,8 +144,8 @@ def _scaled(u: Tensor, w: Tensor, alpha: float, out: Tensor | None = None) -> Te
 
 def refuse_routing(reached: int, P: int, experts: int) -> None:
     raise ValueError(
-        f"the routing sends {P - reached} of {P} rows to no expert of 0 ... {experts - 1}; check top_k_index (sentinels "
-        "of expert parallelism are not taken)"
+        f"the routing sends {P - reached} of {P} rows to no expert of 0 ... {experts - 1}; check top_k_index "
+        "(sentinels of expert parallelism are not taken)"
     )
 
 
