@@ -79,7 +79,7 @@ def down_grouped(
     at = places(rows_ptr, m, last, BM)
     acc = tl.zeros((BM, BR), ACC)
     for k0 in range(0, K, BK):
-        x = picked(x_ptr, at, m, k0, last, K, x_m, x_k, BM, BK)
+        x = picked(x_ptr, at, k0, K, x_m, x_k, BM, BK)
         if d_ptr is not None:
             x = (x.to(ACC) * vector(d_ptr + group * K, k0 + tl.arange(0, BK), K).to(ACC)[None, :]).to(DTYPE)
         if seed_ptr is not None:
@@ -116,7 +116,7 @@ def gemm_grouped(
     if w_ptr is not None:
         at = places(rows_ptr, m, last, BM)
         for k0 in range(0, K, BK):
-            x = picked(x_ptr, at, m, k0, last, K, x_m, x_k, BM, BK)
+            x = picked(x_ptr, at, k0, K, x_m, x_k, BM, BK)
             if d_in_ptr is not None:
                 d = vector(d_in_ptr + group * K, k0 + tl.arange(0, BK), K)
                 x = (x.to(ACC) * d.to(ACC)[None, :]).to(DTYPE)

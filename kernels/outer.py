@@ -45,7 +45,8 @@ def _job(
         if rows_ptr is None:
             u = matrix(u_ptr, m0, c, last, C, u_m, u_c, BM, BC)
         else:
-            u = picked(u_ptr, places(rows_ptr, m0, last, BM), m0, c, last, C, u_m, u_c, BM, BC)
+            u = picked(u_ptr, places(rows_ptr, m0, last, BM), c, C, u_m, u_c, BM, BC)
+            u = tl.where((m0 + tl.arange(0, BM) < last)[:, None], u, 0.0)
         if USUM:
             usum += tl.sum(u.to(ACC), 0)
         if z_ptr is not None:
