@@ -159,6 +159,8 @@ class Triton:
 
     def predicted_slower(self, problem: Problem) -> str | None:
         """``slower`` where nothing near was measured."""
+        if problem.groups:
+            return rates.grouped_slower(problem)
         return rates.slower_than_eager(problem) or rates.slower(problem)
 
     def basis(self, problem: Problem) -> str:

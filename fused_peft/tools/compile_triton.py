@@ -114,9 +114,8 @@ SHAPES = ((8192, 4096, 4096), (1024, 1024, 1024), (16, 4096, 4096))  # M, K, N
 GROUPED = {
     "experts": ("w A B", {}, "rows"),
     "experts-dropout": ("w bias A B seed", {}, "transposed"),
-    "adapters": ("w A B seed", {}, "shared"),
     "experts-all": ("w bias d_in d_out A a G B seed", {"h": "gelu"}, "rows"),
-    "experts-beside": ("c A M B", {}, "rows"),
+    "adapters": ("w A M B", {}, "shared"),
 }
 ROUTINGS = ((8192, 8, 128, 2048, 1536), (64, 4, 32, 2880, 5760))  # M, k, E, K, N
 
@@ -135,14 +134,14 @@ def _grouped(label: str, routing: tuple[int, ...], r: int, dtype, wide) -> tuple
     return one._replace(**apart, **stacks), Groups(empty(E, dtype=torch.int32), index(P), index(M, k))
 
 
-def grouped_problems() -> Iterator[tuple[str, Operands, Groups]]:
-    """(label, operands, groups): every form in bf16, some in other dtypes, ranks and sizes."""
+def grouped_problems(arch: str) -> Iterator[tuple[str, Operands, Groups]]:
+    """(label, operands, groups): the forms that differ most in what is compiled; on sm_90 others and other sizes."""
     bf16, fp32 = torch.bfloat16, torch.float32
-    for label, routing in zip(GROUPED, (ROUTINGS[0], *ROUTINGS * 2), strict=True):
-        yield label, *_grouped(label, routing, 16, bf16, fp32)
-    yield "experts-fp32", *_grouped("experts-all", ROUTINGS[0], 16, fp32, fp32)
-    yield "experts-r128", *_grouped("experts", ROUTINGS[0], 128, bf16, bf16)
-    yield "experts-odd", *_grouped("experts-dropout", (1000, 1, 4, 333, 777), 12, bf16, fp32)
+    yield "experts-dropout", *_grouped("experts-dropout", ROUTINGS[0], 16, bf16, fp32)
+    if arch == "sm_90":
+        yield "experts-all", *_grouped("experts-all", ROUTINGS[0], 16, bf16, fp32)
+        yield "adapters", *_grouped("adapters", ROUTINGS[1], 16, bf16, fp32)
+        yield "experts-r128", *_grouped("experts", ROUTINGS[0], 128, bf16, bf16)
 
 
 def _variant(label: str, M: int, K: int, N: int, r: int, dtype, wide) -> Operands:
@@ -186,7 +185,7 @@ def launches(arch: str) -> dict[str, object]:
     found: dict[str, object] = {}
     seen, backend = set(), Triton()
     asked = [(label, backend, o, None) for label, o in problems(arch)]
-    asked += [(label, backend, o, groups) for label, o, groups in grouped_problems()]
+    asked += [(label, backend, o, groups) for label, o, groups in grouped_problems(arch)]
     if arch == "sm_90":  # what csrc/'s GEMM overlaps with
         asked += [(f"{n}-overlapped", Cuda(), _variant(n, *SHAPES[0], r, torch.bfloat16, torch.float32), None)
                   for n, r in (("dora", 16), ("lora-bias-dropout", 16), ("lora", 64), ("adapter", 16))]  # fmt: skip
