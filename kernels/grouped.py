@@ -196,13 +196,14 @@ class Routing:
     def tiles(self, size: int) -> tuple[Tensor, Tensor]:
         """(tiles (n, 3), ends (E,)) as ``tile_table`` makes them, for tiles of so many rows."""
         if size not in self._tables:
-            n = self.P // size + self.E
+            n, all_groups = self.P // size + self.E, max(2, 1 << (self.E - 1).bit_length())
+            some = max(2, min(32, 4096 // all_groups))
             made = self.offs.new_empty(n, 3), self.offs.new_empty(self.E)
             args = {
                 "offs_ptr": self.offs, "tiles_ptr": made[0], "ends_ptr": made[1], "size": size, "E": self.E, "n": n,
-                "GROUPS": max(2, 1 << (self.E - 1).bit_length()), "SOME": 32,
+                "GROUPS": all_groups, "SOME": some,
             }  # fmt: skip
-            launch.submit(tile_table, (configs.tiles(n, 32),), args, Config(0, 0, 0, 4, 1), self.offs.device)
+            launch.submit(tile_table, (configs.tiles(n, some),), args, Config(0, 0, 0, 4, 1), self.offs.device)
             self._tables[size] = made
         return self._tables[size]
 

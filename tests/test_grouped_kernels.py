@@ -1,5 +1,5 @@
-"""Rows in groups on the Triton kernels, in the interpreter: y and every gradient against the expression a group at a
-time, in fp64 and in the dtypes of training."""
+"""Rows in groups on the Triton kernels: y and every gradient against the expression a group at a time, in fp64 in the
+interpreter, and in the dtypes of training there or on a GPU."""
 
 from dataclasses import replace
 
@@ -8,17 +8,23 @@ import torch
 from test_kernel_mutations import mutated
 
 import fused_peft as fp
+from fused_peft.backends import rates
 from fused_peft.backends import triton as backend_file
-from fused_peft.core import dispatch, dropout, grouped
+from fused_peft.core import dispatch, dropout, grouped, records
 from fused_peft.core.factors import Factors
 from fused_peft.core.groups import Groups, route
-from fused_peft.core.operands import TENSORS, call_of
+from fused_peft.core.operands import TENSORS, Problem, call_of
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="fp64 runs in the interpreter only")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 k = backend_file.kernels()
-SEED = torch.tensor([5, -7], dtype=torch.int32)
-TOLERANCE = {torch.float64: 3e-7, torch.float32: 3e-6, torch.float16: 4e-3}  # of the largest entry
+SEED = torch.tensor([5, -7], dtype=torch.int32, device=DEVICE)
+TOLERANCE = {
+    torch.float64: 3e-7,
+    torch.float32: 3e-6,
+    torch.float16: 4e-3,
+    torch.bfloat16: 3e-2,
+}  # of the largest entry
 LORA = ("A", "B")
 ALL = ("A", "a", "G", "B", "d_in", "d_out", "bias")
 SOME = (3, 0, 17, 1)  # rows of each group
@@ -32,16 +38,18 @@ def _forced():
 
 def sized(*sizes):
     """x in the order of the groups, of so many rows each."""
-    return Groups(torch.tensor(sizes).cumsum(0).to(torch.int32))
+    return Groups(torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32))
 
 
 def call(
     groups, names=LORA, K=21, N=19, r=5, dtype=torch.float64, stored="rows", w=True, c=False, wide=None, **options
 ):
     """(x, w, factors, frozen bias, c), all that trains requiring gradients. stored: how w lies."""
+    if DEVICE == "cuda" and dtype == torch.float64:
+        pytest.skip("fp64 runs in the interpreter only")
     E, k_of = len(groups.offs), 1 if groups.back is None else groups.back.shape[1]
     P = int(groups.offs[-1])
-    make = lambda *shape, dtype=dtype: torch.randn(shape, dtype=torch.float64).mul(0.5).to(dtype)  # noqa: E731
+    make = lambda *shape, dtype=dtype: torch.randn(shape, dtype=torch.float64).mul(0.5).to(DEVICE, dtype)  # noqa: E731
     x = make(P // k_of, K).requires_grad_()
     weight = make(N, K).expand(E, N, K) if stored == "shared" else make(E, K, N).mT
     weight = weight.contiguous() if stored == "rows" else weight
@@ -71,7 +79,7 @@ def faults(x, w, f, c, groups, bias=None):
     """Names of the results that differ from the formula in fp64."""
     torch.manual_seed(1)
     dtype = x.dtype
-    dy = torch.randn(int(groups.offs[-1]), (w if w is not None else f.B).shape[1], dtype=dtype)
+    dy = torch.randn(int(groups.offs[-1]), (w if w is not None else f.B).shape[1], dtype=dtype).to(DEVICE)
     got = found(x, w, f, c, groups, dy, ours, bias)
     double = lambda t: None if t is None else t.detach().double().requires_grad_()  # noqa: E731
     f64 = replace(f, **{n: double(t) for n in ALL if (t := getattr(f, n)) is not None})
@@ -86,7 +94,7 @@ def faults(x, w, f, c, groups, bias=None):
 
 
 # of six groups the third and the last are empty; x is read through an index
-ROUTED = route(torch.tensor([[0, 3], [3, 1], [0, 1], [3, 0], [1, 4], [3, 4], [0, 3]]), 6)[0]
+ROUTED = route(torch.tensor([[0, 3], [3, 1], [0, 1], [3, 0], [1, 4], [3, 4], [0, 3]], device=DEVICE), 6)[0]
 GROUPS = {"uneven": sized(*SOME), "one has all": sized(0, 0, 70, 0), "a row": sized(1), "routed": ROUTED,
           "none": sized(0, 0)}  # fmt: skip
 
@@ -137,7 +145,7 @@ def test_weights_stored_otherwise(stored, poison):
     assert not faults(*call(ROUTED, stored=stored, p=0.3), ROUTED, torch.randn(6, 19, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda")], ids=str)
 @pytest.mark.parametrize("names", [LORA, ALL], ids="+".join)
 def test_in_training_dtypes(dtype, names, poison):
     assert not faults(*call(ROUTED, names, K=24, N=40, dtype=dtype, wide=torch.float32, p=0.3), ROUTED)
@@ -150,8 +158,8 @@ def test_any_rank(r, poison):
 
 
 def test_many_groups_of_few_rows(poison):
-    index = torch.stack([torch.randperm(128)[:2] for _ in range(9)])
-    groups = route(index, 128)[0]
+    index = torch.stack([torch.randperm(128)[:2] for _ in range(6)])
+    groups = route(index.to(DEVICE), 128)[0]
     assert not faults(*call(groups, K=9, N=7, r=2, p=0.3), groups)
 
 
@@ -176,22 +184,22 @@ def test_the_table_has_every_row_once(sizes, size, poison):
 
 def test_the_mask_is_eagers_to_the_bit():
     groups, p = sized(3, 40, 2), 0.4
-    one = torch.eye(32).expand(3, 32, 32)
+    one = torch.eye(32, device=DEVICE).expand(3, 32, 32)
     routing = k.grouped.Routing(groups.offs, None, 45)
     T, _ = k.grouped.project(
-        routing, torch.ones(45, 32), None, one, None, None, "identity", SEED, dropout.threshold(p), 1.0
+        routing, torch.ones(45, 32, device=DEVICE), None, one, None, None, "identity", SEED, dropout.threshold(p), 1.0
     )
     assert torch.equal(T != 0, dropout.keep_mask(SEED, (45, 32), p))
     mask = k.gemm_lowrank.Mask(SEED, dropout.threshold(p), 1.0)
-    update = k.gemm_lowrank.Update(torch.ones(45, 1), torch.ones(3, 32, 1), 1.0, True)
-    y = k.grouped.gemm(routing, None, None, None, torch.ones(45, 32), 32, update, mask=mask).y
+    update = k.gemm_lowrank.Update(torch.ones(45, 1, device=DEVICE), torch.ones(3, 32, 1, device=DEVICE), 1.0, True)
+    y = k.grouped.gemm(routing, None, None, None, torch.ones(45, 32, device=DEVICE), 32, update, mask=mask).y
     assert torch.equal(y != 0, dropout.keep_mask(SEED, (45, 32), p))
 
 
 def test_two_runs_are_the_same_to_the_bit():
-    groups = sized(300, 3)
-    x, w, f, _ = call(groups, ALL, dtype=torch.float32, p=0.3)
-    dy = torch.randn(303, 19)
+    groups = sized(270, 3)
+    x, w, f, _ = call(groups, dtype=torch.float32, p=0.3)
+    dy = torch.randn(273, 19, device=DEVICE)
     first, again = (found(x, w, f, None, groups, dy, ours) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -220,12 +228,48 @@ def test_a_routing_that_leaves_rows_out_is_refused():
     ("changes", "why"), [({"hadamard": True}, "a product of weights"), ({"drop_base": True, "p": 0.1}, "the base term")]
 )
 def test_what_is_refused_says_why(changes, why):
-    problem = grouped.problem_of(call_of(*call(ROUTED)[:3], None, None, None, 0.0), ROUTED)
+    found = grouped.problem_of(call_of(*call(ROUTED)[:3], None, None, None, 0.0), ROUTED)
     triton = dispatch.backends()["triton"]
-    assert not triton.reasons(problem)
-    assert any(why in reason for reason in triton.reasons(replace(problem, **changes)))
+    assert not triton.reasons(found)
+    assert any(why in reason for reason in triton.reasons(replace(found, **changes)))
     for name in ("cublas", "cuda", "gluon"):
-        assert "its GEMM has no groups of rows; triton's has" in dispatch.backends()[name].reasons(problem)
+        assert "its GEMM has no groups of rows; triton's has" in dispatch.backends()[name].reasons(found)
+
+
+def problem(M=65536, K=2048, N=1536, E=128, dtype=torch.bfloat16, arch=(9, 0), **changes):
+    present = frozenset({"x", "w", "A", "B"})
+    return Problem("cuda", arch, dtype, torch.float32, M, K, N, 16, present, groups=E, **changes)
+
+
+@pytest.mark.parametrize(
+    ("of", "triton"),
+    [
+        (problem(), True),  # of Qwen3-30B-A3B: the products are short, and the passes count
+        (problem(K=768, N=2048), True),
+        (problem(16384, 4096, 28672, 8), False),  # of Mixtral: long products, and PyTorch's are faster
+        (problem(64, 2048, 1536, 128), False),  # the host is what it waits for
+        (problem(dtype=torch.float16), True),  # PyTorch's are bf16's alone: 128 products one by one
+        (problem(arch=(8, 0)), True),
+        (problem(16384, 4096, 28672, 8, dtype=torch.float16), False),
+    ],
+)
+def test_the_choice_where_nothing_was_measured(of, triton, monkeypatch):
+    assert (rates.grouped_slower(of) is None) == triton
+    backend = dispatch.backends()["triton"]
+    monkeypatch.setattr(records, "of", lambda p: None)
+    assert (backend.slower(of) is None) == triton
+    assert "of the time of plain PyTorch's products" in backend.basis(of)
+
+
+def test_what_was_measured_without_groups_says_nothing_of_groups(record):
+    alone = replace(problem(), groups=0)
+    record(calls=[{**records.described(alone), "ms": {"triton": 9.0, "eager": 1.0}}], failed={
+        records.variant("triton", alone): "y"})  # fmt: skip
+    backend = dispatch.backends()["triton"]
+    assert "measured" in backend.slower(alone)
+    assert backend.slower(problem()) is None
+    assert any("self-test failed" in why for why in backend.reasons(alone))
+    assert not any("self-test failed" in why for why in backend.reasons(problem()))
 
 
 # what a kernel's source says, what the mutant says, and the call that must notice
@@ -251,8 +295,8 @@ MUTANTS = {
 
 def of_mutants():
     """A call in four groups, with more than a block of K, and its faults."""
-    groups = route(torch.tensor([[0, 3], [3, 1], [0, 1], [3, 0], [1, 0]]), 4)[0]
-    return faults(*call(groups, K=66, N=9, r=2, p=0.3, s=1.5), groups, torch.randn(4, 9, dtype=torch.float64))
+    groups = route(torch.tensor([[0, 3], [3, 1], [1, 0]], device=DEVICE), 4)[0]
+    return faults(*call(groups, K=34, N=9, r=2, p=0.3, s=1.5), groups, torch.randn(4, 9, dtype=torch.float64))
 
 
 def test_what_the_mutants_break_is_right(poison):
