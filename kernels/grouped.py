@@ -209,8 +209,9 @@ class Routing:
 
 
 def row_tile(bits: int, mean: int) -> int:
-    """Rows of a tile where a group has so many; ``down`` and the GEMM take the same, so that a table serves both."""
-    return min(configs.bucket(mean) if mean <= 64 else 128, 128 if bits <= 16 else 64)
+    """Rows of a tile where a group has so many: few sizes, since each is compiled. ``down`` and the GEMM take the same,
+    so that a table serves both."""
+    return 16 if mean <= 16 else 64 if mean <= 64 or bits > 16 else 128
 
 
 def _stack(t: Tensor | None) -> tuple[int, ...]:
