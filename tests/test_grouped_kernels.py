@@ -224,6 +224,13 @@ def test_a_routing_that_leaves_rows_out_is_refused():
         ours(x, w, f, Groups(torch.tensor([3, 5], dtype=torch.int32)), None, None)
 
 
+def test_a_stack_that_has_fewer_parts_is_refused():
+    x, w, f, _ = call(sized(3, 4))
+    o = call_of(x, w[:1], f, None, None, None, 0.0)
+    with pytest.raises(RuntimeError, match="not one part for each of 2 groups"):
+        dispatch.backends()["triton"].grouped_forward(o, sized(3, 4), False)
+
+
 @pytest.mark.parametrize(
     ("changes", "why"), [({"hadamard": True}, "a product of weights"), ({"drop_base": True, "p": 0.1}, "the base term")]
 )

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from ..core import dropout
 from ..core.groups import Groups, group_of, refuse_routing
 from ..core.operands import Operands, Problem
+from ..core.torch_internals import assert_async
 
 
 def reasons(problem: Problem) -> list[str]:
@@ -34,8 +34,11 @@ def _fits(o: Operands, groups: Groups, P: int) -> None:
     w = o.A if o.w is None else o.w
     if w is not None and (o.x.shape[-1] != w.shape[2] or (o.w is not None and o.x.dtype != o.w.dtype)):
         raise RuntimeError(f"x {tuple(o.x.shape)} {o.x.dtype} does not fit the weights {tuple(w.shape)} {w.dtype}")
+    E = groups.offs.shape[0]
+    if any(t is not None and t.shape[0] != E for t in (o.w, o.bias, o.A, o.B, o.a, o.G, o.d_in, o.d_out)):
+        raise RuntimeError(f"a stack of the call has not one part for each of {E} groups")
     if groups.offs.is_cuda:
-        torch._assert_async(groups.offs[-1] == P)
+        assert_async(groups.offs[-1] == P)
     elif groups.offs.is_cpu and (reached := int(groups.offs[-1])) != P:
         refuse_routing(reached, P, len(groups.offs))
 

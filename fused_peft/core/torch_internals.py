@@ -20,6 +20,9 @@ autocast_is_on: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled
 # A view whose autograd keeps nothing of the base, where reshape would make a view that shares its version
 unsafe_view: Callable[..., Tensor] = getattr(torch.ops.aten, "_unsafe_view", torch.ops.aten.view)
 
+# Fails once a GPU sees that a tensor is False, without the host waiting; nothing is checked where the name is gone
+assert_async: Callable[[Tensor], object] = getattr(torch, "_assert_async", lambda true: None)
+
 try:
     from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 except ImportError:
