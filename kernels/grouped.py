@@ -222,7 +222,8 @@ def _stack(t: Tensor | None) -> tuple[int, ...]:
 def _down(routing, rows, x, d, A, bias, G, T, out, seed, threshold, scale, h, backward):
     (_, R, K), bits, BM = A.shape, 8 * x.element_size(), row_tile(8 * x.element_size(), routing.mean)
     BR, wide = configs.rank_tile(R), bits > 16
-    config = Config(BM, 0, 16 if wide and R > 64 else 64, 8 if BM > 64 or R > 64 else 4, 2 if wide or R > 64 else 3)
+    depth = (16 if wide else 32) if R > 64 else 64
+    config = Config(BM, 0, depth, 8 if BM > 64 or R > 64 else 4, 2 if wide or R > 64 else 3)
     tiles, _ = routing.tiles(BM)
     gate = 0 if G is None else G.dim() - 1
     g_e, g_out, g_in = (R, 0, 0) if gate == 1 else _stack(G)
