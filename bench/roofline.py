@@ -75,6 +75,12 @@ def _gemm(a: dict) -> int:
     return 2 * M * N * a["K"] * (1 + a.get("DUAL", 0)) + inner + low * 2 * M * N * R
 
 
+def _rows(a: dict, index: str, name: str) -> int:
+    """Of an operand as a kernel reads it, by an index where one is given."""
+    t = a[name] if a[index] is None else a[index]
+    return 0 if t is None else t.shape[0]
+
+
 FLOPS: dict[str, Callable[[dict], int]] = {  # of a kernel's arguments
     "gemm_lowrank": _gemm,
     "gemm_lowrank_tma": _gemm,
@@ -90,7 +96,14 @@ FLOPS: dict[str, Callable[[dict], int]] = {  # of a kernel's arguments
     "add_up": lambda a: 0,
     "split": lambda a: 0,
     "keep_mask": lambda a: 0,
-}
+    "down_grouped": lambda a: 2 * _rows(a, "rows_ptr", "x_ptr") * a["K"] * a["R"],
+    "gemm_grouped": lambda a: 2 * a["y_ptr"].shape[0] * a["N"] * (a["K"] + a["R"]),
+    "outer_grouped": lambda a: 2 * a["R"] * (_rows(a, "rows0_ptr", "u0_ptr") * a["C0"] * a["PRODUCT0"]
+                                             + _rows(a, "rows1_ptr", "u1_ptr") * a["C1"] * a["PRODUCT1"]),
+    "add_up_grouped": lambda a: 0,
+    "tile_table": lambda a: 0,
+}  # fmt: skip
+INDEXED = {"rows_ptr": "x_ptr", "rows0_ptr": "u0_ptr", "rows1_ptr": "u1_ptr"}  # an index, and whose rows it names
 
 
 def _nbytes(values) -> int:
@@ -106,7 +119,11 @@ def _kernel(recorded) -> Launch:
         args["d0_ptr"] = None
     elif name == "down" and args["part_ptr"].numel():  # ``finish`` goes on
         args |= dict.fromkeys(("bias_ptr", "g_ptr", "t_ptr", "out_ptr")) | {"GATE": 0}
-    return Launch(name, FLOPS[name](args), _nbytes(getattr(v, "base", v) for v in args.values()))
+    moved = _nbytes(getattr(v, "base", v) for v in args.values())
+    for index in INDEXED.keys() & {n for n, v in args.items() if v is not None}:  # each time that a row is read
+        x = args[INDEXED[index]]
+        moved += x.nbytes // len(x) * (len(args[index]) - len(x))
+    return Launch(name, FLOPS[name](args), moved)
 
 
 class Traced(TorchDispatchMode):
@@ -122,7 +139,7 @@ class Traced(TorchDispatchMode):
             count = flop_registry.get(getattr(torch.ops.aten, name.rstrip("_"), None))  # addmm_ as addmm
             flops = count(*args, **(kwargs or {}), out_val=result) if count else 0
             moved = _nbytes(tree_leaves(args[1:] if name == "copy_" else args)) + _nbytes(tree_leaves(result))
-            rate = FP32 if any(t.dtype == torch.float32 for t in tree_leaves(result)) else GEMM
+            rate = FP32 if any(getattr(t, "dtype", None) == torch.float32 for t in tree_leaves(result)) else GEMM
             self.launches.append(Launch(name, flops, moved, rate))
         return result
 

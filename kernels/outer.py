@@ -18,7 +18,7 @@ from torch import Tensor
 from . import configs, launch
 from .configs import Config
 from .dropout import keep_tile
-from .tile import activate, dot, gate, matrix, put, slope, vector
+from .tile import activate, dot, gate, matrix, picked, places, put, slope, vector
 from .triton_internals import gdc_launch_dependents
 
 BLOCK = 256  # sums a program of add_up
@@ -27,23 +27,26 @@ SLOTS = 64 << 20  # bytes that the slots of ``back`` may take
 
 @triton.jit
 def _job(
-    pid, share, part_ptr, u_ptr, v_ptr, d_ptr, z_ptr, seed_ptr, threshold, scale,
-    M, C, R, rows_each, u_m, u_c, z_m, z_c, product_at, usum_at, dot_at, vsum_at, out_c, out_r,
+    pid, first, last, part_ptr, rows_ptr, u_ptr, v_ptr, d_ptr, z_ptr, seed_ptr, threshold, scale,
+    C, R, u_m, u_c, z_m, z_c, product_at, usum_at, dot_at, vsum_at, out_c, out_r,
     H: tl.constexpr, PRODUCT: tl.constexpr, USUM: tl.constexpr, SCALED_SUM: tl.constexpr, VSUM: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Columns of tile pid, rows of one share: uᵀ h(v), Σ u, Σ u ⊙ z and Σ v into the share's slot."""
+    """Columns of tile pid, rows first to last, of u by an index if there is one: uᵀ h(v), Σ u, Σ u ⊙ z and Σ v into
+    the slot."""
     blocks_r = tl.cdiv(R, BR) if PRODUCT else 1
     i_c, i_r = pid // blocks_r, pid % blocks_r
     c, r = i_c * BC, i_r * BR
     cols, ranks = c + tl.arange(0, BC), r + tl.arange(0, BR)
     acc = tl.zeros((BC, BR), ACC)
     usum, dsum, vsum = tl.zeros((BC,), ACC), tl.zeros((BC,), ACC), tl.zeros((BR,), ACC)
-    first = share * rows_each
-    last = min(first + rows_each, M)
     for m0 in range(first, last, BM):
-        u = matrix(u_ptr, m0, c, last, C, u_m, u_c, BM, BC)
+        if rows_ptr is None:
+            u = matrix(u_ptr, m0, c, last, C, u_m, u_c, BM, BC)
+        else:
+            u = picked(u_ptr, places(rows_ptr, m0, last, BM), c, C, u_m, u_c, BM, BC)
+            u = tl.where((m0 + tl.arange(0, BM) < last)[:, None], u, 0.0)
         if USUM:
             usum += tl.sum(u.to(ACC), 0)
         if z_ptr is not None:
@@ -87,17 +90,19 @@ def outer(
     """Job 0 over dy: dB (C0, R), Σ dy (bias), Σ dy ⊙ z (d_out). Job 1 over x: dA (R, C1), Σ dT (a)."""
     pid, share = tl.program_id(0), tl.program_id(1)
     part_ptr += share.to(tl.int64) * slot
+    first = share * rows_each
+    last = min(first + rows_each, M)
     if pid < tiles_0:
         if u0_ptr is not None:
             _job(
-                pid, share, part_ptr, u0_ptr, v0_ptr, d0_ptr, z0_ptr, None, 0, scale0,
-                M, C0, R, rows_each, u0_m, u0_c, z0_m, z0_c, product0_at, usum_at, dot_at, 0, R, 1,
+                pid, first, last, part_ptr, None, u0_ptr, v0_ptr, d0_ptr, z0_ptr, None, 0, scale0,
+                C0, R, u0_m, u0_c, z0_m, z0_c, product0_at, usum_at, dot_at, 0, R, 1,
                 H, PRODUCT0, USUM, SCALED_SUM, False, False, PRECISION, ACC, BM, BC, BR,
             )  # fmt: skip
     elif PRODUCT1:
         _job(
-            pid - tiles_0, share, part_ptr, u1_ptr, v1_ptr, d1_ptr, None, seed_ptr, threshold, scale1,
-            M, C1, R, rows_each, u1_m, u1_c, 0, 0, product1_at, 0, 0, vsum_at, 1, C1,
+            pid - tiles_0, first, last, part_ptr, None, u1_ptr, v1_ptr, d1_ptr, None, seed_ptr, threshold, scale1,
+            C1, R, u1_m, u1_c, 0, 0, product1_at, 0, 0, vsum_at, 1, C1,
             "identity", True, False, False, VSUM, EVEN, PRECISION, ACC, BM, BC, BR,
         )  # fmt: skip
 

@@ -88,6 +88,26 @@ def matrix(ptr, row, col, n_rows, n_cols, row_stride, col_stride, ROWS: tl.const
 
 
 @triton.jit
+def places(rows_ptr, row, n_rows, ROWS: tl.constexpr):
+    """Where the ROWS rows from ``row`` on stand in memory (int64): by an index, or in their order where it is None;
+    somewhere inside for those past n_rows."""
+    i = tl.minimum(row + tl.arange(0, ROWS), n_rows - 1)
+    if rows_ptr is None:
+        return i.to(tl.int64)
+    else:
+        return tl.load(rows_ptr + i).to(tl.int64)
+
+
+@triton.jit
+def picked(ptr, at, col, n_cols, row_stride, col_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The tile of the rows that stand at the ``places`` at and of the columns from col on, zero outside of those."""
+    j = tl.arange(0, COLS)
+    start = (tl.full((), 0, tl.int64) + col) * col_stride
+    inside = tl.full((ROWS, 1), True, tl.int1) & (col + j < n_cols)[None, :]
+    return tl.load(ptr + start + at[:, None] * row_stride + j[None, :] * col_stride, mask=inside, other=0.0)
+
+
+@triton.jit
 def put(ptr, value, row, col, n_rows, n_cols, row_stride, col_stride, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Store a tile at (row, col), where it lies inside the matrix."""
     start, at, inside = _tile(row, col, n_rows, n_cols, row_stride, col_stride, ROWS, COLS)

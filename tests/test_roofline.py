@@ -10,13 +10,16 @@ import pytest
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
+import experts
 import roofline
+import tables
 from baselines import Shape
 from roofline import FLOPS, RANKS, TIMED, WIDTHS, predict, schedule
 
 from fused_peft.backends.kernel_modules import configs
 
 BIG = Shape(8192, 4096, 4096, 16)
+GROUPED = ("tile_table", "down_grouped", "gemm_grouped", "outer_grouped", "add_up_grouped")
 FUSED = [m for m in TIMED if m not in ("svdiff", "bitfit")]
 
 
@@ -32,7 +35,7 @@ def test_lora_is_two_launches_forward_and_four_backward():
 
 
 def test_every_kernel_says_its_flops():
-    made_elsewhere = {"gemm_gluon", "add_up", "finish", "keep_mask", "split"}
+    made_elsewhere = {"gemm_gluon", "add_up", "finish", "keep_mask", "split", *GROUPED}
     assert set(configs.CLOSED_FORMS) - {"gemm_cuda"} | made_elsewhere == set(FLOPS)
 
 
@@ -109,3 +112,25 @@ def test_table(tmp_path, monkeypatch, capsys):
     rows = list(csv.DictReader(out.open()))
     assert {r["method"] for r in rows} == set(TIMED)
     assert len(capsys.readouterr().out.splitlines()) == len(rows) + 1
+
+
+def test_experts_flops_and_launches():
+    """Forward and backward 4 P N K for each frozen stack; the update 2 P r (K + N), and twice that in backward."""
+    m = experts.MODELS["Mixtral-8x7B"]
+    P, stacks = experts.TOKENS * m.top_k, ((m.hidden, 2 * m.intermediate), (m.intermediate, m.hidden))
+    frozen, low = 4 * P * sum(K * N for K, N in stacks), 6 * P * experts.R * sum(K + N for K, N in stacks)
+    third = 2 * P * sum(K * N for K, N in stacks)  # of HF PEFT: the gradient of every weight
+    merges = 6 * m.experts * experts.R * sum(K * N for K, N in stacks)
+    for who, flops in (("frozen", frozen), ("triton", frozen + low), ("grouped_mm", frozen + low),
+                       ("peft", frozen + third + merges)):  # fmt: skip
+        assert sum(x.flops for x in experts.traced(who, m)) == flops, who
+    names = [x.name for x in experts.traced("triton", m) if x.name in FLOPS]
+    forward, backward = ["down_grouped", "gemm_grouped"], ["down_grouped", "gemm_grouped", "outer_grouped"]
+    tables_of = lambda which: ["tile_table", *which]  # noqa: E731
+    one = [*tables_of(forward), *tables_of(backward[:2]), *tables_of(backward[2:]), "add_up_grouped"]
+    assert names == one * 2
+
+
+def test_the_committed_figures_of_experts_are_what_the_code_makes():
+    committed = tables.read(Path(roofline.__file__).parent / "results/experts_predicted.csv")
+    assert committed == [{name: str(value) for name, value in row.items()} for row in experts.rows()]

@@ -49,7 +49,7 @@ def planted(config, field, rule):
         return replace(config, **{field: {**masks, "nowhere": torch.eye(4) > 0}})
     if rule == "text" and field != "modules_to_save":  # entries must be targets too
         return replace(config, target_modules=["q", "v", "nowhere"], **{field: ["v", "nowhere"]})
-    real = {"target_modules": ["q", "v"], "modules_to_save": ["head"]}.get(field, ["other"])
+    real = {"target_modules": ["q", "v"], "modules_to_save": ["head"], "target_parameters": []}.get(field, ["other"])
     return replace(config, **{field: [*real, "nowhere"]})
 
 

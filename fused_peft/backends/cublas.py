@@ -18,6 +18,7 @@ from . import triton as base
 
 class Cublas(base.Triton):
     name = "cublas"
+    takes_groups = False
 
     def predicted_slower(self, problem: Problem) -> str | None:
         return rates.slower_than_eager(problem)

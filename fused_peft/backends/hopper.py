@@ -30,6 +30,8 @@ def fits(x: Tensor | None, w: Tensor | None, N: int, c: Tensor | None, dual: boo
 
 
 class Hopper(base.Triton):
+    takes_groups = False
+
     def available(self) -> list[str]:
         found, gpus = super().available(), range(torch.cuda.device_count()) if torch.cuda.is_available() else None
         if not found and gpus is not None and not any(torch.cuda.get_device_capability(i) == (9, 0) for i in gpus):

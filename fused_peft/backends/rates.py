@@ -23,9 +23,12 @@ RATES = {
     (9, 0): (700e12, 50e12, 3.0e12), (10, 0): (1500e12, 65e12, 6.5e12), (12, 0): (200e12, 80e12, 1.5e12),
 }  # fmt: skip
 SHARE, SHARE_FP32 = 0.85, 0.4  # Triton's GEMM, of cuBLAS's rate
+# of rows in groups, both of cuBLAS's rate on one matrix: Triton's GEMM, which reads by pointers, and PyTorch's own
+SHARE_GROUPED, GROUPED_MM = 0.7, 0.85
 FEW_ROWS = 64  # up to which Triton's, without split-K, leaves most processors idle
 TIE = 1.03  # up to here the fused kernel runs
 OURS = 8  # launches of a fused call, forward and backward, or fewer
+GROUPED = 9, 5  # those of one on rows in groups: Triton's, and PyTorch's to check the routing and to gather dx
 # seconds of the host: a call each way through autograd, and each launch; replayed (csrc/replay.cpp), and in Python
 REPLAYED, PLAIN = (50e-6, 4e-6), (60e-6, 6e-6)
 IN_PYTHON = 410e-6  # a fused call each way, through Triton's launcher
@@ -75,6 +78,36 @@ def seconds(problem: Problem) -> tuple[float, float, float]:
     return gemm / share, cublas, cublas + size * eager_passes(problem)[0] / bandwidth
 
 
+def grouped_seconds(problem: Problem) -> tuple[float, float]:
+    """Predicted time of a call on rows in groups, forward and backward, the GPU's or the host's: with Triton's kernels
+    and of plain PyTorch. That has a grouped product in bf16 on newer GPUs, and otherwise runs group by group."""
+    P, N, K, E, size = problem.M, problem.N, problem.K, problem.groups, problem.dtype.itemsize
+    half, single, bandwidth = rates(problem.arch or (9, 0))
+    fp32, low, x, y = problem.dtype == torch.float32, "A" in problem.present, P * K, P * N
+    weights = min(E, P) * N * K if "w" in problem.present else 0
+    gemm = 2 * max(2 * bool(weights) * P * N * K / (single if fp32 else half), size * (x + y + weights) / bandwidth)
+    plain = low and not problem.present & {"a", "G", "d_in", "d_out"} and problem.h == "identity"
+    products = plain and problem.dtype == torch.bfloat16 and (problem.arch or (9, 0)) >= (9, 0)
+    products = products and not (N % 8 or K % 8 or problem.r % 8)
+    # the update is a product of its own that is added to y and to dx, and so is a bias; where x is read through an
+    # index it is also copied each way, which a problem does not say
+    moved = (4 * x + 4 * y) * low + 4 * y * ("bias" in problem.present) + 11 * x * bool(problem.p)
+    moved, launches = moved + (0 if plain else passes(problem) + eager_passes(problem)[0]), eager_passes(problem)[1]
+    eager = gemm / (GROUPED_MM if products else 1) + size * moved / bandwidth
+    each = 1 if products else min(E, P)
+    fused_host = IN_PYTHON * GROUPED[0] / OURS + PLAIN[1] * GROUPED[1]
+    share = SHARE_FP32 if fp32 else SHARE_GROUPED
+    return max(fused_host, gemm / share), max(PLAIN[0] + PLAIN[1] * (8 + launches * each), eager)
+
+
+def grouped_slower(problem: Problem) -> str | None:
+    """Why plain PyTorch is to be preferred on rows in groups; None where it is not."""
+    if problem.device != "cuda":
+        return None
+    fused, eager = grouped_seconds(problem)
+    return f"predicted to take {fused / eager:.2f} times as long as plain PyTorch's products" if fused > eager else None
+
+
 def ratio(problem: Problem) -> float:
     """Predicted time with Triton's GEMM as a multiple of that with cuBLAS's, forward and backward."""
     fused, cublas, _ = seconds(problem)
@@ -87,6 +120,9 @@ def _has_gemm(problem: Problem) -> bool:
 
 def said(problem: Problem) -> str:
     """The prediction in words; empty where there is no GEMM to choose."""
+    if problem.groups:
+        fused, eager = grouped_seconds(problem)
+        return f" to take {fused / eager:.2f} of the time of plain PyTorch's products"
     return f" to take {ratio(problem):.2f} of the time with cuBLAS's GEMM" if _has_gemm(problem) else ""
 
 

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import dropout, eager, records
+from ..core.groups import Groups
 from ..core.operands import Operands, Problem
 from ..core.torch_internals import unsafe_view
-from . import rates
+from . import grouped, rates
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_RANK = 512
@@ -106,6 +107,7 @@ dropout.in_one_launch = _mask
 
 class Triton:
     name = "triton"
+    takes_groups = True  # whether its GEMM is that of rows in groups
     overlaps = False  # whether its GEMM waits for S itself, so that it may begin before the launch that makes S ends
 
     def available(self) -> list[str]:
@@ -140,6 +142,8 @@ class Triton:
             found.append("scales, dropout or a gate beside a product of weights")
         if problem.p and problem.M * problem.K >= 1 << 32:
             found.append(f"dropout on {problem.M} x {problem.K} elements, above 2^32")
+        if problem.groups:
+            found += grouped.reasons(problem) if self.takes_groups else ["its GEMM has no groups of rows; triton's has"]
         if not found and (why := records.failed(problem, self.name)):
             found.append(why)
         return found
@@ -155,6 +159,8 @@ class Triton:
 
     def predicted_slower(self, problem: Problem) -> str | None:
         """``slower`` where nothing near was measured."""
+        if problem.groups:
+            return rates.grouped_slower(problem)
         return rates.slower_than_eager(problem) or rates.slower(problem)
 
     def basis(self, problem: Problem) -> str:
@@ -259,6 +265,12 @@ class Triton:
             if want.d_in:
                 parts["d_in"] = result.sums if M else dy.new_zeros(1, K)
         return self._reductions(dy, x, o, T, z, dT, mask, want, grads, parts)[: len(need)]
+
+    def grouped_forward(self, o: Operands, groups: Groups, keep_z: bool):
+        return grouped.forward(kernels(), o, groups, keep_z)
+
+    def grouped_backward(self, dy, o: Operands, groups: Groups, T, z, need: tuple[bool, ...]) -> list[Tensor | None]:
+        return grouped.backward(kernels(), dy, o, groups, T, z, need)
 
     @staticmethod
     def _reductions(dy, x, o, T, z, dT, mask, want, grads, parts) -> Operands:

@@ -129,7 +129,9 @@ def problem_of(o: Operands, groups: Groups) -> Problem:
     """The call as a backend judges it."""
     rows = o.x.shape[0] if groups.rows is None else groups.rows.shape[0]
     one = Problem.of(at(o._replace(bias=None), 0, bias=o.bias))
-    return replace(one, M=rows, groups=groups.offs.shape[0] if groups.of is None else o.A.shape[0])
+    if groups.of is None:
+        return replace(one, M=rows, groups=groups.offs.shape[0])
+    return replace(one, M=rows, groups=o.A.shape[0], present=one.present | {"runs"})
 
 
 def _kept(o: Operands, need: tuple[bool, ...]) -> tuple[tuple[Tensor | None, ...], bool]:

@@ -83,8 +83,9 @@ def place(call: dict) -> tuple:
 def kind(p: Problem) -> str:
     """The call's operands in words, sizes left out: what decides which kernels and passes run."""
     if p.hadamard:
-        return "hadamard"
+        return "groups+hadamard" if p.groups else "hadamard"
     there = {
+        "groups": p.groups > 0,
         "alone": not p.present & {"w", "c"},
         "beside": "c" in p.present,
         "in": "d_in" in p.present,

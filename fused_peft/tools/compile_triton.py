@@ -21,6 +21,7 @@ import torch
 
 from ..backends.cuda import GEMM, Cuda
 from ..backends.triton import Triton, _missing, kernels
+from ..core.groups import Groups
 from ..core.operands import TENSORS, Operands
 from . import compile_gluon
 
@@ -109,6 +110,40 @@ VARIANTS = {
 SHAPES = ((8192, 4096, 4096), (1024, 1024, 1024), (16, 4096, 4096))  # M, K, N
 
 
+# rows in groups: operand names, options, and how the stack of weights lies in memory
+GROUPED = {
+    "experts": ("w A B", {}, "rows"),
+    "experts-dropout": ("w bias A B seed", {}, "transposed"),
+    "experts-all": ("w bias d_in d_out A a G B seed", {"h": "gelu"}, "rows"),
+    "adapters": ("w A M B", {}, "shared"),
+}
+ROUTINGS = ((8192, 8, 128, 2048, 1536), (64, 4, 32, 2880, 5760))  # M, k, E, K, N
+
+
+def _grouped(label: str, routing: tuple[int, ...], r: int, dtype, wide) -> tuple[Operands, Groups]:
+    """Meta operands and groups; the factors of E groups, and x by an index where each row is read k times."""
+    (names, options, stored), (M, k, E, K, N), P = GROUPED[label], routing, routing[0] * routing[1]
+    empty = lambda *shape, dtype=wide: torch.empty(shape, device="meta", dtype=dtype)  # noqa: E731
+    one = _operands(P, K, N, r, dtype, wide, names, **options)
+    apart = {"x": empty(M, K, dtype=dtype), "seed": one.seed, "c": one.c}
+    stacks = {n: empty(E, *t.shape, dtype=t.dtype) for n, t in zip(one._fields, one[:TENSORS], strict=False)
+              if t is not None and n not in apart}  # fmt: skip
+    if stored != "rows":
+        stacks["w"] = empty(E, K, N, dtype=dtype).mT if stored == "transposed" else one.w.expand(E, N, K)
+    index = lambda *shape: empty(*shape, dtype=torch.int64) if k > 1 else None  # noqa: E731
+    return one._replace(**apart, **stacks), Groups(empty(E, dtype=torch.int32), index(P), index(M, k))
+
+
+def grouped_problems(arch: str) -> Iterator[tuple[str, Operands, Groups]]:
+    """(label, operands, groups): the forms that differ most in what is compiled; on sm_90 others and other sizes."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    yield "experts-dropout", *_grouped("experts-dropout", ROUTINGS[0], 16, bf16, fp32)
+    if arch == "sm_90":
+        yield "experts-all", *_grouped("experts-all", ROUTINGS[0], 16, bf16, fp32)
+        yield "adapters", *_grouped("adapters", ROUTINGS[1], 16, bf16, fp32)
+        yield "experts-r128", *_grouped("experts", ROUTINGS[0], 128, bf16, bf16)
+
+
 def _variant(label: str, M: int, K: int, N: int, r: int, dtype, wide) -> Operands:
     names, options = VARIANTS[label]
     return _operands(M, K, N, r, dtype, wide, names, **options)
@@ -149,12 +184,13 @@ def launches(arch: str) -> dict[str, object]:
     kernel-config-dtype-variant."""
     found: dict[str, object] = {}
     seen, backend = set(), Triton()
-    asked = [(label, backend, o) for label, o in problems(arch)]
+    asked = [(label, backend, o, None) for label, o in problems(arch)]
+    asked += [(label, backend, o, groups) for label, o, groups in grouped_problems(arch)]
     if arch == "sm_90":  # what csrc/'s GEMM overlaps with
-        asked += [(f"{n}-overlapped", Cuda(), _variant(n, *SHAPES[0], r, torch.bfloat16, torch.float32))
+        asked += [(f"{n}-overlapped", Cuda(), _variant(n, *SHAPES[0], r, torch.bfloat16, torch.float32), None)
                   for n, r in (("dora", 16), ("lora-bias-dropout", 16), ("lora", 64), ("adapter", 16))]  # fmt: skip
-    for label, backend, o in asked:
-        for phase, launch in _recorded(backend, o, ARCHES[arch], "tf32" in label):
+    for label, backend, o, groups in asked:
+        for phase, launch in _recorded(backend, o, ARCHES[arch], "tf32" in label, groups):
             if launch.kernel is GEMM:
                 continue  # csrc/'s: ``extension`` compiles it
             if (identity := _identity(launch)) in seen:
@@ -193,29 +229,36 @@ def covering(found: dict[str, object], together: int) -> dict[str, object]:
     return chosen
 
 
-def _recorded(backend: Triton, o: Operands, arch: tuple[int, int], tf32: bool = False) -> Iterator[tuple[str, object]]:
+def _recorded(
+    backend: Triton, o: Operands, arch: tuple[int, int], tf32: bool = False, groups: Groups | None = None
+) -> Iterator[tuple[str, object]]:
     k, before = kernels(), torch.backends.cuda.matmul.fp32_precision
     need = tuple(t is not None and n not in ("w", "seed", "c") for n, t in zip(o._fields, o[:TENSORS], strict=False))
     torch.backends.cuda.matmul.fp32_precision = "tf32" if tf32 else "ieee"
     try:
         with k.launch.record(arch) as forward:
-            y, T, z = backend.forward(o, o.d_out is not None)
-            if o.d_out is not None and o.A is not None:
+            keep_z = o.d_out is not None
+            y, T, z = backend.grouped_forward(o, groups, keep_z) if groups else backend.forward(o, keep_z)
+            if o.d_out is not None and o.A is not None and not groups:
                 backend.row_norm(o.w, torch.empty(o.w.shape[0], device="meta"), o.A, o.B, o.s)
         with k.launch.record(arch) as backward:
-            backend.backward(torch.empty_like(y), o, T, z, need)
+            if groups:
+                backend.grouped_backward(torch.empty_like(y), o, groups, T, z, need)
+            else:
+                backend.backward(torch.empty_like(y), o, T, z, need)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     yield from (("forward", found) for found in forward)
     yield from (("backward", found) for found in backward)
 
 
-_SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32"}
+_SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32",
+          torch.int64: "i64"}  # fmt: skip
 
 
 def _dtype(launch) -> str:
     """The dtype of the kernel's main operand."""
-    operands = "x_ptr x_desc w_ptr dy_ptr u0_ptr u1_ptr s_ptr c_ptr t_ptr out_ptr part0_ptr"
+    operands = "x_ptr x_desc w_ptr dy_ptr u0_ptr u1_ptr s_ptr c_ptr t_ptr out_ptr part0_ptr offs_ptr"
     for name in operands.split():
         value = launch.args.get(name)
         if value is not None:
@@ -251,7 +294,10 @@ def _signature(launch) -> tuple[dict, dict, dict]:
 
 def _multiplies(launch) -> bool:
     """Whether the launch takes matrix products: not when only slots or columns are summed."""
-    if launch.kernel.__name__ in ("add_up", "split", "finish") and launch.args.get("GATE") != 2:
+    if (
+        launch.kernel.__name__ in ("add_up", "add_up_grouped", "split", "finish", "tile_table")
+        and launch.args.get("GATE") != 2
+    ):
         return False
     return any(launch.args.get(flag, True) for flag in ("PRODUCT0", "PRODUCT1"))
 
