@@ -21,6 +21,8 @@ from ..core.torch_internals import assert_async
 def reasons(problem: Problem) -> list[str]:
     """Why the kernels cannot compute a call on rows in groups."""
     found = []
+    if "runs" in problem.present:
+        found.append("rows of one weight in runs, each with an adapter of its own")
     if problem.hadamard:
         found.append("a product of weights, on rows in groups")
     if problem.drop_base:
