@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ..core import experts
 from ..methods import PeftConfig
+from ..model.adapter import factors_of
 from ..model.convert import carry_out, plan
 from ..model.layer import PeftLinear
+from ..model.parameter import PeftParameter
 
 
 @dataclass(frozen=True)
 class LayerEstimate:
-    """Bytes that one adapted linear layer keeps for backward; peft_* None where PEFT has no such layer.
+    """Bytes that one adapted layer, or stack of experts, keeps for backward; peft_* None where PEFT has no such layer.
 
     x: the layer's input, where it is kept as it came. beyond_x: everything else.
     """
@@ -175,6 +178,8 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 def _kept(layer: PeftLinear, tokens: int) -> tuple[int, int]:
     """Bytes of x, and of everything else, that a layer on the meta device keeps: storages, the layer's own left out."""
+    if isinstance(layer, PeftParameter):
+        return _kept_by_parameter(layer, tokens)
     dtype = layer.kind.like(layer).dtype
     if not dtype.is_floating_point:
         raise ValueError(
@@ -192,12 +197,42 @@ def _kept(layer: PeftLinear, tokens: int) -> tuple[int, int]:
     return sizes.pop(x.untyped_storage()._cdata, 0), sum(sizes.values())
 
 
+def _kept_by_parameter(layer: PeftParameter, tokens: int) -> tuple[int, int]:
+    """The same of experts: x (of the stack that reads what another made, a row for each expert that it was routed to),
+    T where B trains, z where d_out trains, the routing's index, and what making the factors keeps; of a matrix that is
+    formed, the factors alone."""
+    kept: list[Tensor] = []
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        f = factors_of(layer)
+    kept += [t for t in (f.A, f.B, f.G, f.a, f.d_in, f.d_out, f.bias) if t is not None]
+    sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
+    for t in (*layer.parameters(), *layer.buffers(), layer.weight):
+        sizes.pop(t.untyped_storage()._cdata, None)
+    made, b = sum(sizes.values()), layer.weight.element_size()
+    if not layer.routed:
+        return 0, made + layer.weight.nbytes * (f.d_out is not None)
+    rows = tokens * experts.experts_per_token(layer.owner)
+    into = layer.parameter_name == experts.stacks(layer.owner)[0]
+    trains = lambda *names: any((t := getattr(f, n)) is not None and t.requires_grad for n in names)  # noqa: E731
+    x = (tokens if into else rows) * layer.in_features * b if trains("A", "d_in") else 0
+    narrow = rows * f.A.shape[1] * b if trains("B", "G") else 0
+    wide = rows * layer.out_features * b if trains("d_out") else 0
+    index = (2 * 8 * rows if into else 0) + 4 * layer.weight.shape[0] + 8 * (f.p > 0)  # rows, back; offsets; a seed
+    return x, made + narrow + wide + index
+
+
 def _kept_by_peft(layer: PeftLinear, M: int, device: torch.device) -> tuple[int, int] | tuple[None, None]:
-    """The same of PEFT's layer with this config: LoRA, rsLoRA, DoRA, AdaLoRA and (IA)³, else (None, None).
+    """The same of PEFT's layer with this config: LoRA, rsLoRA, DoRA, AdaLoRA and (IA)³, else (None, None). Of experts
+    PEFT forms W + s·B A, keeps it and the factors in W's dtype, and no x.
 
     The frozen layer keeps no input. An adapter of another dtype than the layer casts x, and keeps its copy. DoRA also
     makes an identity (K, K) and B A in every forward; they are free again when it ends, and not counted.
     """
+    if isinstance(layer, PeftParameter):
+        if layer.method.name != "lora" or layer.config.dropout or layer.config.lora_bias:
+            return None, None
+        tensors, W = layer.adapter_tensors(), layer.weight
+        return 0, W.nbytes + sum(t.numel() * W.element_size() for t in tensors if t.dtype != W.dtype)
     config, (N, K), base = layer.config, layer.matrix.shape, layer.weight.dtype
     wide = getattr(layer, layer.tensor_names[0]).dtype
     b, w, cast = base.itemsize, wide.itemsize, wide != base
