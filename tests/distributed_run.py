@@ -7,6 +7,7 @@ problem}} to OUT/<world>.json.
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import json
 import os
@@ -30,6 +31,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import fused_peft as fp
 from fused_peft.core import ops
@@ -169,6 +172,51 @@ def ddp():
 @check
 def fsdp():
     return every_case(sharded, split=WORLD, index=RANK, scale=WORLD)
+
+
+class Routed(nn.Module):
+    """Experts by Transformers' contract behind a fixed choice of two."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"hidden_size": K, "moe_intermediate_size": H, "num_experts": 4, "num_experts_per_tok": 2}
+        self.experts = Qwen3MoeExperts(Qwen3MoeConfig(**sizes, experts_implementation="eager"))
+        for p in self.experts.parameters():
+            nn.init.normal_(p, std=0.5)
+
+    def forward(self, x):
+        index = torch.stack([x[:, :2].sum(1) > 0, x[:, 2:].sum(1) > 0], 1).long() + torch.tensor([0, 2])
+        return self.experts(x, index, x[:, :2].detach().sigmoid())
+
+
+@check
+def experts():
+    """Stacks of experts under FSDP2: each step, the trained values, and the checkpoint."""
+    problems, configs = {}, (fp.LoraConfig(r=3), fp.DoraConfig(r=3), fp.SSBConfig(), fp.VeraConfig(r=3))
+    for config in configs:
+        config.target_modules, config.target_parameters = [], ["gate_up_proj", "down_proj"]
+        torch.manual_seed(0)
+        alone = fp.get_peft_model(Routed().double(), config)
+        with torch.no_grad():
+            for p in alone.parameters():
+                if p.requires_grad:
+                    p.add_(0.3 * torch.randn_like(p))
+        together = fully_shard(copy.deepcopy(alone))
+        optimizers, wrong = (adamw(alone), adamw(together)), []
+        for i, batch in enumerate(batches()):
+            want = step(alone, optimizers[0], share(batch), i)
+            got = step(together, optimizers[1], share(batch, WORLD, RANK), i, WORLD)
+            rows = {n: want[n].chunk(WORLD)[RANK] for n in ("y", "x")}
+            wrong += [f"step {i}: {n}" for n in differing(got | {"x": got["x"] / WORLD}, want | rows)]
+        wrong += [f"trained {n}" for n in differing(values(together), values(alone))]
+        folders = [OUT / "experts" / config.method_name / name for name in ("together", f"alone{RANK}")]
+        for model, folder in ((together, folders[0]), (alone, folders[1])):
+            fp.save_pretrained(model, folder)
+        dist.barrier()
+        wrong += [f"stored {n}" for n in differing(*(load_file(f / "adapter_model.safetensors") for f in folders))]
+        if wrong:
+            problems[config.method_name] = "; ".join(wrong)
+    return problems
 
 
 @check

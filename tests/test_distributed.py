@@ -23,7 +23,7 @@ CHECKS = {
     4: ("tensor_parallel_and_fsdp", "fsdp_halfway", "parallel_halfway"),
     2: (
         *("ddp", "fsdp", "fsdp_resumed", "tensor_parallel", "parallel_resumed"),
-        *("penalty", "mixed_precision_and_offload", "dropout", "accelerated_peft", "refusals"),
+        *("penalty", "mixed_precision_and_offload", "dropout", "accelerated_peft", "experts", "refusals"),
     ),
 }
 

@@ -15,6 +15,7 @@ from torch import nn
 import fused_peft as fp
 from fused_peft.core import experts
 from fused_peft.core.factors import NotMergeableError
+from fused_peft.core.groups import Groups, route
 from fused_peft.methods import METHODS
 from fused_peft.model import moe_names
 from fused_peft.model.holder import Holder
@@ -404,3 +405,22 @@ def test_a_routing_to_no_expert_is_refused():
     x = torch.randn(2, 32, dtype=torch.float64)
     with pytest.raises(ValueError, match="no expert of 0"):
         layer(x, torch.tensor([[0, 4], [1, 2]]), torch.ones(2, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("method", [n for n in ON_EXPERTS if n != "liera"])
+def test_estimate_counts_what_experts_keep(method):
+    """Storages that autograd keeps, less those of the model."""
+    config, tokens = config_of(method), 18
+    counted = {row.name: (row.x, row.beyond_x) for row in fp.estimate(model(), config, tokens, device="cpu").layers}
+    layer = fp.get_peft_model(model(), config).train().model.layers[0].mlp.experts
+    own = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *layer.buffers())}
+    groups, _ = route(torch.stack([torch.randperm(4)[:2] for _ in range(tokens)]), 4)
+    for name, rows, g in (("gate_up_proj", tokens, groups), ("down_proj", 2 * tokens, Groups(groups.offs))):
+        adapter, kept = layer._modules[f"{name}_adapter"], []
+        x = torch.randn(rows, adapter.in_features, dtype=torch.float64, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            adapter.call(x, g)
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+        of_x = sizes.pop(x.untyped_storage().data_ptr(), 0)
+        beyond = sum(n for at, n in sizes.items() if at not in own)
+        assert counted[f"model.layers.0.mlp.experts.{name}"] == (of_x, beyond)
