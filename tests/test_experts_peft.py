@@ -855,7 +855,7 @@ def without_last_group(patch):
 
     def wrong(self, *args):
         right(self, *args)
-        self.each = self.each[:-1]
+        self.each, self.runs = self.each[:-1], self.runs[:-1]
 
     patch.setattr(groups._Loop, "__init__", wrong)
 

@@ -12,6 +12,8 @@ from torch import nn
 import fused_peft as fp
 from fused_peft.methods import METHODS
 from fused_peft.model import prompt
+from fused_peft.model.moe_names import renamed
+from fused_peft.model.parameter import PeftParameter
 from fused_peft.model.targets import find_targets, resolve
 from fused_peft.model.unmet import unmatched
 
@@ -209,6 +211,10 @@ def warned(model, **config):
 def test_all_linear_counts_fused_experts_and_routers(name):
     model = build(name)
     kinds = {type(m).__name__ for m in model.modules()}
+    if renamed(model):  # there it means experts and routers, as in PEFT
+        assert not warned(model, target_modules="all-linear")
+        assert len([m for m in model.modules() if isinstance(m, PeftParameter)]) == 2 * 3
+        return
     (message,) = warned(model, target_modules="all-linear")
     for kind in (next(k for k in kinds if k.endswith("Experts")), next(k for k in kinds if k.endswith("Router"))):
         assert f"2 {kind}" in message
@@ -219,7 +225,15 @@ def test_all_linear_counts_fused_experts_and_routers(name):
 @pytest.mark.parametrize("name", FUSED)
 @pytest.mark.parametrize("part", ["gate_proj", "w2", "gate_up_proj", "experts.gate_up_proj"])
 def test_naming_an_experts_layer_says_that_experts_stay_frozen(name, part):
-    (message,) = warned(build(name), target_modules=["q_proj", part])
+    model = build(name)
+    if part in renamed(model):
+        if part == "gate_proj":
+            with pytest.raises(ValueError, match="without up_proj"):
+                warned(model, target_modules=["q_proj", part])
+        else:
+            assert not warned(model, target_modules=["q_proj", part])
+        return
+    (message,) = warned(model, target_modules=["q_proj", part])
     assert re.search(r"does not reach 2 \w+Experts", message)
     assert "Router" not in message
 
@@ -242,7 +256,7 @@ def test_experts_that_were_not_asked_for_are_not_reported(name, config):
 
 def test_only_experts_named_is_refused_with_the_reason():
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts holds its experts in 3-D parameters"):
-        warned(build("Qwen3MoeForCausalLM"), target_modules=["gate_proj", "up_proj"])
+        warned(build("GptOssForCausalLM"), target_modules=["gate_proj", "up_proj"])
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in FUSED])

@@ -167,11 +167,11 @@ class With:
         return self._tensors[name] if name in self._tensors else getattr(self._adapter, name)
 
 
-# (x, w, factors, bias, c, training) -> y, as ``ops.linear``; of experts the call on rows in groups
+# (x, w, factors, bias, c, training) -> y, in place of ``ops.linear``: of experts the call on rows in groups
 Linear = Callable[..., Tensor]
 
 
-def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor, linear: Linear = ops.linear) -> Tensor:
+def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor, linear: Linear | None = None) -> Tensor:
     """y (..., N) of a layer with these adapters, one or more, in their order; x (..., K).
 
     ``layer`` gives the base: kind, weight, bias, training and, where it computes C by itself, base_forward.
@@ -220,7 +220,7 @@ def in_turn(
     x: Tensor,
     bias: Tensor | None,
     training: bool = True,
-    linear: Linear = ops.linear,
+    linear: Linear | None = None,
 ) -> Tensor:
     """y (..., N): z = start(x with every d_in), which holds ``bias`` (N,), then factors on z in turn; x (..., K).
 
@@ -234,7 +234,7 @@ def in_turn(
     for f, behind in steps:
         read = inputs.pop()
         if behind:  # its bias is no change of the layer's
-            z = linear(z, None, f, None, z, training)
+            z = (linear or ops.linear)(z, None, f, None, z, training)
             continue
         z = beside(f, read, z, bias, training, linear)
         bias = f.merged_bias(bias)
@@ -254,11 +254,11 @@ def _first(
     weight,
     bias: Tensor | None,
     training: bool,
-    linear: Linear = ops.linear,
+    linear: Linear | None = None,
     f: Factors | None = None,
 ) -> Tensor:
     """The first adapter, in one call with the frozen product; f: its factors, where they are made already."""
-    method = adapter.method
+    method, linear = adapter.method, linear or ops.linear
     if adapter.awaits_weight and not x.is_meta:
         raise RuntimeError(
             f"{method.name} starts from the weight, and this layer was made on the meta device; call "
@@ -278,7 +278,7 @@ def _first(
 
 
 def beside(
-    f: Factors, x: Tensor, z: Tensor, bias: Tensor | None, training: bool = True, linear: Linear = ops.linear
+    f: Factors, x: Tensor, z: Tensor, bias: Tensor | None, training: bool = True, linear: Linear | None = None
 ) -> Tensor:
     """y (..., N) of the expression with C + bias = z (..., N) already there, made from x ⊙ d_in; x (..., K)."""
     own = bias if f.bias is None else f.bias
@@ -287,10 +287,10 @@ def beside(
     else:  # the bias stays outside d_out
         extra = own if bias is None else own - f.d_out * bias
     f = replace(f, bias=None, d_in=None if f.A is None else f.d_in)
-    if f.A is None and linear is ops.linear:
+    if f.A is None and linear is None:
         return f.to(z.dtype).expression(x, None, None if extra is None else extra.to(z.dtype), z)
     with ops.no_autocast(z.device.type):  # which z's dtype has settled
-        return linear(x.to(z.dtype), None, f, extra, z, training)
+        return (linear or ops.linear)(x.to(z.dtype), None, f, extra, z, training)
 
 
 def own_product(layer: nn.Module, x: Tensor, method: str) -> Tensor:

@@ -298,7 +298,8 @@ def experts_asked_for(model: nn.Module, asked: PeftConfig, config: PeftConfig) -
     for name, stacks in experts(model).items():
         parts = [*stacks]
         if re.search("expert|moe", type(model.get_submodule(name)).__name__, re.IGNORECASE):
-            parts += [part for layer in _EXPERT_LAYERS for part in (layer, f"0.{layer}")]
+            known = renamed(model)  # which ``converted`` has read
+            parts += [part for layer in _EXPERT_LAYERS if layer not in known for part in (layer, f"0.{layer}")]
         means = every or any(asked_for(asked, f"{name}.{p}") and not left_out(config, f"{name}.{p}") for p in parts)
         left = [stack for stack in stacks if f"{name}.{stack}" not in adapted]
         if means and left and not left_out(config, name):
@@ -308,6 +309,6 @@ def experts_asked_for(model: nn.Module, asked: PeftConfig, config: PeftConfig) -
 
 def expert_layers(model: nn.Module) -> list[str]:
     """The names that layers of the model's experts have, or had while they were linear layers."""
-    parts = (*_EXPERT_LAYERS, *renamed(model))
+    parts = {*_EXPERT_LAYERS, *renamed(model), *(stack for stacks in experts(model).values() for stack in stacks)}
     held = set(experts(model)) | {n.rpartition(".")[0] for n, _ in model.named_modules()}
     return [f"{name}.{part}" for name in held for part in parts] if experts(model) else []
