@@ -148,12 +148,14 @@ class _Loop:
             y[i].add_(biases[e])
         return y
 
-    def outer(self, u: Tensor, v: Tensor, E: int, alpha: float = 1.0) -> Tensor:
-        """alpha·u_eᵀ v_e, (E, m, n); u (P, m), v (P, n)."""
+    def outer(self, u: Tensor, v: Tensor, E: int, alpha: float = 1.0, interleaved: bool = False) -> Tensor:
+        """alpha·u_eᵀ v_e, (E, m, n), or in memory (m, E, n) if ``interleaved``; u (P, m), v (P, n)."""
         begun, hit = set(), {e for e, _ in self.runs}
+        m, n = u.shape[1], v.shape[1]
         # sums of several runs round once
         dt = torch.promote_types(u.dtype, torch.float32) if len(hit) < len(self.runs) else u.dtype
-        out = (u.new_empty if len(hit) == E else u.new_zeros)(E, u.shape[1], v.shape[1], dtype=dt)
+        make = u.new_empty if len(hit) == E else u.new_zeros
+        out = make(m, E, n, dtype=dt).transpose(0, 1) if interleaved else make(E, m, n, dtype=dt)
         us, vs, outs = self.parts(u), self.parts(v), out.unbind(0)
         for e, j in self.runs:
             if e in begun:
@@ -218,7 +220,7 @@ class _GroupedMM:
     def add_bias(self, y, bias):
         return y.add_(self._each(bias)[group_of(self.offs, y.shape[0])])
 
-    def outer(self, u, v, E, alpha=1.0):
+    def outer(self, u, v, E, alpha=1.0, interleaved=False):
         out = F.grouped_mm(u.t(), v, offs=self.offs)
         if self.of is not None:  # no index_add_, whose order of summation is not fixed
             runs = (torch.arange(E, device=out.device)[:, None] == self.of).to(torch.float32)
@@ -253,8 +255,17 @@ def _is_lora(o: Operands) -> bool:
 
 
 def _by_rank(B: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bᵀ (E, r, N) contiguous: half the time of both products with it, whichever way B is stored."""
-    return B.mT.to(dtype).contiguous()
+    """Bᵀ (E, r, N), its rows contiguous: half the time of both products with it, whichever way B is stored."""
+    B = B.to(dtype)
+    if _interleaved(B):  # one transposition of a matrix, where one of three dimensions takes several times as long
+        E, N, r = B.shape
+        return B.permute(1, 2, 0).view(N, r * E).t().contiguous().view(r, E, N).transpose(0, 1)
+    return B.mT.contiguous()
+
+
+def _interleaved(B: Tensor) -> bool:
+    """Whether B (E, N, r) is stored as (N, r, E), as PEFT stores that of experts."""
+    return len(B) > 1 and B.permute(1, 2, 0).is_contiguous()
 
 
 def _products(o: Operands, groups: Groups, P: int):
@@ -321,7 +332,7 @@ def backward(
         if want.bias:
             grads = grads._replace(bias=_sums(dy, o.bias, groups, E))
         if want.B:
-            dB = p.outer(T, dy, E, o.s).mT  # (E, r, N) first, as the single layer's
+            dB = p.outer(T, dy, E, o.s, _interleaved(o.B)).mT  # (E, r, N) first, as the single layer's
             grads = grads._replace(B=dB.to(o.B.dtype))
         if o.A is None and want.x and o.w is not None:
             dx = torch.mm(dy, o.w[0]) if one_for_all(o.w) else p.mm(dy, o.w)
