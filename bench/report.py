@@ -200,6 +200,18 @@ def choices() -> str:
     return markdown(["predicted: chosen (eager, HF PEFT)", *(f"M = {M}" for M in shown)], body)
 
 
+def experts() -> str:
+    """LoRA on experts, predicted: ours on both of its ways, HF PEFT's; what it keeps, the formed weights."""
+    names = {"triton": "ours, Triton", "grouped_mm": "ours, grouped product", "peft": "HF PEFT"}
+    header = ["predicted", "frozen, ms", *names.values(), "chosen: gate and up, down", "HF PEFT keeps, GiB"]
+    body = []
+    for r in rows("experts_predicted.csv"):
+        model = f"{r['model']}, {r['top_k']} of {r['experts']} experts"
+        chosen = r["choice"].replace(" ", ", ")
+        body.append([model, r["frozen_ms"], *(r[who] for who in names), chosen, r["peft_keeps_gib"]])
+    return markdown(header, body)
+
+
 def host() -> str:
     """Host time on a stand-in for the CUDA driver, forward + backward."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -262,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "demo-all": demo_all,
     "estimate": estimate,
+    "experts": experts,
     "first": first,
     "gpu": gpu,
     "host": host,

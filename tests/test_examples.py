@@ -81,3 +81,20 @@ def test_options_that_cannot_be_are_refused(causal_lm, tmp_path, capsys):
         with pytest.raises(SystemExit):
             causal_lm([*options, f"--output-dir={tmp_path}"])
         assert why in capsys.readouterr().err
+
+
+def test_experts_train_as_stock_and_keep_less(fused, monkeypatch, capsys):
+    import causal_lm
+    import moe
+
+    monkeypatch.setattr(causal_lm, "PACKAGES", ("json",))
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "moe_intermediate_size": 16, "num_experts": 4, "head_dim": 8}
+    monkeypatch.setattr(moe, "CONFIG", type(moe.CONFIG)(**{**moe.CONFIG.to_diff_dict(), **small}))
+    monkeypatch.setattr(moe, "BATCH", 2)
+    found = moe.main(["--steps=4"])
+    assert fused
+    assert "experts, factors" in capsys.readouterr().out
+    assert len(found["losses"]["PEFT"]) == 4
+    assert found["losses"]["accelerated"] == pytest.approx(found["losses"]["PEFT"], abs=1e-5)
+    assert 0 < found["kept"]["accelerated"] < found["kept"]["PEFT"]
+    assert min(found["seconds"].values()) > 0

@@ -11,6 +11,7 @@ import pytest
 
 from fused_peft.__main__ import main
 from fused_peft.methods import METHODS
+from fused_peft.model.parameter import why_not_method
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fused_peft"
@@ -201,6 +202,13 @@ def test_the_readmes_figures_come_from_the_results():
     ):
         assert said in text, said
     assert kept("lora", "ours") == kept("lora+dropout", "ours")  # "with dropout too"
+
+
+def test_the_page_about_experts_names_the_methods():
+    can, cannot = PAGES["docs/experts.md"].partition("## Which methods")[2].partition("## ")[0].split("The others", 1)
+    acts = {n for n, m in METHODS.items() if why_not_method(m, m.example(2), stacked=True, routed=True) is None}
+    assert set(re.findall(r"`(\w+)`", can)) == acts
+    assert set(re.findall(r"`(\w+)`", cannot)) == set(METHODS) - acts
 
 
 def test_every_page_is_linked_from_the_readme():

@@ -39,18 +39,23 @@ def blocks(text: bytes) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
+def sources() -> bytes:
+    """The sources of PACKAGES, one after the other."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [file for package in PACKAGES for file in sorted((root / package).glob("*.py"))]
+    return b"\n".join(file.read_bytes() for file in files)
+
+
 def base_model(args: argparse.Namespace) -> LlamaForCausalLM:
     """The Llama that PACKAGES trained, read from the output folder where it is there."""
     folder = args.output_dir / f"base-{args.base_steps}"
     if not (folder / "config.json").is_file():
         set_seed(0)
-        root = Path(sysconfig.get_path("stdlib"))
-        files = [file for package in PACKAGES for file in sorted((root / package).glob("*.py"))]
         options = TrainingArguments(
             str(folder), max_steps=args.base_steps, learning_rate=3e-3, warmup_steps=20, lr_scheduler_type="cosine",
             per_device_train_batch_size=BATCH, save_strategy="no", logging_steps=50, report_to=[], use_cpu=args.cpu,
         )  # fmt: skip
-        data = blocks(b"\n".join(file.read_bytes() for file in files))
+        data = blocks(sources())
         trainer = Trainer(LlamaForCausalLM(CONFIG), options, default_data_collator, data)
         trainer.train()
         trainer.save_model()
