@@ -424,3 +424,32 @@ def test_estimate_counts_what_experts_keep(method):
         of_x = sizes.pop(x.untyped_storage().data_ptr(), 0)
         beyond = sum(n for at, n in sizes.items() if at not in own)
         assert counted[f"model.layers.0.mlp.experts.{name}"] == (of_x, beyond)
+
+
+ON_ROUTERS = [n for n, m in METHODS.items() if why_not_method(m, m.example(2), stacked=False, routed=False) is None]
+
+
+@pytest.mark.parametrize("method", ON_ROUTERS)
+def test_every_method_on_a_router_starts_as_it_and_merges(method):
+    base = model()(IDS).logits
+    few = {"directions": 2} if method == "lora_dash" else {}
+    m = fp.get_peft_model(model(), config_of(method, target_parameters=["gate.weight"], **few))
+    assert (m(IDS).logits - base).abs().max() < 1e-12
+    y, grads = gradients(moved(m))
+    assert (y - base).abs().max() > 1e-6
+    assert all(g.any() for g in grads.values())
+    assert (fp.merge_and_unload(m)(IDS).logits - y).abs().max() < 1e-10
+
+
+def test_all_linear_with_dropout_leaves_routers_out():
+    config = fp.LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.1)
+    with pytest.warns(UserWarning, match="leaves the routers out"):
+        m = fp.get_peft_model(model(), config)
+    adapted = {layer.parameter_name for layer in m.modules() if isinstance(layer, PeftParameter)}
+    assert adapted == set(STACKS)
+
+
+def test_a_batch_of_several_adapters_does_not_reach_experts():
+    m = fp.get_peft_model(model(), config_of("lora"))
+    with pytest.raises(ValueError, match=r"does not reach model\.layers"), fp.adapter_batch(m, ["default"] * 2):
+        pass

@@ -22,6 +22,7 @@ from ..core.torch_internals import in_backward
 from .adapted import is_pefts, layers, unwrap
 from .adapter import compose, own_product
 from .layer import PeftLinear
+from .parameter import PeftParameter
 from .prompt import SoftPromptConfig
 from .rows import BASE, Chosen, length_error, lora_form, mixed
 from .state import state_of
@@ -148,6 +149,11 @@ def _members(model: nn.Module) -> list[Member]:
         tensors = {n: list(a.adapter_tensors()) for n, a in layer.adapters.items()}
         return Member(name, layer, tensors, layer.merged, lambda switch: layer.__dict__.__setitem__("_batch", switch))
 
+    if held := [name for name, layer in layers(model) if isinstance(layer, PeftParameter)]:
+        raise ValueError(
+            f"adapter_batch does not reach {held[0]}: experts and routers know no samples; use it with adapters on "
+            "linear layers alone"
+        )
     found = [member(name, layer) for name, layer in layers(model)]
     for of_peft in OF_PEFT if is_pefts(model) else ():
         found += of_peft(model)

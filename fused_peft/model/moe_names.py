@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from dataclasses import replace
 
 from torch import nn
@@ -55,6 +56,13 @@ def converted(model: nn.Module, config: PeftConfig, asked: PeftConfig) -> PeftCo
         targets = [name for name, _ in model.named_modules() if name and re.fullmatch(targets, name)]
     else:
         named = set(old) if everything else {t.rpartition(".")[2] for t in targets} & old.keys()
+    if everything and config.dropout and "gate" in named:
+        named.discard("gate")
+        warnings.warn(
+            f"target_modules='all-linear' leaves the routers out, since dropout={config.dropout} cannot act on their "
+            "input; set it to 0 to adapt them too",
+            stacklevel=6,  # the caller of get_peft_model
+        )
     if not named:
         return config
     for new in {old[n] for n in named}:

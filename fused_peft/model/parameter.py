@@ -47,8 +47,8 @@ def why_not_method(method: Method, config: PeftConfig, stacked: bool, routed: bo
     """Why a method cannot act on a parameter: one of a stack, of experts by Transformers' contract (``routed``)."""
     if method.factors is None:
         return f"{method.name} forms a weight or acts behind the layer, and has no factors to put beside a parameter"
-    if stacked and (method.weight is not None or not method.stacks):
-        return f"{method.name} computes with one weight (out, in) at a time, not with a stack of them"
+    if method.weight is not None or method.trains_other_biases or (stacked and not method.stacks):
+        return f"{method.name} computes with the weight (out, in) and the bias of one linear layer"
     if stacked and method.decomposes_later:
         return f"{method.name} decomposes one weight while it trains, not a stack of them"
     if not routed:
