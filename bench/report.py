@@ -212,6 +212,35 @@ def experts() -> str:
     return markdown(header, body)
 
 
+def cpu_experts() -> str:
+    """A layer of experts with LoRA, forward + backward over the frozen one, and bytes kept over the frozen layer's."""
+    found: dict[tuple[str, ...], dict[str, dict[str, str]]] = defaultdict(dict)
+    for r in rows("cpu/experts.csv"):
+        found[r["experts"], r["width"], r["dtype"]][r["contender"]] = r
+    who = {"ours": "ours", "accelerated": "PEFT accelerated", "peft": "HF PEFT"}
+    header = ["forward + backward / frozen", *who.values(), *(f"kept: {name}" for name in who.values())]
+    body = []
+    for (experts, width, dtype), of in found.items():
+        kept = [f"{int(of[w]['kept_bytes']) / int(of['frozen']['kept_bytes']):.2f}" for w in who]
+        body.append([f"{experts} x {width}, {dtype}", *(f"{float(of[w]['ratio_p50']):.2f}" for w in who), *kept])
+    return markdown(header, body)
+
+
+def cpu_batch() -> str:
+    """Mixed batches over the frozen layer, HF PEFT's in brackets."""
+    by = {(r["tokens"], r["adapters"], r["dtype"], r["step"], r["contender"]): f"{float(r['ratio_p50']):.2f}"
+          for r in rows("cpu/batch.csv")}  # fmt: skip
+    columns = list(dict.fromkeys(key[2:4] for key in by))
+
+    def cell(case: tuple[str, str], column: tuple[str, str]) -> str:
+        mine, peer = (by.get((*case, *column, who)) for who in ("ours", "peft"))
+        return f"{mine} ({peer})" if mine else ""
+
+    header = ["16 samples, 1024 to 1024, r = 16", *(f"{step}, {dtype}" for dtype, step in columns)]
+    cases = dict.fromkeys(key[:2] for key in by)
+    return markdown(header, [[f"{t} tokens each, {a} adapters", *(cell((t, a), c) for c in columns)] for t, a in cases])
+
+
 def host() -> str:
     """Host time on a stand-in for the CUDA driver, forward + backward."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -269,6 +298,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "behind": behind,
     "checkpoint": checkpoint,
     "choices": choices,
+    "cpu-batch": cpu_batch,
+    "cpu-experts": cpu_experts,
     "cpu-layers": cpu_layers,
     "crossovers": crossovers,
     "demo": demo,

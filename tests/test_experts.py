@@ -437,7 +437,7 @@ def test_every_method_on_a_router_starts_as_it_and_merges(method):
     assert (m(IDS).logits - base).abs().max() < 1e-12
     y, grads = gradients(moved(m))
     assert (y - base).abs().max() > 1e-6
-    assert all(g.any() for g in grads.values())
+    assert all(g.any() for n, g in grads.items() if not n.endswith("dash"))  # which waits for its steps
     assert (fp.merge_and_unload(m)(IDS).logits - y).abs().max() < 1e-10
 
 
