@@ -238,7 +238,13 @@ def cpu_batch() -> str:
 
     header = ["16 samples, 1024 to 1024, r = 16", *(f"{step}, {dtype}" for dtype, step in columns)]
     cases = dict.fromkeys(key[:2] for key in by)
-    return markdown(header, [[f"{t} tokens each, {a} adapters", *(cell((t, a), c) for c in columns)] for t, a in cases])
+    return markdown(
+        header,
+        [
+            [f"{t} token{'s' * (t != '1')} each, {a} adapter{'s' * (a != '1')}", *(cell((t, a), c) for c in columns)]
+            for t, a in cases
+        ],
+    )
 
 
 def host() -> str:
