@@ -81,7 +81,7 @@ def config_of(method, **others):
 def formed(m, monkeypatch):
     """The same model on weights that its modules' own forwards read, formed by ``Factors.merged``."""
     m = copy.deepcopy(m)
-    monkeypatch.setattr(experts, "why_not", lambda module: "for a test")
+    monkeypatch.setattr(experts, "why_not", lambda *_: "for a test")
     return m
 
 
@@ -453,3 +453,58 @@ def test_a_batch_of_several_adapters_does_not_reach_experts():
     m = fp.get_peft_model(model(), config_of("lora"))
     with pytest.raises(ValueError, match=r"does not reach model\.layers"), fp.adapter_batch(m, ["default"] * 2):
         pass
+
+
+def one_layer(m):
+    torch.manual_seed(4)
+    x, index = torch.randn(6, 32, dtype=torch.float64), torch.stack([torch.randperm(4)[:2] for _ in range(6)])
+    return m.model.layers[0].mlp.experts, x, index, torch.rand(6, 2, dtype=torch.float64)
+
+
+def test_a_forward_that_is_not_transformers_reads_formed_weights():
+    """A subclass that does something else before is not passed by."""
+    plain = model()
+    kind = type(plain.model.layers[0].mlp.experts)
+    twice = lambda self, x, *routing: kind.forward(self, 2 * x, *routing)  # noqa: E731
+    plain.model.layers[0].mlp.experts.__class__ = type("Twice", (kind,), {"forward": twice})
+    m = moved(fp.get_peft_model(plain, config_of("lora")))
+    layer, x, index, weights = one_layer(m)
+    other = moved(fp.get_peft_model(model(), config_of("lora"))).model.layers[0].mlp.experts
+    torch.testing.assert_close(layer(x, index, weights), other(2 * x, index, weights))
+    row = next(r for r in fp.explain(m) if r.name.endswith("0.mlp.experts.down_proj"))
+    assert row.form == "weight"
+    assert "not one that Transformers chooses" in row.why
+
+
+def test_a_call_in_other_shapes_by_name_or_in_another_dtype():
+    m = moved(fp.get_peft_model(model(), config_of("lora")))
+    layer, x, index, weights = one_layer(m)
+    y = layer(x, index, weights)
+    torch.testing.assert_close(layer(hidden_states=x, top_k_index=index, top_k_weights=weights), y)
+    shaped = layer(x.view(2, 3, 32), index.view(2, 3, 2), weights.view(2, 3, 2))
+    torch.testing.assert_close(shaped, y.view(2, 3, 32))
+    m.set_experts_implementation("grouped_mm")
+    m.to(torch.bfloat16)
+    with torch.no_grad():  # Transformers casts x there
+        assert layer(x.float(), index, weights.float()).isfinite().all()
+
+
+def test_behind_hooks_that_place_tensors():
+    hooks = pytest.importorskip("accelerate.hooks")
+    m = moved(fp.get_peft_model(model(), config_of("lora")))
+    layer, x, index, weights = one_layer(m)
+    y = layer(x, index, weights)
+    plain = model()
+    hooks.add_hook_to_module(plain.model.layers[0].mlp.experts, hooks.AlignDevicesHook(execution_device="cpu"))
+    hooked = moved(fp.get_peft_model(plain, config_of("lora")))
+    assert torch.equal(hooked.model.layers[0].mlp.experts(x, index, weights), y)
+    base = fp.merge_and_unload(hooked).model.layers[0].mlp.experts
+    torch.testing.assert_close(base(x, index, weights), y)
+
+
+def test_a_forward_on_the_instance_is_refused():
+    plain = model()
+    layer = plain.model.layers[0].mlp.experts
+    layer.forward = lambda *args: type(layer).forward(layer, *args)
+    with pytest.raises(TypeError, match="forward of its own on the instance"):
+        fp.get_peft_model(plain, config_of("lora"))

@@ -9,7 +9,11 @@ Transformers' expert modules share one contract, by attributes: ``num_experts``,
 
 from __future__ import annotations
 
+import functools
+import inspect
+import sys
 from collections.abc import Callable
+from types import CodeType
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +27,7 @@ from .torch_internals import tracing, transforming
 _CONTRACT = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate", "config")
 # Transformers' own forwards of these modules, which differ in speed alone
 _IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm", None)
+_STOCK = {"grouped_mm": "grouped_mm_experts_forward", "batched_mm": "batched_mm_experts_forward"}
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -36,14 +41,49 @@ def is_experts(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in _CONTRACT) and all(hasattr(module, n) for n in stacks(module))
 
 
-def why_not(module: nn.Module) -> str | None:
-    """Why the fused call cannot take the place of an expert module's forward, or None."""
-    kind = type(module).__name__
+def _moe():
+    """Transformers' module of experts; it is there where a module follows the contract."""
+    return sys.modules.get("transformers.integrations.moe")
+
+
+@functools.cache
+def _chosen_forward() -> CodeType | None:
+    """The forward that Transformers' decorator of experts gives a class."""
+    make = getattr(_moe(), "use_experts_implementation", None)
+    return None if make is None else make(type("_", (nn.Module,), {"forward": lambda self: None})).forward.__code__
+
+
+@torch.compiler.assume_constant_result
+def class_unread(kind: type) -> str | None:
+    """Why a class of experts does not follow Transformers' contract to the letter, or None."""
+    owner = next(c for c in kind.__mro__ if "forward" in vars(c))
+    forward = vars(owner)["forward"]
+    if _moe() is None or not inspect.isfunction(forward) or forward.__code__ is not _chosen_forward():
+        return f"the forward of {kind.__name__} is not one that Transformers chooses by the experts implementation"
+    around = dict(zip(forward.__code__.co_freevars, forward.__closure__, strict=True))
+    if around["experts_interface"].cell_contents is not _moe().ALL_EXPERTS_FUNCTIONS:
+        return f"{kind.__name__} has experts implementations of its own"
+    if getattr(kind, "_apply_gate", None) is not getattr(owner, "_apply_gate", None):
+        return f"{kind.__name__} replaces the gate of {owner.__name__}"
+    return None
+
+
+def why_not(module: nn.Module, kind: type | None = None) -> str | None:
+    """Why the fused call cannot take the place of an expert module's forward, that of a class (the module's own where
+    none is given), or None."""
+    own = kind or type(module)
+    kind = own.__name__
     if not is_experts(module):
         return f"{kind} does not say what its forward computes, as Transformers' expert modules do by their attributes"
+    if reason := class_unread(own):
+        return reason
     implementation = getattr(module.config, "_experts_implementation", None)
     if implementation not in _IMPLEMENTATIONS:
         return f"the experts implementation {implementation!r} is a forward of its own"
+    if (known := _STOCK.get(implementation)) and _moe().ALL_EXPERTS_FUNCTIONS.get(implementation) is not getattr(
+        _moe(), known, None
+    ):
+        return f"the experts implementation {implementation!r} was replaced by a forward of its own"
     if getattr(module, "_is_expert_parallel", False):
         return "its experts are spread over several processes (expert parallelism)"
     for name in stacks(module):
@@ -65,13 +105,15 @@ def experts_per_token(module: nn.Module) -> int:
 
 
 def arguments(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(x (M, H), top_k_index (M, k), top_k_weights (M, k)) of a call; None where it is another one."""
+    """(x (..., H), top_k_index (..., k), top_k_weights (..., k)) of a call; None where it says anything else."""
     names = ("hidden_states", "top_k_index", "top_k_weights")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    if len(args) + len(kwargs) != len(names) or given.keys() != set(names):
+    given = dict(zip(names, args, strict=False))
+    if len(args) > len(names) or given.keys() & kwargs.keys() or {*given, *kwargs} != set(names):
         return None
-    found = tuple(given[name] for name in names)
-    return found if all(isinstance(t, Tensor) and t.dim() == 2 for t in found) else None
+    x, index, weights = call = tuple({**given, **kwargs}[name] for name in names)
+    if not all(isinstance(t, Tensor) for t in call) or x.dim() < 2 or index.dim() < 2 or index.shape != weights.shape:
+        return None
+    return call if x.shape[:-1].numel() == index.shape[:-1].numel() else None
 
 
 def matrices(module: nn.Module, W: Tensor) -> Tensor:
@@ -86,8 +128,11 @@ def forward(
     weights: Tensor,
     linear: Callable[[str, Tensor, Groups], Tensor],
 ) -> Tensor:
-    """What the module computes (M, H), with ``linear(name, x, groups)`` -> (P, N) in place of a stack's product and
-    bias. x (M, H), index and weights (M, k)."""
+    """What the module computes (..., H), with ``linear(name, x, groups)`` -> (P, N) in place of a stack's product and
+    bias. x (..., H), index and weights (..., k)."""
+    shape, k = x.shape, index.shape[-1]
+    if x.dim() != 2 or index.dim() != 2:
+        x, index, weights = x.reshape(-1, shape[-1]), index.reshape(-1, k), weights.reshape(-1, k)
     groups, order = route(index, module.num_experts)
     up, down = stacks(module)
     h = linear(up, x, groups)
@@ -95,7 +140,8 @@ def forward(
     h = linear(down, h, Groups(groups.offs))
     if module.has_post_expert_norm:
         h = module.post_expert_norm(h)
-    return combined(h, weights, groups, order).to(x.dtype)
+    y = combined(h, weights, groups, order).to(x.dtype)
+    return y if len(shape) == 2 else y.view(*shape[:-1], y.shape[-1])
 
 
 def combined(h: Tensor, weights: Tensor, groups: Groups, order: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ parameters: A (E·r, in), experts one after the other, and B (out, r·E), expert
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -22,14 +21,6 @@ from ..core.groups import Groups
 from ..core.sharded import is_spread
 from ..model.explain import Row
 
-try:
-    from transformers.integrations import moe
-except ImportError:  # a Transformers whose experts have no common contract
-    moe = None
-
-_CALL = ("hidden_states", "top_k_index", "top_k_weights")
-_IMPLEMENTED = {"grouped_mm": "grouped_mm_experts_forward", "batched_mm": "batched_mm_experts_forward"}
-
 
 def hooked(module: nn.Module) -> bool:
     return bool(
@@ -43,7 +34,7 @@ class ParamWrapper(lora.ParamWrapper):  # by this name PEFT knows its own
     def forward(self, *args, **kwargs) -> Tensor:
         if not args and "hidden_states" in kwargs:  # PEFT has another name for it
             args = (kwargs.pop("hidden_states"),)
-        call = _read(args, kwargs)
+        call = experts.arguments(args, kwargs)
         if call is None or not self.acts() or self.unfused(call[0]):
             return super().forward(*args, **kwargs)
         x, index, weights = call
@@ -54,10 +45,7 @@ class ParamWrapper(lora.ParamWrapper):  # by this name PEFT knows its own
             f = found.get(name) or Factors()
             return grouped.linear(x, experts.matrices(base, getattr(base, name)), f, groups, _bias(base, name))
 
-        rows = x.reshape(-1, x.shape[-1])
-        k = index.shape[-1]
-        y = experts.forward(base, rows, index.reshape(-1, k), weights.reshape(-1, k), linear)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return experts.forward(base, x, index, weights, linear)
 
     def acts(self, adapters: list[str] | None = None) -> bool:
         """Whether the wrapper adds anything to its stack in a call."""
@@ -89,7 +77,7 @@ class ParamWrapper(lora.ParamWrapper):  # by this name PEFT knows its own
                 return f"the wrapper of {w.parameter_name} is disabled but merged, and PEFT unmerges it in its call"
         if "parametrizations" in base._modules:
             return "the weights of its experts are parametrized"
-        if reason := _class_unread(type(base)) or experts.why_not(base) or _unread(base):
+        if reason := experts.class_unread(type(base)) or experts.why_not(base) or _unread(base):
             return reason
         if len(set(names)) < len(names) or not set(names) <= set(experts.stacks(base)):
             return f"{kind}.{names[0]} is not one of its stacks {experts.stacks(base)}, or is wrapped twice"
@@ -158,17 +146,6 @@ def started_by(layers: Iterable[nn.Module], adapters: list[str] | None = None) -
     return found
 
 
-def _read(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor, Tensor] | None:
-    """(hidden states, index, weights) of a call; None where it says anything else."""
-    named = dict(zip(_CALL, args, strict=False))
-    if len(args) > len(_CALL) or named.keys() & kwargs.keys() or {*named, *kwargs} != set(_CALL):
-        return None
-    x, index, weights = call = tuple({**named, **kwargs}[name] for name in _CALL)
-    if not all(isinstance(t, Tensor) for t in call) or x.dim() < 2 or index.dim() < 2 or index.shape != weights.shape:
-        return None
-    return call if x.shape[:-1].numel() == index.shape[:-1].numel() else None
-
-
 def _bias(base: nn.Module, name: str) -> Tensor | None:
     return getattr(base, f"{name}_bias") if base.has_bias else None
 
@@ -178,34 +155,7 @@ def _unread(base: nn.Module) -> str | None:
     kind = type(base).__name__
     if hooked(base) or "forward" in base.__dict__ or "_apply_gate" in base.__dict__:
         return f"{kind} has hooks or a forward of its own, which the fused call would bypass"
-    replaced = [n for n, own in _IMPLEMENTED.items() if moe.ALL_EXPERTS_FUNCTIONS.get(n) is not getattr(moe, own)]
-    if replaced and (implementation := base.config._experts_implementation) in replaced:  # 10 us to ask a config
-        return f"the experts implementation {implementation!r} was replaced by a forward of its own"
     for name in experts.stacks(base):
         if is_foreign(getattr(base, name)):
             return f"{kind}.{name} is a {type(getattr(base, name)).__name__}, whose format is not read"
-    return None
-
-
-def _decorated():
-    """The forward that Transformers' decorator of experts gives a class."""
-    make = getattr(moe, "use_experts_implementation", None)
-    return None if make is None else make(type("_", (nn.Module,), {"forward": lambda self: None})).forward.__code__
-
-
-_FORWARD = _decorated()
-
-
-@torch.compiler.assume_constant_result
-def _class_unread(kind: type) -> str | None:
-    """Why a class of experts does not follow Transformers' contract to the letter, or None."""
-    owner = next(c for c in kind.__mro__ if "forward" in vars(c))
-    forward = vars(owner)["forward"]
-    if not inspect.isfunction(forward) or forward.__code__ is not _FORWARD:
-        return f"the forward of {kind.__name__} is not one that Transformers chooses by the experts implementation"
-    around = dict(zip(_FORWARD.co_freevars, forward.__closure__, strict=True))
-    if around["experts_interface"].cell_contents is not moe.ALL_EXPERTS_FUNCTIONS:
-        return f"{kind.__name__} has experts implementations of its own"
-    if getattr(kind, "_apply_gate", None) is not getattr(owner, "_apply_gate", None):
-        return f"{kind.__name__} replaces the gate of {owner.__name__}"
     return None

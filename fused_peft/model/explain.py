@@ -101,7 +101,7 @@ def _explain_parameter(
     layer: PeftParameter, names: str, adapters: Sequence[Bound], tokens: int, dtype: torch.dtype | None
 ) -> Row:
     owner, kind = layer.owner, layer.base_class.__name__
-    why = experts.why_not(owner) if layer.kind.stacked else "it reads the matrix itself"
+    why = experts.why_not(owner, layer.base_class) if layer.kind.stacked else "it reads the matrix itself"
     if why is not None or not layer.routed:
         return (
             names,

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..core import experts, grouped
+from ..core import experts, grouped, ops
 from ..core.factors import Factors, NotMergeableError
 from ..core.frozen import DENSE, EXPERTS, TRANSPOSED_EXPERTS, Frozen, is_foreign
 from ..core.groups import Groups
@@ -38,6 +38,8 @@ def why_not(owner: nn.Module, name: str) -> str | None:
         return "it is sharded over several processes; adapt the model before parallelising or sharding it"
     if name + SUFFIX in owner._modules:
         return "it already carries an adapter; merge_and_unload it first"
+    if "forward" in owner.__dict__ and not callable(owner.__dict__.get("_old_forward")):
+        return "its module has a forward of its own on the instance, which an adapter would not see"
     if hasattr(owner, name + SUFFIX):
         return f"its module has an attribute {name + SUFFIX!r}, which the adapter needs for itself; rename it"
     return None
@@ -82,7 +84,7 @@ class PeftParameter(Holder, nn.Module):
         self.parameter_name, self.base_class = name, base_of(owner)
         if reason := why_not(owner, name):
             raise TypeError(f"{type(owner).__name__}.{name} cannot be adapted: {reason}")
-        self.routed = experts.why_not(owner) is None and name in experts.stacks(owner)
+        self.routed = experts.why_not(owner, self.base_class) is None and name in experts.stacks(owner)
         transposed = getattr(owner, "is_transposed", False)
         self.kind: Frozen = DENSE if self.weight.dim() == 2 else TRANSPOSED_EXPERTS if transposed else EXPERTS
         self.out_features, self.in_features = self.kind.shape(self)
@@ -164,7 +166,7 @@ class PeftParameter(Holder, nn.Module):
         """Put the adapters beside the parameter, whose module computes with them from now on."""
         owner, base = self.owner, base_of(self.owner)
         held = (*getattr(owner, "_held", ()), self.parameter_name)
-        owner.__class__ = _adapting(base, held)
+        _become(owner, _adapting(base, held))
         owner.add_module(self.parameter_name + SUFFIX, self)
         self.train(owner.training)
 
@@ -180,7 +182,7 @@ class PeftParameter(Holder, nn.Module):
         owner = self.owner
         del owner._modules[self.parameter_name + SUFFIX]
         held = tuple(n for n in owner._held if n != self.parameter_name)
-        owner.__class__ = _adapting(base_of(owner), held) if held else base_of(owner)
+        _become(owner, _adapting(base_of(owner), held) if held else base_of(owner))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """A checkpoint always holds the base weight, merged or not."""
@@ -205,12 +207,13 @@ class _Adapting:
         held = {name: self._modules[name + SUFFIX] for name in self._held}
         if not any(p.acts or (p.merged and not p.enabled) for p in held.values()):
             return self._base.forward(self, *args, **kwargs)
-        if all(p.routed for p in held.values()) and experts.why_not(self) is None:
-            found = experts.arguments(args, kwargs)
-            if found is not None:
+        found = experts.arguments(args, kwargs) if all(p.routed for p in held.values()) else None
+        if found is not None and experts.why_not(self, self._base) is None:
+            if found[0].dtype == next(iter(held.values())).weight.dtype or ops.autocasting(found[0]):
                 return experts.forward(self, *found, partial(_product, self, held))
         if any(a.config.dropout and p.training for p in held.values() for a in p.active_adapters() if p.acts):
-            reason = experts.why_not(self) or "not with hidden_states, top_k_index and top_k_weights alone"
+            reason = experts.why_not(self, self._base)
+            reason = reason or "not with hidden_states, top_k_index and top_k_weights of the weights' dtype alone"
             raise RuntimeError(
                 f"{self._base.__name__} is called in a way that forms its adapted weights ({reason}), where dropout "
                 "cannot act on the adapter's input; set the dropout to 0"
@@ -237,6 +240,13 @@ def _product(owner: nn.Module, held: dict[str, PeftParameter], name: str, x: Ten
         return held[name].call(x, groups)
     bias = owner._parameters.get(name + "_bias")
     return grouped.linear(x, experts.matrices(owner, owner._parameters[name]), Factors(), groups, bias)
+
+
+def _become(owner: nn.Module, kind: type) -> None:
+    """Change a module's class, also behind the hooks with which Accelerate places and offloads its tensors."""
+    owner.__class__ = kind
+    if callable(owner.__dict__.get("_old_forward")):
+        owner.__dict__["_old_forward"] = kind.forward.__get__(owner)
 
 
 def base_of(module: nn.Module) -> type:
