@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fused_peft as fp
-from fused_peft.core import grouped, groups
+from fused_peft.core import eager, grouped, groups, ops
 from fused_peft.core.factors import Factors
 from fused_peft.core.groups import Groups, route
 from fused_peft.core.operands import call_of
@@ -342,3 +342,30 @@ def _caught():
     f, (g, _) = lora(p=0.3), route(ROUTINGS["mixed"](), E)
     y, exact, found, wanted = both(leaf(M, K), torch.randn(E, N, K, dtype=torch.float64), f, g, leaf(E, N))
     assert not (close(y, exact) and all(map(close, found, wanted)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_half_precision_on_a_cpu_without_instructions_for_it(dtype, p, monkeypatch):
+    """There the weight is read column after column for dx, with the same result but for rounding."""
+    x, w = torch.randn(40, 72).to(dtype).requires_grad_(), torch.randn(96, 72).to(dtype)
+    f = Factors(A=leaf(4, 72, dtype=torch.float32), B=leaf(96, 4, dtype=torch.float32), p=p, drop_base=p > 0)
+    g, _ = route(torch.randint(0, E, (40, TOP)), E)
+    stacked = Factors(A=leaf(E, 4, 72, dtype=torch.float32), B=leaf(E, 96, 4, dtype=torch.float32), p=p)
+    W, reads = torch.randn(E, 96, 72).to(dtype), []
+    right = eager.by_columns
+    for module in (eager, groups):
+        monkeypatch.setattr(module, "by_columns", lambda w: reads.append(right(w)) or reads[-1])
+    found = []
+    for native in (True, False):
+        monkeypatch.setitem(eager.HALF_PRODUCTS, dtype, native)
+        calls = (
+            ops.linear(x, w, f, seed=SEED if p else None),
+            grouped.linear(x, W, stacked, g, seed=SEED if p else None),
+        )
+        found.append([torch.autograd.grad(y.float().square().sum(), x)[0].float() for y in calls])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() <= 1e-2 * a.norm()
+    half = len(reads) // 2
+    assert any(t.stride(-1) == 1 for t in reads[:half])  # W for dx; forward's W^T lies so already
+    assert all(t.stride(0) == 1 for t in reads[half:])

@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dropout import Mask
-from .eager import Eager
+from .eager import Eager, by_columns
 from .operands import TENSORS, Operands
 from .torch_internals import assert_async
 
+TALL = 64  # rows of a group's weight from which ``by_columns`` pays
 FEW = 8  # rows of a run up to which runs of a CPU are computed in one batched product
 _eager = Eager()
 _STACKED = tuple(name for name in Operands._fields[:TENSORS] if name not in ("x", "c", "seed"))
@@ -119,12 +120,14 @@ class _Loop:
             return _scaled(u, w[0], alpha) if bias is None else torch.addmm(bias[0], u, w[0], alpha=alpha)
         out = (u.new_empty if self.all else u.new_zeros)(u.shape[0], w.shape[2])
         us, ws, outs = self.parts(u), w.unbind(0), self.parts(out)
+        tall = w.shape[1] >= TALL
         biases = None if bias is None else bias.unbind(0)
         for e, j in self.runs:
+            right = by_columns(ws[e]) if tall else ws[e]
             if biases is not None:
-                torch.addmm(biases[e], us[j], ws[e], alpha=alpha, out=outs[j])
+                torch.addmm(biases[e], us[j], right, alpha=alpha, out=outs[j])
             else:
-                _scaled(us[j], ws[e], alpha, outs[j])
+                _scaled(us[j], right, alpha, outs[j])
         return out
 
     def add(self, y: Tensor, u: Tensor, w: Tensor, alpha: float = 1.0) -> Tensor:
@@ -335,7 +338,7 @@ def backward(
             dB = p.outer(T, dy, E, o.s, _interleaved(o.B)).mT  # (E, r, N) first, as the single layer's
             grads = grads._replace(B=dB.to(o.B.dtype))
         if o.A is None and want.x and o.w is not None:
-            dx = torch.mm(dy, o.w[0]) if one_for_all(o.w) else p.mm(dy, o.w)
+            dx = torch.mm(dy, by_columns(o.w[0])) if one_for_all(o.w) else p.mm(dy, o.w)
             grads = grads._replace(x=groups.gathered(dx))
         if o.A is None or not (into_x or want.A):
             return list(grads[: len(need)])
@@ -349,9 +352,9 @@ def backward(
         if into_x:
             A = o.A.to(dt)
             if mask is None and o.w is not None:
-                dx = p.add(torch.mm(dy, o.w[0]) if one_for_all(o.w) else p.mm(dy, o.w), dT, A)
+                dx = p.add(torch.mm(dy, by_columns(o.w[0])) if one_for_all(o.w) else p.mm(dy, o.w), dT, A)
             elif groups.of is not None:  # where a run is of no group, dT has nothing
-                dx = dy.new_zeros(P, o.A.shape[2]) if o.w is None else torch.mm(dy, o.w[0])
+                dx = dy.new_zeros(P, o.A.shape[2]) if o.w is None else torch.mm(dy, by_columns(o.w[0]))
                 dx = p.add(dx, dT, A) if mask is None else p.add_masked(dx, dT, A, mask, scale)
             else:
                 dx = p.mm(dT, A, alpha=scale)

@@ -239,7 +239,7 @@ def _formed_gradients(form, bias_dtype, dy, x, tensors, want_x, want_bias, *want
     with torch.enable_grad():
         w = form(*leaves).to(dy.dtype)
     rows = dy.reshape(-1, dy.shape[-1])
-    dx = torch.mm(rows, w.detach()).view(*dy.shape[:-1], w.shape[1]) if want_x else None
+    dx = torch.mm(rows, eager.by_columns(w.detach())).view(*dy.shape[:-1], w.shape[1]) if want_x else None
     dbias = eager.row_sum(rows, bias_dtype) if want_bias else None
     grads = iter(())
     if any(wanted):

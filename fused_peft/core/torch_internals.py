@@ -44,6 +44,21 @@ except ImportError:
 TorchDispatchMode: type = importlib.import_module("torch.utils._python_dispatch").TorchDispatchMode
 
 
+def _has(name: str) -> bool:
+    """What PyTorch's mkldnn says of this CPU; True where it cannot be asked."""
+    try:
+        return bool(getattr(torch.ops.mkldnn, name)())
+    except (AttributeError, RuntimeError):
+        return True
+
+
+# Whether PyTorch multiplies matrices of a half-precision dtype with instructions that this CPU has for it
+HALF_PRODUCTS = {
+    torch.bfloat16: _has("_is_mkldnn_bf16_supported"),
+    torch.float16: _has("_is_mkldnn_fp16_supported"),
+}
+
+
 def function_apply(function: type[torch.autograd.Function]) -> Callable:
     """Function.apply less its handling of torch.func's transforms, which the caller has ruled out: 2 us less a call."""
     return getattr(super(torch.autograd.Function, function), "apply", function.apply)
