@@ -508,3 +508,10 @@ def test_a_forward_on_the_instance_is_refused():
     layer.forward = lambda *args: type(layer).forward(layer, *args)
     with pytest.raises(TypeError, match="forward of its own on the instance"):
         fp.get_peft_model(plain, config_of("lora"))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_proj", "up_proj", "down_proj"]])
+def test_linear_layers_that_old_names_leave_out_are_named(targets):
+    with pytest.warns(UserWarning, match="leaves out 6 linear layers .first: model.layers.0.mlp.shared_experts"):
+        m = fp.get_peft_model(model("DeepseekV3"), fp.LoraConfig(r=2, target_modules=targets))
+    assert not any("shared" in name for name, _ in m.named_parameters() if "lora_" in name)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 import re
+import reprlib
 import warnings
 from dataclasses import replace
 
 from torch import nn
 
+from ..core.frozen import is_linear
 from ..methods import PeftConfig
 
 _GATE_UP, _DOWN = "gate_up_proj", "down_proj"
@@ -37,6 +39,11 @@ def renamed(model: nn.Module) -> dict[str, str]:
 def _held(model: nn.Module, parameter: str) -> list[str]:
     """The modules that hold a parameter of this name, the end of its full name."""
     return [name[: -len(parameter) - 1] for name, _ in model.named_parameters() if name.endswith(f".{parameter}")]
+
+
+def _means(targets: frozenset[str], name: str) -> bool:
+    """Whether a list of targets means the module of this name: it, or its end, is among them."""
+    return any(name[i:] in targets for i in (0, *(j + 1 for j, c in enumerate(name) if c == ".")))
 
 
 def converted(model: nn.Module, config: PeftConfig, asked: PeftConfig) -> PeftConfig:
@@ -73,6 +80,16 @@ def converted(model: nn.Module, config: PeftConfig, asked: PeftConfig) -> PeftCo
                 f"target_modules={asked.target_modules!r} names {here} without {', '.join(missing)}, and one "
                 f"parameter, {new}, holds both for all experts; name both, or target_parameters={[new]!r}"
             )
+    ends = tuple(f".{n}" for n in named)
+    wanted = frozenset(targets)
+    left = [n for n, m in model.named_modules() if is_linear(m) and n.endswith(ends) and _means(wanted, n)]
+    if left:
+        warnings.warn(
+            f"target_modules={reprlib.repr(asked.target_modules)} leaves out {len(left)} linear layers (first: "
+            f"{left[0]}): as in Hugging Face PEFT, {', '.join(sorted(named))} mean the experts' stacks alone in this "
+            "model; a regular expression that matches no expert reaches those layers, with target_parameters beside it",
+            stacklevel=6,
+        )
     parameters = [*dict.fromkeys([*(config.target_parameters or ()), *(old[n] for n in sorted(named))])]
     changed = {
         "target_modules": [t for t in targets if t.rpartition(".")[2] not in named],
