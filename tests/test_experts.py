@@ -515,3 +515,24 @@ def test_linear_layers_that_old_names_leave_out_are_named(targets):
     with pytest.warns(UserWarning, match="leaves out 6 linear layers .first: model.layers.0.mlp.shared_experts"):
         m = fp.get_peft_model(model("DeepseekV3"), fp.LoraConfig(r=2, target_modules=targets))
     assert not any("shared" in name for name, _ in m.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ssb"])
+def test_one_graph_when_compiled(method):
+    m = moved(fp.get_peft_model(model(), config_of(method, target_parameters=[*STACKS, "gate.weight"])).train())
+    layer, x, index, weights = one_layer(m)
+    x.requires_grad_()
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found, wanted = (torch.autograd.grad(c(x, index, weights).square().sum(), leaves) for c in (compiled, layer))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    router = torch.compile(m.model.layers[0].mlp.gate, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(router(x)[0], m.model.layers[0].mlp.gate(x)[0])
+
+
+def test_a_scaled_bias_is_not_lost_where_weights_are_formed(monkeypatch):
+    m = moved(fp.get_peft_model(model("GptOss"), config_of("ia3")))
+    m(IDS)
+    with pytest.raises(RuntimeError, match="changes a bias"):
+        formed(m, monkeypatch)(IDS)

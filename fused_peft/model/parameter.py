@@ -21,7 +21,7 @@ from ..core.frozen import DENSE, EXPERTS, TRANSPOSED_EXPERTS, Frozen, is_foreign
 from ..core.groups import Groups
 from ..core.sharded import is_sharded
 from ..methods import Method, PeftConfig, method_of
-from .adapter import compose, factors_of, merged_with, moved
+from .adapter import compose, factors_of, merged_with
 from .holder import Holder
 
 SUFFIX = "_adapter"  # a PeftParameter's name behind that of its parameter
@@ -156,7 +156,13 @@ class PeftParameter(Holder, nn.Module):
         for adapter in self.active_adapters():
             if adapter.method.residual is not None:
                 W = merged_with(adapter.method.residual(adapter), W)
-            W = merged_with(moved(factors_of(adapter), None, None), W)
+            f = factors_of(adapter)
+            if f.bias is not None or (f.scale_bias and self.bias is not None):
+                kind = self.base_class.__name__
+                raise RuntimeError(
+                    f"{adapter.method.name} changes a bias of {kind}, whose own forward reads it unchanged"
+                )
+            W = merged_with(f, W)
         return self.kind.placed(W).to(self.weight.dtype)
 
     def forward(self, *args, **kwargs) -> Tensor:
@@ -211,7 +217,8 @@ class _Adapting:
         if found is not None and experts.why_not(self, self._base) is None:
             if found[0].dtype == next(iter(held.values())).weight.dtype or ops.autocasting(found[0]):
                 return experts.forward(self, *found, partial(_product, self, held))
-        if any(a.config.dropout and p.training for p in held.values() for a in p.active_adapters() if p.acts):
+        drops = (p for p in held.values() if p.routed and p.training and p.acts)  # others were refused with dropout
+        if any(a.config.dropout for p in drops for a in p.active_adapters()):
             reason = experts.why_not(self, self._base)
             reason = reason or "not with hidden_states, top_k_index and top_k_weights of the weights' dtype alone"
             raise RuntimeError(
