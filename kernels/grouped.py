@@ -55,15 +55,6 @@ def _tile(tiles_ptr, tile):
 
 
 @triton.jit
-def _part(ptr, group, stride):
-    """Where a group's part of a stack begins."""
-    if ptr is None:
-        return None
-    else:
-        return ptr + group * stride
-
-
-@triton.jit
 def down_grouped(
     tiles_ptr, rows_ptr, x_ptr, d_ptr, a_ptr, bias_ptr, g_ptr, t_ptr, out_ptr, seed_ptr, threshold, scale,
     K, R, x_m, x_k, a_e, a_r, a_k, g_e, g_in, g_out,
@@ -86,8 +77,12 @@ def down_grouped(
             x = tl.where(keep_tile(seed_ptr, m, k0, K, threshold, EVEN, BM, BK), x, 0.0)
         a = matrix(a_ptr + group * a_e, k0, r, K, R, a_k, a_r, BK, BR).to(DTYPE)
         acc = dot(x, a, acc, PRECISION)
+    if bias_ptr is not None:
+        bias_ptr += group * R
+    if g_ptr is not None:
+        g_ptr += group * g_e
     _end(
-        acc, scale, _part(bias_ptr, group, R), _part(g_ptr, group, g_e), t_ptr, out_ptr, m, r, last, R, g_in, g_out,
+        acc, scale, bias_ptr, g_ptr, t_ptr, out_ptr, m, r, last, R, g_in, g_out,
         H, GATE, BACKWARD, DTYPE, PRECISION, BM, BR,
     )  # fmt: skip
 
@@ -151,18 +146,22 @@ def outer_grouped(
     group, first, last = _tile(tiles_ptr, tile)
     if first >= last:
         return
+    if d0_ptr is not None:
+        d0_ptr += group * C0
+    if d1_ptr is not None:
+        d1_ptr += group * C1
     if pid < tiles_0:
         if u0_ptr is not None:
             _job(
                 pid, first, last, part0_ptr + tile.to(tl.int64) * slot0, rows0_ptr, u0_ptr, v0_ptr,
-                _part(d0_ptr, group, C0), z0_ptr, None, 0, scale0,
+                d0_ptr, z0_ptr, None, 0, scale0,
                 C0, R, u0_m, u0_c, z0_m, z0_c, 0, usum_at, dot_at, 0, R, 1,
                 H, PRODUCT0, USUM, SCALED_SUM, False, False, PRECISION, ACC, BM, BC, BR,
             )  # fmt: skip
     elif PRODUCT1:
         _job(
             pid - tiles_0, first, last, part1_ptr + tile.to(tl.int64) * slot1, rows1_ptr, u1_ptr, v1_ptr,
-            _part(d1_ptr, group, C1), None, seed_ptr, threshold, scale1,
+            d1_ptr, None, seed_ptr, threshold, scale1,
             C1, R, u1_m, u1_c, 0, 0, 0, 0, 0, vsum_at, 1, C1,
             "identity", True, False, False, VSUM, EVEN, PRECISION, ACC, BM, BC, BR,
         )  # fmt: skip

@@ -90,19 +90,18 @@ def outer(
     """Job 0 over dy: dB (C0, R), Σ dy (bias), Σ dy ⊙ z (d_out). Job 1 over x: dA (R, C1), Σ dT (a)."""
     pid, share = tl.program_id(0), tl.program_id(1)
     part_ptr += share.to(tl.int64) * slot
-    first = share * rows_each
-    last = min(first + rows_each, M)
     if pid < tiles_0:
         if u0_ptr is not None:
             _job(
-                pid, first, last, part_ptr, None, u0_ptr, v0_ptr, d0_ptr, z0_ptr, None, 0, scale0,
+                pid, share * rows_each, min(share * rows_each + rows_each, M), part_ptr, None,
+                u0_ptr, v0_ptr, d0_ptr, z0_ptr, None, 0, scale0,
                 C0, R, u0_m, u0_c, z0_m, z0_c, product0_at, usum_at, dot_at, 0, R, 1,
                 H, PRODUCT0, USUM, SCALED_SUM, False, False, PRECISION, ACC, BM, BC, BR,
             )  # fmt: skip
     elif PRODUCT1:
         _job(
-            pid - tiles_0, first, last, part_ptr, None, u1_ptr, v1_ptr, d1_ptr, None, seed_ptr, threshold, scale1,
-            C1, R, u1_m, u1_c, 0, 0, product1_at, 0, 0, vsum_at, 1, C1,
+            pid - tiles_0, share * rows_each, min(share * rows_each + rows_each, M), part_ptr, None, u1_ptr, v1_ptr,
+            d1_ptr, None, seed_ptr, threshold, scale1, C1, R, u1_m, u1_c, 0, 0, product1_at, 0, 0, vsum_at, 1, C1,
             "identity", True, False, False, VSUM, EVEN, PRECISION, ACC, BM, BC, BR,
         )  # fmt: skip
 
