@@ -192,7 +192,7 @@ def test_no_method_keeps_more_for_backward_than_hf_peft(suites):
     assert {m for m, who in found if who == "peft"} == PEERS
     for (method, who), r in found.items():
         assert int(r["kept_bytes"]) <= int(found.get((method, "peft"), r)["kept_bytes"]) or who != "ours"
-        assert int(r["peak_bytes"]) > 2 * int(r["x_bytes"])  # y and dx are in it
+        assert int(r["peak_bytes"]) >= 2 * int(r["x_bytes"])  # y and dx are in it
         if who == "ours":
             assert r["kept_bytes"] == committed[method, who]["kept_bytes"]
 

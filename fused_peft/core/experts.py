@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 
 from .groups import Groups, route
 from .sharded import is_spread
-from .torch_internals import tracing, transforming
+from .torch_internals import constant_in_graphs, tracing, transforming
 
 _CONTRACT = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate", "config")
 # Transformers' own forwards of these modules, which differ in speed alone
@@ -53,7 +53,7 @@ def _chosen_forward() -> CodeType | None:
     return None if make is None else make(type("_", (nn.Module,), {"forward": lambda self: None})).forward.__code__
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def class_unread(kind: type) -> str | None:
     """Why a class of experts does not follow Transformers' contract to the letter, or None."""
     owner = next(c for c in kind.__mro__ if "forward" in vars(c))

@@ -14,6 +14,13 @@ transforming: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_
 # Whether torch.jit.trace runs, which would keep an autograd.Function as a call into Python
 tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)
 
+
+def constant_in_graphs(fn: Callable) -> Callable:
+    """torch.compiler.assume_constant_result's mark, without the import of the compiler that it does on the spot."""
+    fn._dynamo_marked_constant = True
+    return fn
+
+
 _graph_task: Callable[[], int] = getattr(torch._C, "_current_graph_task_id", lambda: -1)
 
 
