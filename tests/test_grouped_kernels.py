@@ -27,6 +27,7 @@ TOLERANCE = {
 }  # of the largest entry
 LORA = ("A", "B")
 ALL = ("A", "a", "G", "B", "d_in", "d_out", "bias")
+EXACT = torch.float32 if DEVICE == "cuda" else torch.float64  # fp64 runs in the interpreter only
 SOME = (3, 0, 17, 1)  # rows of each group
 
 
@@ -41,12 +42,8 @@ def sized(*sizes):
     return Groups(torch.tensor(sizes, device=DEVICE).cumsum(0).to(torch.int32))
 
 
-def call(
-    groups, names=LORA, K=21, N=19, r=5, dtype=torch.float64, stored="rows", w=True, c=False, wide=None, **options
-):
+def call(groups, names=LORA, K=21, N=19, r=5, dtype=EXACT, stored="rows", w=True, c=False, wide=None, **options):
     """(x, w, factors, frozen bias, c), all that trains requiring gradients. stored: how w lies."""
-    if DEVICE == "cuda" and dtype == torch.float64:
-        pytest.skip("fp64 runs in the interpreter only")
     E, k_of = len(groups.offs), 1 if groups.back is None else groups.back.shape[1]
     P = int(groups.offs[-1])
     make = lambda *shape, dtype=dtype: torch.randn(shape, dtype=torch.float64).mul(0.5).to(DEVICE, dtype)  # noqa: E731
@@ -142,7 +139,7 @@ def test_what_is_frozen_gets_no_gradient(frozen, poison):
 
 @pytest.mark.parametrize("stored", ["transposed", "shared"])
 def test_weights_stored_otherwise(stored, poison):
-    assert not faults(*call(ROUTED, stored=stored, p=0.3), ROUTED, torch.randn(6, 19, dtype=torch.float64))
+    assert not faults(*call(ROUTED, stored=stored, p=0.3), ROUTED, torch.randn(6, 19, dtype=EXACT, device=DEVICE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda")], ids=str)
@@ -163,7 +160,7 @@ def test_many_groups_of_few_rows(poison):
     assert not faults(*call(groups, K=9, N=7, r=2, p=0.3), groups)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [EXACT, torch.float16], ids=str)
 def test_several_tiles_and_shares_of_a_group(dtype, poison):
     groups = sized(70, 0, 270, 3)
     assert not faults(*call(groups, K=70, N=140, r=3, dtype=dtype, p=0.3), groups)
@@ -215,9 +212,10 @@ def test_operators_take_the_kernels_too():
     grads = torch.ops.fused_peft.grouped_backward(dy, *o, *ROUTED, T, None, need)
     want = found(x, w, f, None, ROUTED, dy, written_out)
     for got, name in zip([y, *grads], ("y", "x", "A", "B"), strict=True):
-        assert torch.allclose(got, want[name], rtol=0, atol=1e-6)
+        assert torch.allclose(got, want[name], rtol=0, atol=1e-6 if EXACT == torch.float64 else 1e-4)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU asserts it, which ends the process's use of it")
 def test_a_routing_that_leaves_rows_out_is_refused():
     x, w, f, _ = call(sized(3, 4))
     with pytest.raises(ValueError, match="sends 2 of 7 rows to no expert of 0"):
@@ -303,7 +301,7 @@ MUTANTS = {
 def of_mutants():
     """A call in four groups, with more than a block of K, and its faults."""
     groups = route(torch.tensor([[0, 3], [3, 1], [1, 0]], device=DEVICE), 4)[0]
-    return faults(*call(groups, K=34, N=9, r=2, p=0.3, s=1.5), groups, torch.randn(4, 9, dtype=torch.float64))
+    return faults(*call(groups, K=34, N=9, r=2, p=0.3, s=1.5), groups, torch.randn(4, 9, dtype=EXACT, device=DEVICE))
 
 
 def test_what_the_mutants_break_is_right(poison):
