@@ -8,6 +8,7 @@ stage 1, 150 s   correctness.csv  the calls that are timed, every plan of csrc/,
                  speed.csv        forward, backward and both of the five layers that matter, beside the frozen layer in
                                   the same rounds: Triton, cuBLAS, csrc/, eager, HF PEFT with fp32 adapters (its
                                   default, and ours) and with bf16 ones (peft_half); then the same in a CUDA graph
+                 launches.csv     the GPU's time in each kernel of a step of them, as PyTorch's profiler has it
                  gemm.csv         the GEMM itself beside cuBLAS's (bench/gemm.py)
 stage 2, 240 s   the record (JSON, for kernels/records) of Llama-3-8B's four shapes: every backend's self-test and time
                  (fused_peft.calibrate)
@@ -70,6 +71,7 @@ BUILD = 600.0 if INTERPRETING else 90.0  # of compiling csrc/
 GRACE = 10.0  # that a stage keeps for what has begun by its deadline
 SPREADS = "ms_p20 ms_p50 ms_p80 ratio_p20 ratio_p50 ratio_p80 peak_mb note " + FACTS
 SPEED = "method contender M K N r dtype graph step " + SPREADS
+LAUNCHES = "method contender M K N r dtype kernel calls us " + FACTS
 TRAINING = "model method contender graph tokens tokens_per_second_p20 tokens_per_second_p50 tokens_per_second_p80 "
 TRAINING += SPREADS
 STEPS = ("forward", "backward", "both")
@@ -121,7 +123,10 @@ def first(pool: Pool, out: Path, deadline: float) -> tuple[list[str], Table | No
             speed.add(**about, note="its self-test failed")
         elif there or about["contender"] != "cuda":
             jobs.append((about,))
-    left += cases(speed, pool, "gpu:timed", jobs, EACH, begin + 0.93 * seconds, workers=1)
+    left += cases(speed, pool, "gpu:timed", jobs, EACH, begin + 0.9 * seconds, workers=1)
+    launches = Table(out / "launches.csv", LAUNCHES)
+    jobs = [({n: v for n, v in about.items() if n != "graph"},) for about, in jobs if about["graph"] == "no"]
+    left += cases(launches, pool, "gpu:launched", jobs, EACH, begin + 0.95 * seconds, workers=1)
     print(f"{time.time() - begin:5.0f} s  timed", flush=True)
     table = Table(out / "gemm.csv", gemm.COLUMNS)
     jobs = [job for job in gemm.jobs() if there or "cuda" not in job[0]["contender"]]
@@ -193,15 +198,42 @@ def steps(layers: list[nn.Module], xs: list[Tensor], dys: list[Tensor]) -> dict[
     }
 
 
+def drawn(about: dict) -> tuple[list[nn.Linear], list[Tensor], list[Tensor]]:
+    """Frozen layers, inputs and gradients, as many of each as exceed the cache."""
+    M, K, N, dtype = about["M"], about["K"], about["N"], DTYPES[DTYPE]
+    copies = copies_of((M * (K + N) + K * N) * dtype.itemsize)
+    draw = lambda n: [torch.randn(M, n, device=DEVICE, dtype=dtype) for _ in range(copies)]  # noqa: E731
+    linears = [linear_for(Layer(M, K, N, LARGE.r), dtype, DEVICE) for _ in range(copies)]
+    return linears, [x.requires_grad_() for x in draw(K)], draw(N)
+
+
+def launched(about: dict) -> list[dict]:
+    """A row a kernel of forward and backward: how often it runs in a step, and for how long."""
+    ready()
+    linears, xs, dys = drawn(about)
+    enter(about["contender"])
+    run = steps([build(about["contender"], about["method"], linear) for linear in linears], xs, dys)["both"]
+    for i in range(4):
+        run(i)
+    if INTERPRETING:
+        return [{"kernel": "none on a CPU"}]
+    torch.cuda.synchronize()
+    rounds = 2 * len(xs)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for i in range(rounds):
+            run(i)
+        torch.cuda.synchronize()
+    found = [e for e in profile.key_averages() if e.self_device_time_total > 0]
+    return [
+        {"kernel": e.key[:100], "calls": e.count / rounds, "us": e.self_device_time_total / rounds} for e in found
+    ]
+
+
 def timed(about: dict) -> list[dict]:
     """The rows of one contender, beside the frozen layer in the same rounds."""
     ready()
-    contender, M, K, N, dtype = about["contender"], about["M"], about["K"], about["N"], DTYPES[DTYPE]
-    copies = copies_of((M * (K + N) + K * N) * dtype.itemsize)
-    draw = lambda n: [torch.randn(M, n, device=DEVICE, dtype=dtype) for _ in range(copies)]  # noqa: E731
-    xs, dys = [x.requires_grad_() for x in draw(K)], draw(N)
-    linears = [linear_for(Layer(M, K, N, LARGE.r), dtype, DEVICE) for _ in range(copies)]
-    runs, graph = {}, about["graph"] == "yes"
+    contender, (linears, xs, dys) = about["contender"], drawn(about)
+    runs, graph, copies = {}, about["graph"] == "yes", len(xs)
     with stream_for(graph):
         for name in dict.fromkeys(("frozen", contender)):
             enter(name)

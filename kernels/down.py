@@ -16,6 +16,8 @@ from .dropout import keep_tile
 from .tile import activate, dot, gate, matrix, put, slope, vector
 from .triton_internals import gdc_launch_dependents
 
+EACH = 1  # programs a processor that shares of K are made for
+
 
 @triton.jit
 def _end(
@@ -108,7 +110,7 @@ def config_of_down(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: 
 def shares_of(programs: int, blocks: int, processors: int) -> int:
     """Into how many shares K is split, so that few row tiles still fill the processors; a share is two blocks or more.
     So few programs have sums that 32 bits count."""
-    return max(1, min(processors // programs, tiles(blocks, 2)))
+    return max(1, min(EACH * processors // programs, tiles(blocks, 2)))
 
 
 def _submit(x, d, A, bias, G, T, out, seed, threshold, scale, h, backward, trigger):

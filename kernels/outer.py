@@ -22,6 +22,7 @@ from .tile import activate, dot, gate, matrix, picked, places, put, slope, vecto
 from .triton_internals import gdc_launch_dependents
 
 BLOCK = 256  # sums a program of add_up
+EACH = 4  # programs of ``outer`` a processor
 SLOTS = 64 << 20  # bytes that the slots of ``back`` may take
 
 
@@ -279,7 +280,7 @@ def reduce_rows(first: OverDy | None, second: OverX | None, *parts: Tensor) -> t
     product0, product1 = first is not None and first.T is not None, second is not None
     tiles_0 = 0 if first is None or first.made else configs.tiles(C0, BC) * (configs.tiles(R, BR) if product0 else 1)
     tiles = tiles_0 + (configs.tiles(C1, BC) * configs.tiles(R, BR) if product1 else 0)
-    shares = max(1, min(configs.tiles(M, 4 * config.BM), configs.tiles(4 * launch.processors(device), tiles)))
+    shares = max(1, min(configs.tiles(M, 4 * config.BM), configs.tiles(EACH * launch.processors(device), tiles)))
     rows_each = configs.tiles(configs.tiles(M, shares), config.BM) * config.BM
     shares = configs.tiles(M, rows_each)
     part = torch.empty(shares, slot, dtype=wide, device=device)

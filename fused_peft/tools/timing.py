@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 import torch
 
 SAMPLE = 2e-4  # seconds of one timed sample, where one call is shorter
+SETTLED = 3  # calls until one runs as all that follow: Python computes the first, watches the second, replays the third
 Step = Callable[[int], object]
 
 
@@ -45,13 +46,14 @@ def interleaved(
     """Seconds of one call of every step, in every round: at least three rounds, until ``seconds`` or ``most`` of them;
     no less than the host takes, where that is more than the device does.
 
-    A step takes the number of the call, to rotate its inputs. Before it runs, ``enter`` gets its name, and one untimed
-    call follows, so that the host is ahead of the device.
+    A step takes the number of the call, to rotate its inputs. Before it runs, ``enter`` gets its name, and SETTLED
+    untimed calls follow: another backend means other plans for ``replay``, and the host must be ahead of the device.
     """
     calls, times = {}, {name: [] for name in steps}
     for name, run in steps.items():
         enter(name)
-        run(0)
+        for i in range(SETTLED):
+            run(i)
         calls[name] = max(1, min(20, round(SAMPLE / max(1e-6, between(*_sample(run, 1, 1, device))))))
     begin, at = time.perf_counter(), 2
     for done in range(most):
@@ -60,7 +62,8 @@ def interleaved(
         marks = {}
         for name, run in steps.items():
             enter(name)
-            run(at)
+            for i in range(at + 1 - SETTLED, at + 1):
+                run(i)
             marks[name] = _sample(run, at + 1, calls[name], device)
         for name, mark in marks.items():
             times[name].append(between(*mark) / calls[name])
