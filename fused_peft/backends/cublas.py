@@ -30,20 +30,21 @@ class Cublas(base.Triton):
         self, x, w, like, update=None, c=None, d_in=None, d_out=None, bias=None, bias_inside=True, mask=None,
         dual=False, u=None, want_y=True, want_z=False,
     ):  # fmt: skip
-        k, base_of = base.kernels(), super().gemm
+        k, base_of = base.kernels(), super().product
         if x is None or w is None:
             return base_of(x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
-        scaled = x if d_in is None else x * d_in.to(x.dtype)
+        past = torch.mm(x, w.t()) if dual else None
+        x, w = k.scale.absorbed(x, w, d_in)
         if dual:  # past + drop(acc − past)·rescale
-            past, acc = torch.mm(x, w.t()), torch.mm(scaled, w.t())
+            acc = torch.mm(x, w.t())
             if update is not None:
                 acc.addmm_(update.S, update.B.t().to(x.dtype), alpha=update.scale)
             kept, _ = k.dropout.parts(acc.sub_(past), *mask)
             y, update, mask = past.add_(kept), None, None
         elif bias is not None and bias_inside:
-            y, bias = torch.addmm(bias.to(x.dtype), scaled, w.t()), None
+            y, bias = torch.addmm(bias.to(x.dtype), x, w.t()), None
         else:
-            y = torch.mm(scaled, w.t())
+            y = torch.mm(x, w.t())
         if c is not None:
             y += c
         if update is not None and not update.masked:

@@ -174,13 +174,13 @@ class Cuda(hopper.Hopper):
             and _rows(o.w)
         )
 
-    def gemm(
+    def product(
         self, x, w, like, update=None, c=None, d_in=None, d_out=None, bias=None, bias_inside=True, mask=None,
         dual=False, u=None, want_y=True, want_z=False,
     ):  # fmt: skip
         k, (M, N) = base.kernels(), like
         if not fits(x, w, N, update, c, d_in, d_out, bias, mask, dual, u):
-            return super().gemm(x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
+            return super().product(x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
         inline, across = isinstance(update, k.gemm_lowrank.Inline), not _rows(w)
         R = 0 if update is None else update.B.shape[1]
         arch, K = k.launch.arch_of(x.device), x.shape[1]

@@ -25,8 +25,8 @@ class Gluon(hopper.Hopper):
 
     def unfit(self, problem: Problem) -> list[str]:
         found = super().unfit(problem)
-        if "d_in" in problem.present:
-            found.append("a scale on x, which the kernel reads as it is")
+        if "d_in" in problem.present and not base.many(problem.M, problem.N):
+            found.append("a scale on x, which the kernel reads as it is, on few rows")
         if problem.r > MAX_RANK:
             found.append(f"r={problem.r} is above {MAX_RANK}")
         return found
@@ -34,7 +34,7 @@ class Gluon(hopper.Hopper):
     def inlines(self, o, x, mask) -> bool:
         return x.shape[0] < hopper.LEAST and super().inlines(o, x, mask)
 
-    def gemm(
+    def product(
         self, x, w, like, update=None, c=None, d_in=None, d_out=None, bias=None, bias_inside=True, mask=None,
         dual=False, u=None, want_y=True, want_z=False,
     ):  # fmt: skip
@@ -43,5 +43,5 @@ class Gluon(hopper.Hopper):
         if update is not None:
             taken = taken and isinstance(update, k.gemm_lowrank.Update) and update.B.shape[1] <= MAX_RANK
         if not taken:
-            return super().gemm(x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
+            return super().product(x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
         return k.gemm_gluon.gemm(x, w, like, update, d_out, bias, bias_inside, mask, want_z)

@@ -5,7 +5,19 @@ reads TRITON_INTERPRET when they are imported.
 """
 
 from ..core import records
-from ..kernels import configs, down, dropout, gemm_lowrank, grouped, hadamard, launch, outer, row_norm, triton_internals
+from ..kernels import (
+    configs,
+    down,
+    dropout,
+    gemm_lowrank,
+    grouped,
+    hadamard,
+    launch,
+    outer,
+    row_norm,
+    scale,
+    triton_internals,
+)
 
 if triton_internals.no_gluon() is None:
     from ..kernels import gemm_gluon
@@ -23,6 +35,7 @@ __all__ = [
     "launch",
     "outer",
     "row_norm",
+    "scale",
     "triton_internals",
 ]
 

@@ -24,6 +24,7 @@ from . import grouped, rates
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_RANK = 512
+MANY = 1024, 2304  # the smaller and the larger of rows and columns from which ``many`` holds
 MARGIN = 1.03  # a later backend runs where it was measured faster by more than this
 _eager = eager.Eager()
 _aten = torch.ops.aten
@@ -70,6 +71,12 @@ def _dense(o: Operands) -> Operands:
     vectors = {n: getattr(o, n) for n in ("bias", "d_in", "d_out", "a", "G")}
     strided = {n: t.contiguous() for n, t in vectors.items() if t is not None and t.dim() == 1 and t.stride(0) != 1}
     return o._replace(**strided) if strided else o
+
+
+def many(M: int, N: int) -> bool:
+    """Whether a pass over the smaller of x and W costs less than a scale in the TMA kernel's K loop, which takes x
+    through registers: a quarter more time on an H100."""
+    return min(M, N) >= MANY[0] and max(M, N) >= MANY[1]
 
 
 def _plain(o: Operands) -> bool:
@@ -180,8 +187,35 @@ class Triton:
         """scale·B as the GEMM for x reads it: a tensor and the scale that is left to apply."""
         return B, scale
 
-    def gemm(self, *args, **options):
-        """``kernels.gemm_lowrank.gemm``."""
+    def gemm(
+        self, x, w, like, update=None, c=None, d_in=None, d_out=None, bias=None, bias_inside=True, mask=None,
+        dual=False, u=None, want_y=True, want_z=False,
+    ):  # fmt: skip
+        """``kernels.gemm_lowrank.gemm``; of many rows, what slows its K loop down or its end is a pass of its own."""
+        k = kernels()
+        if not self.apart(x, w, like, update, c, d_in, dual, u):
+            return self.product(x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
+        x, w = k.scale.absorbed(x, w, d_in)
+        if u is None:
+            return self.product(
+                x, w, like, update, None, None, d_out, bias, bias_inside, mask, False, None, want_y, want_z
+            )  # fmt: skip
+        y = self.product(x, w, like, update, None, None, None, None, True, mask).y
+        return k.gemm_lowrank.gemm(
+            None, None, like, None, y, None, d_out, bias, bias_inside, None, False, u, want_y, want_z
+        )  # fmt: skip
+
+    def apart(self, x, w, like, update, c, d_in, dual, u) -> bool:
+        """Whether x's scale becomes W's, or x's in a copy, and u's column sums are taken from the stored product."""
+        if (d_in is None and u is None) or dual or c is not None:
+            return False
+        k = kernels()
+        return (
+            many(*like) and k.gemm_lowrank.fits_tma(x, w, c, like[1]) and not isinstance(update, k.gemm_lowrank.Inline)
+        )
+
+    def product(self, *args, **options):
+        """``gemm`` in one launch, ``kernels.gemm_lowrank.gemm``."""
         return kernels().gemm_lowrank.gemm(*args, **options)
 
     def forward(self, o: Operands, keep_z: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
