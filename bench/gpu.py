@@ -1,7 +1,7 @@
 """Proof and timing of the kernels on one NVIDIA GPU, an H100 or an H200, in three stages of a few minutes.
 
     bench/gpu.sh 1|2|3 [SECONDS]
-    python bench/gpu.py --stage N [--seconds S] [--out out/gpu] [--dry-run]
+    python bench/gpu.py --stage N [--seconds S] [--out out/gpu] [--without-csrc] [--dry-run]
 
 stage 1, 150 s   correctness.csv  the calls that are timed, every plan of csrc/, then every case, dtype and shape
                                   (bench/correctness.py)
@@ -14,6 +14,8 @@ stage 2, 240 s   the record (JSON, for kernels/records) of Llama-3-8B's four sha
                  (fused_peft.calibrate)
 stage 3, 240 s   checks.csv       losses and gradients of the accelerated models against HF PEFT's; compute-sanitizer's
                                   memcheck on csrc/'s kernel alone
+                 experts.csv      a layer of Transformers' experts with LoRA on both stacks (bench/bench_experts.py),
+                                  forward + backward over the frozen layer: Triton, eager, HF PEFT
                  training.csv     steps of a BERT of MiniLM's size and of the small Llama of examples/causal_lm.py, HF
                                   PEFT's and the same accelerated: tokens per second, peak memory; then in a CUDA graph
 
@@ -74,6 +76,8 @@ SPEED = "method contender M K N r dtype graph step " + SPREADS
 LAUNCHES = "method contender M K N r dtype kernel calls us note " + FACTS
 TRAINING = "model method contender graph tokens tokens_per_second_p20 tokens_per_second_p50 tokens_per_second_p80 "
 TRAINING += SPREADS
+EXPERTS = "experts hidden width tokens top r dtype contender " + SPREADS
+MOES = ((128, 2048, 768, 4096, 8), (8, 4096, 14336, 4096, 2))  # of Qwen3-30B-A3B, of Mixtral 8x7B
 STEPS = ("forward", "backward", "both")
 FUSED = (*correctness.BACKENDS, "eager")
 CONTENDERS = ("frozen", *FUSED, "peft", "peft_half")
@@ -84,11 +88,13 @@ LARGE, SMALL = Layer(8192, 4096, 4096, 16), Layer(2048, 4096, 4096, 16)
 LLAMA_3_8B = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))  # K, N
 ROWS = (8192, 2048, 1024, 4096, 16384, 256)  # what matters most first
 if INTERPRETING:
+    MOES = ((4, 16, 8, 8, 2),)
     LARGE, SMALL, LLAMA_3_8B, ROWS = Layer(72, 72, 64, 8), Layer(64, 72, 64, 8), ((72, 64),), (64,)
 TIMINGS = [*((method, LARGE) for method in METHODS), ("lora", SMALL)]
 MODELS = ("MiniLM", "small Llama")
 TRAINED = {"lora": {}, "lora+dropout": {"lora_dropout": 0.1}, "dora": {"use_dora": True}}
 OFF = 1e-4 if INTERPRETING else 2e-2  # by so much a loss or a norm of gradients may differ; models are in bf16 on a GPU
+CLOSE = 2e-2  # by so much may a layer's result in half precision
 
 
 def enter(contender: str) -> None:
@@ -125,7 +131,7 @@ def first(pool: Pool, out: Path, deadline: float) -> tuple[list[str], Table | No
             jobs.append((about,))
     left += cases(speed, pool, "gpu:timed", jobs, EACH, begin + 0.9 * seconds, workers=1)
     launches = Table(out / "launches.csv", LAUNCHES)
-    jobs = [({n: v for n, v in about.items() if n != "graph"},) for about, in jobs if about["graph"] == "no"]
+    jobs = [({n: v for n, v in about.items() if n != "graph"},) for (about,) in jobs if about["graph"] == "no"]
     left += cases(launches, pool, "gpu:launched", jobs, EACH, begin + 0.95 * seconds, workers=1)
     print(f"{time.time() - begin:5.0f} s  timed", flush=True)
     table = Table(out / "gemm.csv", gemm.COLUMNS)
@@ -135,6 +141,9 @@ def first(pool: Pool, out: Path, deadline: float) -> tuple[list[str], Table | No
 
 def built(deadline: float) -> bool:
     """Whether csrc/ compiles, which it does once for all processes; says why not."""
+    if "--without-csrc" in sys.argv:  # it compiles for a minute
+        print("csrc/ is left out, as asked")
+        return False
     answers = dict(isolated.run("correctness:build", [()], BUILD, deadline))
     why = answers.get(0, Failure("out of time"))
     if why is not None:
@@ -224,9 +233,7 @@ def launched(about: dict) -> list[dict]:
             run(i)
         torch.cuda.synchronize()
     found = [e for e in profile.key_averages() if e.self_device_time_total > 0]
-    return [
-        {"kernel": e.key[:100], "calls": e.count / rounds, "us": e.self_device_time_total / rounds} for e in found
-    ]
+    return [{"kernel": e.key[:100], "calls": e.count / rounds, "us": e.self_device_time_total / rounds} for e in found]
 
 
 def timed(about: dict) -> list[dict]:
@@ -313,11 +320,53 @@ def third(pool: Pool, out: Path, deadline: float) -> tuple[list[str], Table | No
             table.add(**about, note="it does not agree with HF PEFT's")
         else:
             jobs.append((about,))
-    left += cases(table, pool, "gpu:trained", jobs, EACH, begin + 0.7 * seconds, workers=1)
+    left += cases(table, pool, "gpu:trained", jobs, EACH, begin + 0.6 * seconds, workers=1)
+    names, table = ("experts", "hidden", "width", "tokens", "top"), Table(out / "experts.csv", EXPERTS)
+    jobs = [(dict(zip(names, sizes, strict=True)),) for sizes in MOES]
+    left += cases(table, pool, "gpu:routed", jobs, EACH, begin + 0.8 * seconds, workers=1)
     print(f"{time.time() - begin:5.0f} s  trained", flush=True)
     if there:
         checks.add(**correctness.sanitize(max(10.0, deadline - time.time())))
     return left, checks
+
+
+def routed(about: dict) -> list[dict]:
+    """A row a contender: one layer of experts, forward and backward, beside the frozen one in the same rounds."""
+    import bench_experts
+
+    ready()
+    fp.set_backend(None)
+    experts, hidden, width, tokens, top = about.values()
+    dtype = DTYPES[DTYPE]
+    with torch.device(DEVICE):
+        made = bench_experts.contenders(experts, hidden, width, dtype)
+        x = torch.randn(tokens, hidden, dtype=dtype, requires_grad=True)
+        index = torch.stack([torch.randperm(experts)[:top] for _ in range(tokens)])
+        weights, dy = torch.rand(tokens, top).to(dtype).requires_grad_(), torch.randn_like(x)
+    layers = {"frozen": made["frozen"], "triton": made["ours"], "eager": made["ours"], "peft": made["peft"]}
+    trained_of = lambda m: [p for p in m.parameters() if p.requires_grad]  # noqa: E731
+    runs = {
+        name: lambda i, m=m: torch.autograd.grad(m(x, index, weights), [x, weights, *trained_of(m)], dy)
+        for name, m in layers.items()
+    }
+    ys = {}
+    for name, layer in layers.items():
+        enter(name)
+        ys[name] = layer(x, index, weights).detach().float()
+    off = {n: ((y - ys["peft"]).norm() / ys["peft"].norm()).item() for n, y in ys.items() if n in FUSED}
+    if max(off.values()) > CLOSE:
+        raise RuntimeError(f"it does not agree with HF PEFT's: {off}")
+    peaks = {}
+    for name, run in runs.items():
+        enter(name)
+        peaks[name] = None if INTERPRETING else peak_of(run) - torch.cuda.memory_allocated() / 2**20
+    times = interleaved(runs, enter, seconds=3.0)
+    rows = []
+    for name, own in times.items():
+        ratio = [s / f for s, f in zip(own, times["frozen"], strict=True)]
+        row = {"r": bench_experts.RANK, "dtype": DTYPE, "contender": name, "peak_mb": peaks[name]}
+        rows.append({**row, **spread("ms", [1e3 * s for s in own]), **spread("ratio", ratio)})
+    return rows
 
 
 def model_of(of: str) -> tuple[nn.Module, Tensor, list[str]]:
@@ -412,11 +461,12 @@ def main() -> int:
     parser.add_argument("--stage", type=int, choices=RUN, required=True)
     parser.add_argument("--seconds", type=float, help="150 for stage 1, 240 for the others")
     parser.add_argument("--out", type=Path, default=ROOT / "out/gpu")
+    parser.add_argument("--without-csrc", action="store_true", help="leave out the backend cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     print(*(f"{name} {value};" for name, value in facts().items()), flush=True)
-    with Pool(1 if INTERPRETING else max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
+    with Pool(1 if INTERPRETING else max(1, min(14, (os.cpu_count() or 2) - 2))) as pool:
         left, rows = RUN[args.stage](pool, args.out, begin + (args.seconds or SECONDS[args.stage]) - GRACE)
     for what in left[:60]:
         print("left out:", what)

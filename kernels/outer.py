@@ -23,7 +23,7 @@ from .tile import activate, dot, gate, matrix, picked, places, put, slope, vecto
 from .triton_internals import gdc_launch_dependents
 
 BLOCK = 256  # sums a program of add_up
-EACH = 4  # programs of ``outer`` a processor
+EACH = 2  # programs of ``outer`` a processor
 EACH_BACK = 2  # of ``back``
 SLOTS = 64 << 20  # bytes that the slots of ``back`` may take
 
@@ -133,16 +133,16 @@ def add_up(
         _add_up(part1_ptr, out1_ptr, block - blocks0, n1, shares1, ACC, BLOCK, DEEP)
 
 
-@triton.jit(do_not_specialize=["M", "columns"])
+@triton.jit(do_not_specialize=["M", "steps"])
 def back(
-    dy_ptr, d_ptr, b_ptr, g_ptr, t_ptr, dt_ptr, sums_ptr, part_ptr, scale, M, N, R, columns,
+    dy_ptr, d_ptr, b_ptr, g_ptr, t_ptr, dt_ptr, sums_ptr, part_ptr, scale, M, N, R, steps,
     dy_m, dy_n, b_n, b_r, g_in, g_out,
     H: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, TRIGGER: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """One read of dy for two products: dT (M, R) as ``down`` makes it, and each row tile's slot of dB (N, R). A program
-    takes so many columns of dy; where others take the rest, its part of dT goes to sums (shares, M, R), and ``finish``
-    follows."""
+    takes ``steps`` blocks of columns; where others take the rest, its part of dT goes to sums (shares, M, R), and
+    ``finish`` follows."""
     if TRIGGER:
         gdc_launch_dependents()
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
@@ -151,7 +151,8 @@ def back(
     u = activate(t, H).to(DTYPE)
     slot = part_ptr + tl.program_id(0).to(tl.int64) * N * R
     acc = tl.zeros((BM, BR), ACC)
-    for n in range(share * columns, min(share * columns + columns, N), BN):
+    first = share * steps * BN  # by whole blocks, so that loads are known to be aligned
+    for n in range(first, min(first + steps * BN, N), BN):
         dy = matrix(dy_ptr, m, n, M, N, dy_m, dy_n, BM, BN)
         d_b = dot(tl.trans(dy), u, tl.zeros((BN, BR), ACC), PRECISION) * scale
         if d_ptr is not None:
@@ -251,7 +252,7 @@ def project_back(
     g_in, g_out = (0, 0) if G is None or G.dim() == 1 else G.stride()
     args = {
         "dy_ptr": dy, "d_ptr": d, "b_ptr": B, "g_ptr": G, "t_ptr": T, "dt_ptr": dT, "sums_ptr": sums,
-        "part_ptr": part, "scale": scale, "M": M, "N": N, "R": R, "columns": blocks * config.BN,
+        "part_ptr": part, "scale": scale, "M": M, "N": N, "R": R, "steps": blocks,
         "dy_m": dy.stride(0), "dy_n": dy.stride(1), "b_n": B.stride(0), "b_r": B.stride(1),
         "g_in": g_in, "g_out": g_out, "H": h, "GATE": 0 if G is None else G.dim(),
         "PRECISION": launch.precision(dy.dtype), "ACC": launch.acc(dy.dtype),
