@@ -16,8 +16,6 @@ from .dropout import keep_tile
 from .tile import activate, dot, gate, matrix, put, slope, vector
 from .triton_internals import gdc_launch_dependents
 
-EACH = 1  # programs a processor that shares of K are made for
-
 
 @triton.jit
 def _end(
@@ -110,7 +108,7 @@ def config_of_down(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: 
 def shares_of(programs: int, blocks: int, processors: int) -> int:
     """Into how many shares K is split, so that few row tiles still fill the processors; a share is two blocks or more.
     So few programs have sums that 32 bits count."""
-    return max(1, min(EACH * processors // programs, tiles(blocks, 2)))
+    return max(1, min(processors // programs, tiles(blocks, 2)))
 
 
 def _submit(x, d, A, bias, G, T, out, seed, threshold, scale, h, backward, trigger):
@@ -129,30 +127,13 @@ def _submit(x, d, A, bias, G, T, out, seed, threshold, scale, h, backward, trigg
         "part_ptr": part, "threshold": threshold, "scale": scale, "M": M, "K": K, "R": R, "steps": steps,
         "x_m": x.stride(0), "x_k": x.stride(1), "a_r": A.stride(0), "a_k": A.stride(1), "g_in": g_in, "g_out": g_out,
         "EVEN": K % 2 == 0, "TRIGGER": trigger and not launch.interpreting(),
-        "H": h, "GATE": 0 if G is None else G.dim(), "BACKWARD": backward,
+        "H": h, "GATE": 0 if G is None else G.dim(), "BACKWARD": backward, "DTYPE": launch.TL[x.dtype],
         "PRECISION": launch.precision(x.dtype), "ACC": launch.acc(x.dtype), "BM": config.BM, "BK": config.BK, "BR": BR,
     }  # fmt: skip
     launch.submit(down, (*grid, shares), args, config, x.device)
     if shares > 1:
-        add_shares(part, bias, G, T, out, scale, h, backward, trigger)
-
-
-def add_shares(
-    part: Tensor, bias: Tensor | None, G: Tensor | None, T: Tensor | None, out: Tensor | None, scale: float, h: str,
-    backward: bool, trigger: bool = False,
-) -> None:  # fmt: skip
-    """What ``down`` writes, from part (shares, M, R): sums over blocks of its K. out, or T, is (M, R)."""
-    shares, M, R = part.shape
-    to = T if out is None else out
-    BR = configs.rank_tile(R)
-    g_in, g_out = (0, 0) if G is None or G.dim() == 1 else G.stride() if backward else G.stride()[::-1]
-    args = {
-        "part_ptr": part, "bias_ptr": bias, "g_ptr": G, "t_ptr": T, "out_ptr": out, "scale": scale, "M": M, "R": R,
-        "shares": shares, "g_in": g_in, "g_out": g_out, "TRIGGER": trigger and not launch.interpreting(),
-        "H": h, "GATE": 0 if G is None else G.dim(), "BACKWARD": backward, "DTYPE": launch.TL[to.dtype],
-        "PRECISION": launch.precision(to.dtype), "ACC": launch.acc(to.dtype), "BM": 16, "BR": BR, "DEEP": 128 // BR,
-    }  # fmt: skip
-    launch.submit(finish, (tiles(M, 16), tiles(R, BR)), args, Config(16, 0, 0, 4, 1), to.device)
+        args |= {"BM": 16, "shares": shares, "DEEP": 128 // BR}
+        launch.submit(finish, (tiles(M, 16), grid[1]), args, Config(16, 0, 0, 4, 1), x.device)
 
 
 def project(

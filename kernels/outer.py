@@ -17,14 +17,12 @@ from torch import Tensor
 
 from . import configs, launch
 from .configs import Config
-from .down import add_shares
 from .dropout import keep_tile
 from .tile import activate, dot, gate, matrix, picked, places, put, slope, vector
 from .triton_internals import gdc_launch_dependents
 
 BLOCK = 256  # sums a program of add_up
 EACH = 2  # programs of ``outer`` a processor
-EACH_BACK = 2  # of ``back``
 SLOTS = 64 << 20  # bytes that the slots of ``back`` may take
 
 
@@ -133,26 +131,22 @@ def add_up(
         _add_up(part1_ptr, out1_ptr, block - blocks0, n1, shares1, ACC, BLOCK, DEEP)
 
 
-@triton.jit(do_not_specialize=["M", "steps"])
+@triton.jit(do_not_specialize=["M"])
 def back(
-    dy_ptr, d_ptr, b_ptr, g_ptr, t_ptr, dt_ptr, sums_ptr, part_ptr, scale, M, N, R, steps,
-    dy_m, dy_n, b_n, b_r, g_in, g_out,
+    dy_ptr, d_ptr, b_ptr, g_ptr, t_ptr, dt_ptr, part_ptr, scale, M, N, R, dy_m, dy_n, b_n, b_r, g_in, g_out,
     H: tl.constexpr, GATE: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, TRIGGER: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """One read of dy for two products: dT (M, R) as ``down`` makes it, and each row tile's slot of dB (N, R). A program
-    takes ``steps`` blocks of columns; where others take the rest, its part of dT goes to sums (shares, M, R), and
-    ``finish`` follows."""
+    """One read of dy for two products: dT (M, R) as ``down`` makes it, and each row tile's slot of dB (N, R)."""
     if TRIGGER:
         gdc_launch_dependents()
     DTYPE: tl.constexpr = dy_ptr.dtype.element_ty
-    m, share = tl.program_id(0) * BM, tl.program_id(1)
+    m = tl.program_id(0) * BM
     t = matrix(t_ptr, m, 0, M, R, R, 1, BM, BR).to(ACC)
     u = activate(t, H).to(DTYPE)
     slot = part_ptr + tl.program_id(0).to(tl.int64) * N * R
     acc = tl.zeros((BM, BR), ACC)
-    first = share * steps * BN  # by whole blocks, so that loads are known to be aligned
-    for n in range(first, min(first + steps * BN, N), BN):
+    for n in range(0, N, BN):
         dy = matrix(dy_ptr, m, n, M, N, dy_m, dy_n, BM, BN)
         d_b = dot(tl.trans(dy), u, tl.zeros((BN, BR), ACC), PRECISION) * scale
         if d_ptr is not None:
@@ -161,13 +155,10 @@ def back(
             dy = (dy.to(ACC) * d[None, :]).to(DTYPE)
         put(slot, d_b, n, 0, N, R, R, 1, BN, BR)
         acc = dot(dy, matrix(b_ptr, n, 0, N, R, b_n, b_r, BN, BR).to(DTYPE), acc, PRECISION)
-    if tl.num_programs(1) > 1:
-        put(sums_ptr + share * M * R, acc, m, 0, M, R, R, 1, BM, BR)
-    else:
-        acc = gate(acc * scale, g_ptr, 0, R, g_in, g_out, GATE, DTYPE, PRECISION, BR)
-        if H != "identity":
-            acc *= slope(t, H)
-        put(dt_ptr, acc.to(DTYPE), m, 0, M, R, R, 1, BM, BR)
+    acc = gate(acc * scale, g_ptr, 0, R, g_in, g_out, GATE, DTYPE, PRECISION, BR)
+    if H != "identity":
+        acc *= slope(t, H)
+    put(dt_ptr, acc.to(DTYPE), m, 0, M, R, R, 1, BM, BR)
 
 
 @configs.closed_form("outer")
@@ -244,24 +235,18 @@ def project_back(
     """(dT (M, R), partial sums of dB (row tiles, N·R)) in one read of dy; arguments as ``down.project_back``."""
     (M, N), R = dy.shape, B.shape[1]
     config = configs.choose("back", launch.arch_of(dy.device), 8 * dy.element_size(), M, N, 0, R)
-    tiles, blocks = configs.tiles(M, config.BM), configs.tiles(N, config.BN)
-    blocks = configs.tiles(blocks, max(1, min(EACH_BACK * launch.processors(dy.device) // tiles, blocks)))  # of a share
-    shares, wide = configs.tiles(N, blocks * config.BN), torch.promote_types(dy.dtype, torch.float32)
-    dT, part = dy.new_empty(M, R), dy.new_empty(tiles, N * R, dtype=wide)
-    sums = dy.new_empty(shares if shares > 1 else 0, M, R, dtype=wide)
+    tiles = configs.tiles(M, config.BM)
+    dT, part = dy.new_empty(M, R), dy.new_empty(tiles, N * R, dtype=torch.promote_types(dy.dtype, torch.float32))
     g_in, g_out = (0, 0) if G is None or G.dim() == 1 else G.stride()
     args = {
-        "dy_ptr": dy, "d_ptr": d, "b_ptr": B, "g_ptr": G, "t_ptr": T, "dt_ptr": dT, "sums_ptr": sums,
-        "part_ptr": part, "scale": scale, "M": M, "N": N, "R": R, "steps": blocks,
-        "dy_m": dy.stride(0), "dy_n": dy.stride(1), "b_n": B.stride(0), "b_r": B.stride(1),
+        "dy_ptr": dy, "d_ptr": d, "b_ptr": B, "g_ptr": G, "t_ptr": T, "dt_ptr": dT, "part_ptr": part, "scale": scale,
+        "M": M, "N": N, "R": R, "dy_m": dy.stride(0), "dy_n": dy.stride(1), "b_n": B.stride(0), "b_r": B.stride(1),
         "g_in": g_in, "g_out": g_out, "H": h, "GATE": 0 if G is None else G.dim(),
         "PRECISION": launch.precision(dy.dtype), "ACC": launch.acc(dy.dtype),
         "TRIGGER": trigger and not launch.interpreting(),
         "BM": config.BM, "BN": config.BN, "BR": configs.rank_tile(R),
     }  # fmt: skip
-    launch.submit(back, (tiles, shares), args, config, dy.device)
-    if shares > 1:
-        add_shares(sums, None, G, T if h != "identity" else None, dT, scale, h, True, trigger)
+    launch.submit(back, (tiles,), args, config, dy.device)
     return dT, part
 
 
