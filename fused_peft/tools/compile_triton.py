@@ -295,7 +295,7 @@ def _signature(launch) -> tuple[dict, dict, dict]:
 def _multiplies(launch) -> bool:
     """Whether the launch takes matrix products: not when only slots or columns are summed."""
     if (
-        launch.kernel.__name__ in ("add_up", "add_up_grouped", "split", "finish", "tile_table")
+        launch.kernel.__name__ in ("add_up", "add_up_grouped", "split", "finish", "tile_table", "scale")
         and launch.args.get("GATE") != 2
     ):
         return False
