@@ -293,13 +293,13 @@ def _signature(launch) -> tuple[dict, dict, dict]:
 
 
 def _multiplies(launch) -> bool:
-    """Whether the launch takes matrix products: not when only slots or columns are summed."""
-    if (
-        launch.kernel.__name__ in ("add_up", "add_up_grouped", "split", "finish", "tile_table", "scale")
-        and launch.args.get("GATE") != 2
-    ):
+    """Whether the launch takes matrix products: not when only slots, columns or single elements are computed."""
+    kind, args = launch.kernel.__name__, launch.args
+    if kind in ("add_up", "add_up_grouped", "split", "finish", "tile_table", "scale") and args.get("GATE") != 2:
         return False
-    return any(launch.args.get(flag, True) for flag in ("PRODUCT0", "PRODUCT1"))
+    if kind == "gemm_lowrank" and args["w_ptr"] is None and args["b_ptr"] is None:
+        return False
+    return any(args.get(flag, True) for flag in ("PRODUCT0", "PRODUCT1"))
 
 
 def _nested(ttgir: str) -> bool:
