@@ -101,6 +101,10 @@ def enter(contender: str) -> None:
     fp.set_backend(contender if contender in FUSED else None)
 
 
+def awake() -> None:
+    """That a process has imported all this."""
+
+
 # Stage 1
 
 
@@ -467,6 +471,9 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     print(*(f"{name} {value};" for name, value in facts().items()), flush=True)
     with Pool(1 if INTERPRETING else max(1, min(14, (os.cpu_count() or 2) - 2))) as pool:
+        list(
+            pool.run("gpu:awake", [()] * pool.workers, EACH)
+        )  # what a cold disk takes is not taken from one part alone
         left, rows = RUN[args.stage](pool, args.out, begin + (args.seconds or SECONDS[args.stage]) - GRACE)
     for what in left[:60]:
         print("left out:", what)

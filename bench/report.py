@@ -167,27 +167,80 @@ def training() -> str:
 
 
 def gpu() -> str:
-    """Predicted ratios at 8192 tokens, K = 4096, r = 16, and the measured ones beside them where there are any."""
+    """Predicted ratios for an H200 at 8192 tokens, K = 4096, r = 16."""
     chosen = {"M": "8192", "K": "4096"}
     predicted = [r for r in rows("roofline.csv") if all(r[n] == v for n, v in chosen.items()) and r["r"] in ("16", "")]
     predicted = [r for r in predicted if r["N"] in ("4096", "14336")]
-    file = RESULTS / "gpu/speed.csv"
-    measured = [r for r in rows("gpu/speed.csv") if all(r[n] == v for n, v in chosen.items())] if file.exists() else []
-    steps = {"forward": "forward", "both": "forward + backward"}
-    real = {(r["method"], r["contender"], steps.get(r["step"]), r["N"]): r["ratio_p50"] for r in measured
-            if r["r"] in ("16", "0") and r["graph"] == "no" and r["ratio_p50"]}  # fmt: skip
-
-    def cell(row: dict[str, str]) -> str:
-        others = ", ".join(row[who] or "–" for who in ("eager", "peft"))
-        key = row["method"], "triton", row["step"], row["N"]
-        return f"{row['ours']} ({others}) | {real.get(key, 'not measured yet')}"
-
     columns = list(product(("4096", "14336"), ("forward", "forward + backward")))
     by = {(r["method"], r["N"], r["step"]): r for r in predicted}
-    header = ["predicted: ours (eager, HF PEFT)"]
-    header += [f"N = {N}, {step.replace('forward + backward', 'f + b')} | measured" for N, step in columns]
+    cell = lambda r: f"{r['ours']} ({', '.join(r[who] or '–' for who in ('eager', 'peft'))})"  # noqa: E731
+    header = ["predicted: ours (eager, HF PEFT)", *(f"N = {N}, {step}" for N, step in columns)]
     body = [[m, *(cell(by[(m, *c)]) for c in columns)] for m in dict.fromkeys(r["method"] for r in predicted)]
-    return markdown([cell for part in header for cell in part.split(" | ")], body)
+    return markdown(header, body)
+
+
+CONTENDERS = {
+    "gluon": "Gluon", "cuda": "csrc/", "triton": "Triton", "cublas": "cuBLAS", "eager": "eager",
+    "peft_half": "HF PEFT, bf16", "peft": "HF PEFT",
+}  # fmt: skip
+
+
+def gpu_graph() -> str:
+    """Measured on a GPU, in CUDA graphs: each contender over the frozen layer in the same rounds."""
+    measured = [r for r in rows("gpu/speed.csv") if r["graph"] == "yes"]
+    by = {(r["method"], r["M"], r["step"], r["contender"]): f"{float(r['ratio_p50']):.2f}" for r in measured}
+    cases = dict.fromkeys((r["method"], r["M"]) for r in measured)
+    steps = {"forward": "forward", "both": "forward + backward"}
+    body = [
+        [f"{method}, {M} rows, {name}", *(by.get((method, M, step, who), "–") for who in CONTENDERS)]
+        for method, M in cases for step, name in steps.items()
+    ]  # fmt: skip
+    return markdown(["over the frozen layer", *CONTENDERS.values()], body)
+
+
+PARTS = {
+    "GEMM": "gemm_gluon|gemm_lowrank_tma|gemm_cuda|nvjet", "S, dT": "down|back|finish",
+    "sums over rows": "outer|add_up", "scale": "scale", "norm": "row_norm|cutlass_80_simt",
+}  # fmt: skip
+
+
+def gpu_launches() -> str:
+    """Measured on a GPU: its microseconds in the kernels of forward and backward, newest commit of each contender."""
+    found: dict[tuple[str, str], dict[str, list[tuple[str, float]]]] = defaultdict(lambda: defaultdict(list))
+    for r in rows("gpu/launches.csv"):
+        if r["M"] == "8192" and not r["note"]:
+            found[r["method"], r["contender"]][r["commit"]].append((r["kernel"], float(r["us"])))
+    body, frozen = [], {}
+    for (method, who), commits in found.items():
+        kernels = list(commits.values())[-1]
+        total = sum(us for _, us in kernels)
+        frozen[method] = total if who == "frozen" else frozen[method]
+        part = {name: sum(us for k, us in kernels if re.match(f"(void )?.*({of})", k)) for name, of in PARTS.items()}
+        part["other"] = total - sum(part.values())
+        if who not in ("peft", "peft_half"):
+            cells = [f"{us:.0f}" if us >= 0.5 else "–" for us in part.values()]
+            body.append(
+                [f"{method}, {CONTENDERS.get(who, who)}", *cells, f"{total:.0f}", f"{total / frozen[method]:.2f}"]
+            )
+        else:
+            body.append(
+                [f"{method}, {CONTENDERS[who]}", *["–"] * len(part), f"{total:.0f}", f"{total / frozen[method]:.2f}"]
+            )
+    return markdown(["µs, forward + backward", *PARTS, "other", "all", "/ frozen"], body)
+
+
+def gpu_gemm() -> str:
+    """Measured on a GPU: the GEMM alone and with a rank-16 update, over cuBLAS's alone."""
+    found: dict[tuple[str, ...], dict[str, dict[str, str]]] = defaultdict(dict)
+    for r in rows("gpu/gemm.csv"):
+        found[r["M"], r["K"], r["N"]][r["contender"]] = r
+    who = ("gluon", "cuda", "triton")
+    header = ["M x K x N", "cuBLAS, TFLOP/s", *(f"{CONTENDERS[w]}{u}" for w in who for u in (" alone", " + update"))]
+    body = []
+    for sizes, of in found.items():
+        ratios = [f"{float(of[w + u]['ratio_p50']):.3f}" for w in who for u in ("", "+update")]
+        body.append([" x ".join(sizes), f"{float(of['cublas']['tflops']):.0f}", *ratios])
+    return markdown(header, body)
 
 
 def choices() -> str:
@@ -314,6 +367,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "experts": experts,
     "first": first,
     "gpu": gpu,
+    "gpu-gemm": gpu_gemm,
+    "gpu-graph": gpu_graph,
+    "gpu-launches": gpu_launches,
     "host": host,
     "init": init,
     "law": law,

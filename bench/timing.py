@@ -56,10 +56,13 @@ def facts() -> dict[str, str]:
     """The values of FACTS."""
     known = records.identity(CPU_OR_GPU)
     command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # a copy without its history
-        commit = (ROOT / "COMMIT").read_text().strip() if (ROOT / "COMMIT").is_file() else "unknown"
+    if (ROOT / "COMMIT").is_file():  # a copy, whatever history it has there
+        commit = (ROOT / "COMMIT").read_text().strip()
+    else:
+        try:
+            commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            commit = "unknown"
     return {**{name: known[name] for name in ("gpu", "driver", "torch", "triton")}, "commit": commit}
 
 

@@ -99,7 +99,7 @@ def finish(
 @configs.closed_form("down")
 def config_of_down(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
     """Tall tiles: each reads A, in fp32 r / BM of the bytes of x. Of low ranks shorter ones, two a processor of 8192
-    rows: a tenth faster on an H100, with dropout a quarter."""
+    rows: 3 % faster on an H100, with dropout 29 %."""
     wide = bits > 16  # fp32 runs without wgmma, or through tf32
     depth = 16 if wide and r > 64 else 64 if wide or r > 32 else 128
     tall = 16 if wide and r > 64 else 64 if not wide and 32 < r <= 64 else 32

@@ -11,7 +11,7 @@ import torch
 
 import fused_peft as fp
 from fused_peft.__main__ import main
-from fused_peft.backends import triton
+from fused_peft.backends import rates
 from fused_peft.backends.triton import kernels
 from fused_peft.core import dispatch, records
 from fused_peft.core.dropout import keep_mask, threshold
@@ -245,7 +245,7 @@ def test_every_kind_of_call_is_its_formula(kind, runs, monkeypatch):  # in fp16:
     monkeypatch.setattr(runs, "gemm", lambda *a, **kw: made.append(1) or gemm(*a, **kw))
     assert selftest.disagreement(dispatch.backends()["gluon"], *selftest.draw(p, torch.device("cpu")), True) is None
     assert len(made) == (1 if "d_out" in names else 2)  # dx of what d_out scales is Triton's, of few rows
-    monkeypatch.setattr(triton, "MANY", (0, 0))
+    monkeypatch.setattr(rates, "MANY", (0, 0))
     made.clear()
     assert selftest.disagreement(dispatch.backends()["gluon"], *selftest.draw(p, torch.device("cpu")), True) is None
     assert len(made) == 2
@@ -253,7 +253,7 @@ def test_every_kind_of_call_is_its_formula(kind, runs, monkeypatch):  # in fp16:
 
 def test_scales_on_both_sides(runs, monkeypatch):
     """Of many rows: into W, and the column sums from the stored product."""
-    monkeypatch.setattr(triton, "MANY", (0, 0))
+    monkeypatch.setattr(rates, "MANY", (0, 0))
     p = Problem("cpu", None, FP16, FP32, 136, 136, 72, 0, frozenset({"x", "w", "d_in", "d_out", "bias"}))
     fp.set_backend("gluon")
     assert not dispatch.backends()["gluon"].reasons(p)

@@ -10,7 +10,7 @@ also off where the installed release is not one that its kernel is known by (``t
 from __future__ import annotations
 
 from ..core.operands import Problem
-from . import hopper
+from . import hopper, rates
 from . import triton as base
 
 MAX_RANK = 64  # one slot of the kernel's ring
@@ -25,7 +25,7 @@ class Gluon(hopper.Hopper):
 
     def unfit(self, problem: Problem) -> list[str]:
         found = super().unfit(problem)
-        if "d_in" in problem.present and not base.many(problem.M, problem.N):
+        if "d_in" in problem.present and not rates.many(problem.M, problem.N):
             found.append("a scale on x, which the kernel reads as it is, on few rows")
         if problem.r > MAX_RANK:
             found.append(f"r={problem.r} is above {MAX_RANK}")

@@ -4,9 +4,10 @@ and on few rows the time that the host takes.
 A GEMM takes max(2 M N K / FLOP/s, bytes / bandwidth). Triton's runs at a share of cuBLAS's rate; cuBLAS's is followed,
 or preceded, by passes that read and write x or y once more, and plain PyTorch by still more. What all do (the sums over
 rows, the skinny products) counts its bytes. A call takes what the GPU takes or what the host does, whichever is more;
-the host's share of other layers is not known. The rates are what the hardware was seen to reach in public measurements,
-the shares and plain PyTorch's host time an estimate, ours taken on a stand-in for the driver: none was measured with
-this library on a GPU. Inside a CUDA graph the host does not count, and this model does not know that it is in one.
+the host's share of other layers is not known. The rates and Triton's share on sm_90 were measured on an H100
+(bench/results/gpu), those of other GPUs are what public measurements saw; plain PyTorch's host time is an estimate,
+ours taken on a stand-in for the driver. Inside a CUDA graph the host does not count, and this model does not know that
+it is in one.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from ..core.operands import Problem
 # arch: FLOP/s of 16-bit products, of fp32 ones, bytes/s
 RATES = {
     (8, 0): (250e12, 17e12, 1.6e12), (8, 6): (65e12, 30e12, 0.7e12), (8, 9): (150e12, 60e12, 0.8e12),
-    (9, 0): (700e12, 50e12, 3.0e12), (10, 0): (1500e12, 65e12, 6.5e12), (12, 0): (200e12, 80e12, 1.5e12),
+    (9, 0): (750e12, 50e12, 3.0e12), (10, 0): (1500e12, 65e12, 6.5e12), (12, 0): (200e12, 80e12, 1.5e12),
 }  # fmt: skip
-SHARE, SHARE_FP32 = 0.85, 0.4  # Triton's GEMM, of cuBLAS's rate
+SHARE, SHARE_TMA, SHARE_FP32 = 0.85, 0.94, 0.4  # Triton's GEMM, of cuBLAS's rate; that of sm_90
+MANY = 1024, 2304  # the smaller and the larger of rows and columns from which ``many`` holds
 # of rows in groups, both of cuBLAS's rate on one matrix: Triton's GEMM, which reads by pointers, and PyTorch's own
 SHARE_GROUPED, GROUPED_MM = 0.7, 0.85
 FEW_ROWS = 64  # up to which Triton's, without split-K, leaves most processors idle
@@ -47,13 +49,39 @@ def rates(arch: tuple[int, int]) -> tuple[float, float, float]:
     return RATES[max((known for known in RATES if known <= arch), default=min(RATES))]
 
 
+def many(M: int, N: int) -> bool:
+    """Whether a pass over the smaller of x and W costs less than a scale in the TMA kernel's K loop, which takes x
+    through registers: a quarter more time on an H100."""
+    return min(M, N) >= MANY[0] and max(M, N) >= MANY[1]
+
+
+def tma(problem: Problem) -> bool:
+    """Whether Triton's GEMM is the one that loads by TMA."""
+    return problem.arch in ((9, 0), None) and problem.dtype.itemsize == 2 and min(problem.M, problem.N, problem.K) >= 64
+
+
+def scaling(problem: Problem) -> int:
+    """Elements moved by x's scale forward, and dy's backward, where it goes into W or a copy of x."""
+    w, scales_in, scales_out = problem.N * problem.K, "d_in" in problem.present, "d_out" in problem.present
+    return 2 * min(problem.M * problem.K, w) * scales_in + 2 * min(problem.M * problem.N, w) * scales_out
+
+
 def passes(problem: Problem) -> int:
-    """Elements that cuBLAS's way moves beyond the fused one, forward and backward."""
+    """Elements that cuBLAS's way moves beyond one GEMM each way, forward and backward."""
     x, y = problem.M * problem.K, problem.M * problem.N
     scales_in, scales_out, low = (name in problem.present for name in ("d_in", "d_out", "A"))
-    forward = 2 * x * scales_in + 2 * y * (scales_out or low)
-    backward = 2 * y * scales_out + (9 * x if problem.drop_base else 2 * x * (scales_in or low))
-    return forward + backward
+    last = 9 * x if problem.drop_base else 2 * x * (scales_in or low)
+    return scaling(problem) + 2 * y * (scales_out or low) + last
+
+
+def fused_passes(problem: Problem) -> int:
+    """Those that Triton's way moves: none, but for scales of many rows (``many``), the column sums for d_in, and y from
+    a stored z."""
+    if problem.drop_base or not tma(problem) or not many(problem.M, problem.N):
+        return 0
+    x, y = problem.M * problem.K, problem.M * problem.N
+    scales_in, scales_out, low = (name in problem.present for name in ("d_in", "d_out", "A"))
+    return scaling(problem) + 2 * y * (scales_out and low) + 2 * x * scales_in
 
 
 def eager_passes(problem: Problem) -> tuple[int, int]:
@@ -72,10 +100,12 @@ def seconds(problem: Problem) -> tuple[float, float, float]:
     """Predicted time on the GPU with Triton's GEMM, with cuBLAS's, and of plain PyTorch, forward and backward."""
     M, N, K, size = problem.M, problem.N, problem.K, problem.dtype.itemsize
     half, single, bandwidth = rates(problem.arch or (9, 0))
-    share, rate = (SHARE_FP32, single) if problem.dtype == torch.float32 else (SHARE, half)
+    wide = problem.dtype == torch.float32
+    share, rate = (SHARE_FP32, single) if wide else (SHARE_TMA if tma(problem) else SHARE, half)
     gemm = 2 * (1 + problem.drop_base) * max(2 * M * N * K / rate, size * (M * K + N * K + M * N) / bandwidth)
     cublas = gemm + size * passes(problem) / bandwidth
-    return gemm / share, cublas, cublas + size * eager_passes(problem)[0] / bandwidth
+    fused = gemm / share + size * fused_passes(problem) / bandwidth
+    return fused, cublas, cublas + size * eager_passes(problem)[0] / bandwidth
 
 
 def grouped_seconds(problem: Problem) -> tuple[float, float]:

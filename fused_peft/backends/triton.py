@@ -24,7 +24,6 @@ from . import grouped, rates
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 MAX_RANK = 512
-MANY = 1024, 2304  # the smaller and the larger of rows and columns from which ``many`` holds
 MARGIN = 1.03  # a later backend runs where it was measured faster by more than this
 _eager = eager.Eager()
 _aten = torch.ops.aten
@@ -71,12 +70,6 @@ def _dense(o: Operands) -> Operands:
     vectors = {n: getattr(o, n) for n in ("bias", "d_in", "d_out", "a", "G")}
     strided = {n: t.contiguous() for n, t in vectors.items() if t is not None and t.dim() == 1 and t.stride(0) != 1}
     return o._replace(**strided) if strided else o
-
-
-def many(M: int, N: int) -> bool:
-    """Whether a pass over the smaller of x and W costs less than a scale in the TMA kernel's K loop, which takes x
-    through registers: a quarter more time on an H100."""
-    return min(M, N) >= MANY[0] and max(M, N) >= MANY[1]
 
 
 def _plain(o: Operands) -> bool:
@@ -211,12 +204,24 @@ class Triton:
             return False
         k = kernels()
         return (
-            many(*like) and k.gemm_lowrank.fits_tma(x, w, c, like[1]) and not isinstance(update, k.gemm_lowrank.Inline)
+            rates.many(*like)
+            and k.gemm_lowrank.fits_tma(x, w, c, like[1])
+            and not isinstance(update, k.gemm_lowrank.Inline)
         )
 
-    def product(self, *args, **options):
-        """``gemm`` in one launch, ``kernels.gemm_lowrank.gemm``."""
-        return kernels().gemm_lowrank.gemm(*args, **options)
+    def product(
+        self, x, w, like, update=None, c=None, d_in=None, d_out=None, bias=None, bias_inside=True, mask=None,
+        dual=False, u=None, want_y=True, want_z=False,
+    ):  # fmt: skip
+        """``gemm`` in one launch, ``kernels.gemm_lowrank.gemm``; z and y of many rows in two, since a tile that stores
+        both is half as wide, and takes half as long again."""
+        one = kernels().gemm_lowrank
+        if not (want_z and want_y and isinstance(update, one.Update) and not dual and u is None
+                and rates.many(*like) and one.fits_tma(x, w, c, like[1])):  # fmt: skip
+            return one.gemm(x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
+        z = one.gemm(x, w, like, update, c, d_in, None, bias if bias_inside else None, True, mask).y
+        last = None if bias_inside else bias
+        return one.Result(one.gemm(None, None, like, None, z, None, d_out, last, False).y, z, None, None)
 
     def forward(self, o: Operands, keep_z: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if _plain(o):
