@@ -94,6 +94,7 @@ FLOPS: dict[str, Callable[[dict], int]] = {  # of a kernel's arguments
     "hadamard_grads": lambda a: 2 * a["N"] * a["K"] * (a["M"] + 2 * a["R"]),
     "finish": _gate,
     "add_up": lambda a: 0,
+    "scale": lambda a: 0,
     "split": lambda a: 0,
     "keep_mask": lambda a: 0,
     "down_grouped": lambda a: 2 * _rows(a, "rows_ptr", "x_ptr") * a["K"] * a["R"],
@@ -235,6 +236,12 @@ def predict(who: str, method: str, shape: Shape, backward: bool, launch_us: floa
     return seconds(schedule(who, method, shape, backward)) / seconds(schedule("frozen", method, shape, backward))
 
 
+def _slowed(x: Launch) -> float:
+    """Seconds of a launch with Triton's GEMMs at their share of cuBLAS's rate."""
+    shares = {"gemm_lowrank": rates.SHARE, "gemm_lowrank_tma": rates.SHARE_TMA} if x.flops else {}
+    return x.seconds / shares.get(x.name, 1)
+
+
 def chosen(method: str, shape: Shape) -> tuple[str, float]:
     """(who, time as a multiple of the frozen layer's) of the backend that dispatch prefers on a GPU that nothing was
     measured on, forward and backward; Triton's GEMMs at the share of cuBLAS's rate that ``backends.rates`` assumes."""
@@ -254,8 +261,7 @@ def chosen(method: str, shape: Shape) -> tuple[str, float]:
         dispatch.unregister("asked")
     who = "cublas" if any(map(rates.slower, problems)) else "ours"
     who = "eager" if any(map(rates.slower_than_eager, problems)) else who
-    slowed = {"gemm_lowrank", "gemm_lowrank_tma"} if who == "ours" else set()
-    both = sum(x.seconds / (rates.SHARE if x.name in slowed else 1) for x in schedule(who, method, shape, True))
+    both = sum(_slowed(x) if who == "ours" else x.seconds for x in schedule(who, method, shape, True))
     return who, both / sum(x.seconds for x in schedule("frozen", method, shape, True))
 
 
@@ -279,9 +285,8 @@ def rows(launch_us: float) -> Iterator[dict[str, str | int | float]]:
 def waited(who: str, method: str, shape: Shape, slowed: bool = False) -> float:
     """Predicted seconds of forward and backward: the GPU's or the host's, whichever are more."""
     launches = schedule(who, method, shape, True)
-    share = lambda x: rates.SHARE if slowed and x.name in ("gemm_lowrank", "gemm_lowrank_tma") else 1  # noqa: E731
     host = IN_PYTHON[who] + rates.PLAIN[1] * len(launches) if who in IN_PYTHON else rates.host(len(launches))
-    return max(host, sum(x.seconds / share(x) for x in launches))
+    return max(host, sum(_slowed(x) if slowed else x.seconds for x in launches))
 
 
 def choices() -> Iterator[dict[str, str | int]]:

@@ -167,7 +167,7 @@ def config_of_outer(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r:
     if arch < (9, 0) and not wide:
         return Config(64, 64, 0, 8, 2)
     rows = 16 if wide and r > 64 else 32 if wide or r > 32 else 64
-    warps = 8 if arch >= (12, 0) and r > 64 else 4  # with 4 sm_120 spills
+    warps = 8 if arch >= (12, 0) else 4  # with 4 sm_120 spills
     return Config(rows, 64, 0, warps, 2 if wide or r > 64 else 3)
 
 
