@@ -187,7 +187,7 @@ CONTENDERS = {
 
 def gpu_graph() -> str:
     """Measured on a GPU, in CUDA graphs: each contender over the frozen layer in the same rounds."""
-    measured = [r for r in rows("gpu/speed.csv") if r["graph"] == "yes"]
+    measured = [r for r in rows("gpu/speed.csv") if r["graph"] == "yes" and r["ratio_p50"]]
     by = {(r["method"], r["M"], r["step"], r["contender"]): f"{float(r['ratio_p50']):.2f}" for r in measured}
     cases = dict.fromkeys((r["method"], r["M"]) for r in measured)
     steps = {"forward": "forward", "both": "forward + backward"}

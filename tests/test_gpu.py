@@ -63,7 +63,8 @@ def test_nothing_is_left_out_and_few_files_come_back(ran):
     assert not [word for word in ("left out", "failed:", "FAILED") if word in printed]
     names = {file.name for file in out.iterdir()}
     (record,) = out.glob("*.json")
-    assert names == {f"{n}.csv" for n in ("correctness", "speed", "gemm", "checks", "training")} | {record.name}
+    tables_of = ("correctness", "speed", "launches", "gemm", "checks", "training", "experts")
+    assert names == {f"{n}.csv" for n in tables_of} | {record.name}
     assert len(names) <= 8
     assert all(f"{name} {value};" in printed for name, value in gpu.facts().items())
 
@@ -122,6 +123,52 @@ def test_graphs_are_timed_apart_and_last(monkeypatch):
     half = len(asked) // 2
     assert [about["graph"] for about in asked] == ["no"] * half + ["yes"] * half
     assert [{**about, "graph": "no"} for about in asked[half:]] == asked[:half]
+
+
+def test_the_kernels_of_a_step_are_listed(ran):
+    found = rows(ran[0] / "launches.csv", gpu.LAUNCHES)
+    timed = {(r["method"], r["contender"], r["M"]) for r in rows(ran[0] / "speed.csv", gpu.SPEED)}
+    assert {(r["method"], r["contender"], r["M"]) for r in found} == timed
+    assert {(r["kernel"], r["note"]) for r in found} == {("none on a CPU", "")}
+
+
+def test_a_layer_of_experts_is_timed_once_it_agrees(ran, monkeypatch):
+    found = rows(ran[0] / "experts.csv", gpu.EXPERTS)
+    assert [r["contender"] for r in found] == ["frozen", "triton", "eager", "peft"]
+    assert all(ordered(r, "ms") and ordered(r, "ratio") and r["note"] == "" for r in found)
+    monkeypatch.setattr(gpu, "CLOSE", 0.0)
+    sizes = dict(zip(("experts", "hidden", "width", "tokens", "top"), gpu.MOES[0], strict=True))
+    with pytest.raises(RuntimeError, match="it does not agree with HF PEFT's"):
+        gpu.routed(sizes)
+
+
+def test_every_table_has_room_for_a_note():
+    for columns in (correctness.COLUMNS, gpu.SPEED, gpu.LAUNCHES, gpu.TRAINING, gpu.EXPERTS, gpu.gemm.COLUMNS):
+        assert "note" in columns.split()
+
+
+def test_a_copy_says_which_commit_it_is(tmp_path, monkeypatch):
+    import timing
+
+    monkeypatch.setattr(timing, "ROOT", tmp_path)
+    (tmp_path / "COMMIT").write_text("abc1234\n")
+    assert timing.facts.__wrapped__()["commit"] == "abc1234"
+
+
+def test_what_is_timed_comes_after_calls_that_settle_it():
+    """A backend that was just entered computes, watches, and only then replays."""
+    from fused_peft.tools import timing
+
+    told, times = [], 3
+    steps = {name: lambda i, name=name: told.append((name, i)) for name in ("a", "b")}
+    found = timing.interleaved(steps, torch.device("cpu"), lambda name: told.append((name, "entered")), 10.0, times)
+    assert {name: len(own) for name, own in found.items()} == {"a": times, "b": times}
+    entered = [i for i, (_, what) in enumerate(told) if what == "entered"]
+    assert len(entered) == 2 * (1 + times)
+    for begin, end in zip(entered, [*entered[1:], len(told)], strict=True):
+        of = {name for name, _ in told[begin:end]}
+        assert len(of) == 1
+        assert end - begin - 1 > timing.SETTLED
 
 
 def test_the_gemm_is_timed(ran):
@@ -278,16 +325,24 @@ def test_without_csrc_the_rest_goes_on(tmp_path, scripted, capsys):
 
 def test_the_report_shows_what_was_measured(tmp_path, monkeypatch):
     (tmp_path / "gpu").mkdir()
-    (tmp_path / "roofline.csv").write_bytes((report.RESULTS / "roofline.csv").read_bytes())
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert set(report.gpu().split("| ")) >= {"not measured yet "}
+    monkeypatch.setattr(gpu, "GRAPHS", ("no", "yes"))
     table = gpu.Table(tmp_path / "gpu/speed.csv", gpu.SPEED)
     for about in gpu.timings():
-        about |= {"M": 8192, "K": 4096, "N": 4096, "r": 2 * about["r"]}
-        table.add(**about, step="both", ratio_p50=1.0625 if about["contender"] == "triton" else 3.0)
+        ratio = 1.0625 if about["contender"] == "triton" and about["graph"] == "yes" else 3.0
+        table.add(**about, step="both", ratio_p50=ratio)
         table.add(**about, note="its process took too long")
-    shown = {line.split(" | ")[0].strip("| "): line for line in report.gpu().splitlines()}
-    assert {m for m, line in shown.items() if "1.0625" in line} == set(gpu.METHODS)
+    shown = [line for line in report.gpu_graph().splitlines() if "forward + backward" in line]
+    assert len(shown) == len(gpu.TIMINGS)
+    assert all(line.count("1.06") == 1 and "3.00" in line for line in shown)
+    launches = gpu.Table(tmp_path / "gpu/launches.csv", gpu.LAUNCHES)
+    at = {"method": "lora", "M": 8192}
+    launches.add(**at, contender="frozen", kernel="nvjet_tst", us=100.0)
+    for kernel, us in (("down", 5.0), ("gemm_gluon", 110.0), ("some copy", 2.0)):
+        launches.add(**at, contender="gluon", kernel=kernel, us=us)
+    launches.add(**at, contender="gluon", kernel="down", us=50.0, note="taken out since")
+    (line,) = [line for line in report.gpu_launches().splitlines() if "Gluon" in line]
+    assert line == "| lora, Gluon | 110 | 5 | – | – | – | 2 | 117 | 1.17 |"
 
 
 def test_the_exit_status_tells_of_a_wrong_row(tmp_path, monkeypatch):
