@@ -135,14 +135,17 @@ def decode_4bit(parts: Sequence[Tensor], rest: str, dtype: torch.dtype) -> Tenso
     kind, *sizes = rest.split(",")
     block, block2, N, K = map(int, sizes)
     codes = codes.reshape(-1).view(torch.uint8)
+    own = torch.ops.bitsandbytes if "bitsandbytes" in sys.modules else None
     if nested:
         table2, absmax2, offset = nested
-        each = absmax2.repeat_interleave(block2)[: absmax.numel()]
-        absmax = (table2[absmax.int()] * each).add_(offset)
+        if own is not None:  # one operation: on a busy CPU each one waits for its threads
+            absmax = own.dequantize_blockwise.default(absmax, absmax2, table2, block2, torch.float32).add_(offset)
+        else:
+            absmax = (table2[absmax.int()] * absmax2.repeat_interleave(block2)[: absmax.numel()]).add_(offset)
     absmax = absmax.float()
-    if "bitsandbytes" in sys.modules and block < _LARGE and K % 2 == 0:
-        own = torch.ops.bitsandbytes.dequantize_4bit.default
-        return own(codes, absmax, block, kind, (N, K), dtype if dtype in _OWN else torch.float32).to(dtype)
+    if own is not None and block < _LARGE and K % 2 == 0:
+        to = dtype if dtype in _OWN else torch.float32
+        return own.dequantize_4bit.default(codes, absmax, block, kind, (N, K), to).to(dtype)
     return _looked_up(codes, absmax, table.float(), block, N * K, dtype).view(N, K)
 
 
