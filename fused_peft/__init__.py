@@ -28,6 +28,7 @@ from . import backends as _backends  # noqa: E402, F401
 from .core import ops as _ops  # noqa: E402
 from .core.dispatch import StrictError, set_backend, set_strict  # noqa: E402
 from .core.factors import Factors, NotMergeableError  # noqa: E402
+from .integrations import quantised as _quantised  # noqa: E402, F401
 from .methods import (  # noqa: E402
     AdaLoraConfig,
     BitFitConfig,
@@ -124,6 +125,8 @@ def _bridge(what: str):
             f"fused_peft.{what} works on models of Hugging Face PEFT, which does not import here ({e}); pip install "
             '"fused_peft[peft]"'
         ) from e
+    if "peft.tuners.lora.bnb" in _sys.modules:  # PEFT has made layers on bitsandbytes'
+        _importlib.import_module("fused_peft.integrations.peft_bnb")
     return peft
 
 

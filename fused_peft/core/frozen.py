@@ -9,7 +9,7 @@ state: each of their methods is given the module.
     Experts      a stack of weights, (E, N, K) or stored (E, K, N): one for each group of rows
 
 A weight that is stored in parts (codes and scales) is a further kind whose ``matrix`` is a ``Stored``: the fused call
-decodes it at the top of forward and of backward, and keeps the parts alone.
+decodes it at the top of forward and of backward, and keeps the parts alone (bitsandbytes': integrations.quantised).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Stored(NamedTuple):
     spec: str
     shape: tuple[int, int]
     dtype: torch.dtype  # that its values are read in, where no input says so
+    compute: torch.dtype | None = None  # that x is cast to for the call, and y back from; None: x's
 
 
 # format -> (parts, the rest of the spec, dtype) -> W (N, K) in that dtype
@@ -60,6 +61,7 @@ class Frozen:
     transposed = False  # W is stored (K, N)
     opaque = False  # C is the module's own forward
     stacked = False  # W is a stack of matrices, one a group of rows
+    packed = False  # W is stored in parts, and the module computes what the fused call does with them decoded
 
     def __reduce__(self):
         return type(self), ()  # a kind has no state
@@ -120,6 +122,10 @@ class Frozen:
     def as_plain(self, module: nn.Module) -> Frozen | str:
         """The kind by which W's values are read, mostly this one; or why they cannot be."""
         return self
+
+    def about(self, module: nn.Module) -> str:
+        """How W is stored, in a few words, where it is packed."""
+        return ""
 
     def why_unwritable(self, module: nn.Module) -> str | None:
         """Why a merged W cannot be written in its place, or None."""

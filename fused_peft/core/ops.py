@@ -64,11 +64,13 @@ def linear(
     """y (..., N) of the expression in ``factors``, differentiable once in every tensor.
 
     x (..., K) in any floating dtype and any strides; w (N, K) in x's dtype, any strides, or a ``Stored`` one, or None
-    when c (..., N) takes the place of x̂Wᵀ; bias (N,) is used unless ``f.bias`` is given. Dropout is on when ``f.p`` > 0
-    and ``training``; its seed is ``seed``, int32 (2,), or a new one. On DTensors each process computes its part
+    when c (..., N) takes the place of x̂Wᵀ; where a ``Stored`` one has a ``compute``, the call is made in that dtype and
+    y cast back to x's; bias (N,) is used unless ``f.bias`` is given. Dropout is on when ``f.p`` > 0 and ``training``;
+    its seed is ``seed``, int32 (2,), or a new one. On DTensors each process computes its part
     (``distributed.parallel``).
-    Under autocast x, w and c are cast to the autocast dtype. Factors may have another floating dtype than x; their
-    gradients come out in their own. Raises ValueError or TypeError when shapes, dtypes or devices do not fit.
+    Under autocast x, w and c are cast to the autocast dtype, whatever ``compute`` is. Factors may have another floating
+    dtype than x; their gradients come out in their own. Raises ValueError or TypeError when shapes, dtypes or devices
+    do not fit.
     """
     if _distributed(x):
         return on_dtensors().linear(x, w, f, bias, c, training)
@@ -80,6 +82,11 @@ def linear(
                 return linear(x, w, f, bias, c, training, seed)
     parts, spec = (), ""
     if type(w) is Stored:
+        if x.shape[-1:] != w.shape[1:]:
+            _check(x, w)
+        if w.compute not in (None, x.dtype):
+            x, c, out = x.to(w.compute), None if c is None else c.to(w.compute), x.dtype
+            return linear(x, w, f, bias, c, training, seed).to(out)
         w, parts, spec = None, w.parts, w.spec
     if f.d_in is not None and x.shape[-1:] != f.d_in.shape:
         _check(x, w)  # would broadcast
@@ -269,10 +276,10 @@ def _autocast(*tensors: Tensor | Stored | None) -> list[Tensor | Stored | None]:
     if tensors[0].dtype == torch.float64:
         return tensors
     dt = torch.get_autocast_dtype(tensors[0].device.type)
-    return [t.to(dt) if isinstance(t, Tensor) else t for t in tensors]
+    return [t.to(dt) if isinstance(t, Tensor) else t if t is None else t._replace(compute=None) for t in tensors]
 
 
-def _check(x: Tensor, w: Tensor | None) -> None:
+def _check(x: Tensor, w: Tensor | Stored | None) -> None:
     """Raise the error that says what does not fit between x (..., K) and w (N, K), if anything does not."""
     if w is None or (x.shape[-1:] == w.shape[1:] and x.dtype == w.dtype and x.device == w.device):
         return

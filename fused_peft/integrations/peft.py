@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..core import dispatch, operands, ops, versions
 from ..core.factors import Factors
-from ..core.frozen import Dense, Frozen, Transposed, kind_of, own_forward
+from ..core.frozen import Dense, Frozen, Stored, Transposed, kind_of, own_forward
 from ..core.sharded import is_partitioned, is_sharded
 from ..model.adapted import is_adapted
 from ..model.adapter import in_turn
@@ -53,12 +53,12 @@ def _called(module: nn.Module, kinds: tuple[type, ...], what: str) -> str | None
     return None
 
 
-def _replaceable(kind: Frozen, base: nn.Module) -> bool:
+def replaceable(kind: Frozen, base: nn.Module) -> bool:
     """Whether the fused call may take the place of the base's own; otherwise adapters act beside its product."""
-    return isinstance(kind, (Dense, Transposed)) and not hooked(base)
+    return isinstance(kind, Frozen) and (kind.packed or isinstance(kind, (Dense, Transposed))) and not hooked(base)
 
 
-def _with_base(weight: Tensor, f: Factors, bias: Tensor | None, x: Tensor) -> Tensor:
+def _with_base(weight: Tensor | Stored, f: Factors, bias: Tensor | None, x: Tensor) -> Tensor:
     return ops.linear(x, weight, f, bias)
 
 
@@ -79,7 +79,7 @@ class _Fused:
         """y (S, ..., N) of samples x (S, ..., K), each with the adapter of its name."""
         base, own = self.base_layer, getattr(self, self.adapter_layer_names[0])
         if not isinstance(names, Chosen):  # PEFT's own argument
-            if not isinstance(self, lora.Linear):
+            if not isinstance(self, FusedLora):
                 return super().forward(x, adapter_names=names)
             self._check_forward_args(x, adapter_names=names)
         elif x.dim() < 2 or x.shape[0] != len(names):
@@ -87,7 +87,7 @@ class _Fused:
         elif self.merged:
             raise RuntimeError("the layer was merged within adapter_batch; unmerge it first")
         used, kind = [name for name in dict.fromkeys(names) if name in own], kind_of(base)
-        plain = _replaceable(kind, base)
+        plain = replaceable(kind, base)
         if x.dim() < 2 or any(self._unfused(base, kind, plain, x, [name]) for name in used):
             return super().forward(x, adapter_names=names)
         trains = plain and base.weight.requires_grad
@@ -102,6 +102,8 @@ class _Fused:
             return self._with(x, [name])
 
         def product(x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+            if type(weight) is Stored:
+                return None, bias, ops.plain_linear(x, weight, bias)
             return (weight, bias, None) if plain else (None, None, base(x))
 
         joint = not (trains or is_sharded(x) or is_sharded(weight))
@@ -111,7 +113,7 @@ class _Fused:
         """y with these adapters (default: the active ones)."""
         base = self.base_layer
         kind, used = kind_of(base), self._used(adapters)
-        plain = _replaceable(kind, base)
+        plain = replaceable(kind, base)
         if adapters is None and self._unfused(base, kind, plain, x, used):
             return super().forward(x)
         if not plain:
@@ -131,14 +133,14 @@ class _Fused:
 
     def base_matrix(self) -> Tensor:
         """The base weight as (out, in)."""
-        return self._readable(kind_of(self.base_layer)).matrix(self.base_layer)
+        return self._readable(kind_of(self.base_layer)).dense(self.base_layer)
 
     def unfused(self, x: Tensor | None = None, adapters: list[str] | None = None) -> str | None:
         """Why a call, on x where one is given, takes PEFT's forward with these adapters (default: the active ones);
         None where it is fused."""
         base = self.base_layer
         kind = kind_of(base)
-        return self._unfused(base, kind, _replaceable(kind, base), x, self._used(adapters))
+        return self._unfused(base, kind, replaceable(kind, base), x, self._used(adapters))
 
     def _unfused(
         self, base: nn.Module, kind: Frozen | str, plain: bool, x: Tensor | None, used: list[str]
@@ -151,6 +153,8 @@ class _Fused:
                 return f"its base is a {type(base).__module__}.{type(base).__name__}: {kind}"
             if is_partitioned(weight):
                 return "its base weight is partitioned by DeepSpeed ZeRO-3"
+        elif kind.packed:
+            pass  # decoded in x's dtype
         elif x is not None and x.dtype != (dtype := base.weight.dtype) and not ops.autocasting(x):
             return f"x has dtype {x.dtype}, the weight {dtype}"
         return self._adapters_unfused(used, kind)
@@ -158,7 +162,7 @@ class _Fused:
     def _readable(self, kind: Frozen) -> Frozen | str:
         """The kind by which W's values are read, or why they cannot be; found by a trial that is made once a base."""
         base = self.base_layer
-        if isinstance(kind, (Dense, Transposed)):
+        if kind.packed or isinstance(kind, (Dense, Transposed)):
             return kind
         if not kind.opaque:
             return f"{type(base).__name__} holds it in parts"
@@ -194,7 +198,7 @@ class _Fused:
         return peft_class(self).__name__  # the repr is PEFT's
 
 
-class FusedLoraLinear(_Fused, lora.Linear):
+class FusedLora(_Fused):
     """LoRA, rsLoRA, lora_bias and DoRA."""
 
     def _adapters_unfused(self, used: list[str], kind: Frozen) -> str | None:
@@ -209,7 +213,7 @@ class FusedLoraLinear(_Fused, lora.Linear):
                     return f"adapter {name!r} is DoRA, and PEFT's DoraCaching is on"
                 if reason := _called(self.lora_magnitude_vector[name], (dora.DoraLinearLayer,), "magnitude"):
                     return reason
-                if not _replaceable(kind, self.base_layer):
+                if not replaceable(kind, self.base_layer):
                     if isinstance(reason := self._readable(kind), str):
                         return f"adapter {name!r} is DoRA, which reads the weight, and {reason}"
                     if self.training and self._dropped(name):
@@ -224,14 +228,14 @@ class FusedLoraLinear(_Fused, lora.Linear):
                 return reason
         return None
 
-    def fused_factors(self, used: list[str], weight: Tensor | None, bias: Tensor | None) -> list[Factors]:
+    def fused_factors(self, used: list[str], weight: Tensor | Stored | None, bias: Tensor | None) -> list[Factors]:
         found = []
         for name in used:
             found.append(f := self._one(name, weight, bias))
             bias = f.merged_bias(bias)
         return found
 
-    def _one(self, name: str, weight: Tensor | None, base: Tensor | None) -> Factors:
+    def _one(self, name: str, weight: Tensor | Stored | None, base: Tensor | None) -> Factors:
         A, B, s = self.lora_A[name].weight, self.lora_B[name], self.scaling[name]
         bias = None
         if B.bias is not None:
@@ -241,7 +245,7 @@ class FusedLoraLinear(_Fused, lora.Linear):
             B, s = B * s, 1.0
         if name not in self.lora_variant:
             return Factors(A=A, B=B, bias=bias, s=s, p=p)
-        weight = self.base_matrix() if weight is None else weight
+        weight = weight if isinstance(weight, Tensor) else self.base_matrix()
         with torch.no_grad():
             norm = ops.row_norm(weight, self._squared(weight), A, B, s)
         magnitude, p = self.lora_magnitude_vector[name], p if self.training else 0.0
@@ -256,7 +260,7 @@ class FusedLoraLinear(_Fused, lora.Linear):
         own = self.base_layer.weight
         # the storage too: a weight that comes after another may have its address
         storage = StorageWeakRef(own.untyped_storage())
-        known = (storage, weight.data_ptr(), weight._version, weight.dtype, weight.device, weight.shape)
+        known = (storage, own.data_ptr(), own._version, weight.dtype, weight.device, weight.shape)
         kept = self.__dict__.get(_KEPT)
         if kept is None or kept[0]() is not own or kept[1] != known:
             kept = self.__dict__[_KEPT] = (ref(own), known, _row_norm2(weight))
@@ -286,6 +290,10 @@ class FusedLoraLinear(_Fused, lora.Linear):
 def _row_norm2(weight: Tensor) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     return torch.linalg.vector_norm(weight, dim=1, dtype=wide).square_()
+
+
+class FusedLoraLinear(FusedLora, lora.Linear):
+    """On a plain linear layer."""
 
 
 class FusedSVDLinear(_Fused, adalora.SVDLinear):
@@ -322,7 +330,7 @@ FUSED = {
     adalora.SVDLinear: FusedSVDLinear,
     ia3.Linear: FusedIA3Linear,
 }
-_ANY = tuple(FUSED.values())
+_ANY = (_Fused, FusedParamWrapper)
 
 
 def peft_class(layer: nn.Module) -> type:
@@ -423,7 +431,7 @@ def _report(layers: list[tuple[str, nn.Module]], adapter: str | None = None) -> 
     for name, layer in layers:
         if reason := _keeps_peft_s(started.get(layer, layer), adapters):
             reasons.setdefault(reason, []).append(name)
-        elif isinstance(layer, _Fused) and not _replaceable(kind_of(layer.base_layer), layer.base_layer):
+        elif isinstance(layer, _Fused) and not replaceable(kind_of(layer.base_layer), layer.base_layer):
             beside[type(layer.base_layer).__name__] += 1
     if not reasons:
         return
@@ -491,10 +499,13 @@ def _explain(layer: nn.Module, by: nn.Module, tokens: int, dtype: torch.dtype | 
     if isinstance(layer, FusedParamWrapper):
         return layer.explained(tokens, dtype)
     base, kind = layer.base_layer, kind_of(layer.base_layer)
-    like, plain = kind.like(base), _replaceable(kind, base)
+    like, plain = kind.like(base), replaceable(kind, base)
     N, K = kind.shape(base)
     weight, bias = (kind.matrix(base), base.bias) if plain else (None, None)
-    found, who = layer.fused_factors(layer._used(), weight, bias), "" if plain else _beside_what(base, kind, dtype)
+    found = layer.fused_factors(layer._used(), weight, bias)
+    who = "" if plain else _beside_what(base, kind, dtype)
+    if kind.packed and plain:
+        weight, who = torch.empty(N, K, device="meta"), f"{kind.about(base)}, decoded once each way"
     if not found:
         return method, "plain", "torch", "no adapter of this layer is active", None
     if not plain and found[0].A is None:

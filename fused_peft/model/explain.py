@@ -77,7 +77,7 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
     if layer.kind.opaque or foreign or len(adapters) > 1:
         base = type(layer.weight).__name__ if foreign else layer.base_class.__name__
         who = f"beside the product of a {base}" if layer.kind.opaque or foreign else "one after the other"
-        found = [_problem(a, tokens, dtype or layer.kind.like(layer).dtype, beside=True) for a in adapters]
+        found = [_problem(a, tokens, dtype or layer.kind.dtype(layer), beside=True) for a in adapters]
         problem = next((p for p in found if p is not None), None) or _problem(first, tokens, dtype)
         choice = dispatch.choose(problem)
         return names, "beside", choice.backend.name, f"{who}; {choice.why()}", problem
@@ -93,6 +93,7 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
     choice = dispatch.choose(problem)
     form = "output" if method.output else "product" if problem.hadamard else "factors"
     why = "W * (1 + s*BA) is formed once each way; " if problem.hadamard else ""
+    why += f"{layer.kind.about(layer)}, decoded once each way; " if layer.kind.packed else ""
     why += f"sharded over {layer.weight.device_mesh.size()} processes; " if sharded else ""
     return names, form, choice.backend.name, why + choice.why(), problem
 
@@ -133,7 +134,7 @@ def _problem(adapter: Bound, tokens: int, dtype: torch.dtype | None, beside: boo
         return None
     width = adapter.out_features if behind else adapter.in_features
     weight = adapter.kind.like(adapter)
-    x = torch.empty(1, device="meta", dtype=dtype or weight.dtype).expand(tokens, width)
+    x = torch.empty(1, device="meta", dtype=dtype or adapter.kind.dtype(adapter)).expand(tokens, width)
     if beside or behind:
         w, c = None, x if behind else x[:, :1].expand(tokens, adapter.out_features)
     else:
