@@ -471,9 +471,8 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     print(*(f"{name} {value};" for name, value in facts().items()), flush=True)
     with Pool(1 if INTERPRETING else max(1, min(14, (os.cpu_count() or 2) - 2))) as pool:
-        list(
-            pool.run("gpu:awake", [()] * pool.workers, EACH)
-        )  # what a cold disk takes is not taken from one part alone
+        # what a cold disk takes is not to be taken from one part of a stage alone
+        list(pool.run("gpu:awake", [()] * pool.workers, EACH))
         left, rows = RUN[args.stage](pool, args.out, begin + (args.seconds or SECONDS[args.stage]) - GRACE)
     for what in left[:60]:
         print("left out:", what)

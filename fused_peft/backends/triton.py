@@ -202,12 +202,12 @@ class Triton:
         """Whether x's scale becomes W's, or x's in a copy, and u's column sums are taken from the stored product."""
         if (d_in is None and u is None) or dual or c is not None:
             return False
-        k = kernels()
-        return (
-            rates.many(*like)
-            and k.gemm_lowrank.fits_tma(x, w, c, like[1])
-            and not isinstance(update, k.gemm_lowrank.Inline)
-        )
+        return not isinstance(update, kernels().gemm_lowrank.Inline) and self.many(x, w, like, c)
+
+    @staticmethod
+    def many(x, w, like, c) -> bool:
+        """Whether the TMA kernel takes the GEMM, and its rows are so many that passes over memory cost less."""
+        return rates.many(*like) and kernels().gemm_lowrank.fits_tma(x, w, c, like[1])
 
     def product(
         self, x, w, like, update=None, c=None, d_in=None, d_out=None, bias=None, bias_inside=True, mask=None,
@@ -216,8 +216,8 @@ class Triton:
         """``gemm`` in one launch, ``kernels.gemm_lowrank.gemm``; z and y of many rows in two, since a tile that stores
         both is half as wide, and takes half as long again."""
         one = kernels().gemm_lowrank
-        if not (want_z and want_y and isinstance(update, one.Update) and not dual and u is None
-                and rates.many(*like) and one.fits_tma(x, w, c, like[1])):  # fmt: skip
+        both = want_z and want_y and isinstance(update, one.Update) and not dual and u is None
+        if not (both and self.many(x, w, like, c)):
             return one.gemm(x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
         z = one.gemm(x, w, like, update, c, d_in, None, bias if bias_inside else None, True, mask).y
         last = None if bias_inside else bias
