@@ -28,6 +28,7 @@ from . import backends as _backends  # noqa: E402, F401
 from .core import ops as _ops  # noqa: E402
 from .core.dispatch import StrictError, set_backend, set_strict  # noqa: E402
 from .core.factors import Factors, NotMergeableError  # noqa: E402
+from .integrations import blocks as _blocks  # noqa: E402, F401
 from .integrations import quantised as _quantised  # noqa: E402, F401
 from .methods import (  # noqa: E402
     AdaLoraConfig,

@@ -1,4 +1,5 @@
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -45,6 +46,13 @@ def _clean_state():
     fused_peft.set_backend(None)
     for name in set(dispatch.backends()) - before:
         dispatch.unregister(name)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_compiled():
+    """No file's tests count towards another's limit of recompilations."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
-"""bitsandbytes' 4-bit and 8-bit layers in the fused call: W decoded each way, the parts alone kept.
+"""Layers that other libraries quantised, in the fused call: W decoded each way, the parts alone kept.
 
 A stand-in of Linear4bit, known by its names as the real one is, carries the tests where bitsandbytes is not installed.
+torchao, apart from the environment since PEFT and Transformers change where they find it, gets a process of its own.
 """
 
 import copy
-import pickle
+import io
+import os
 import re
 import subprocess
 import sys
@@ -24,8 +26,13 @@ from fused_peft.core.factors import Factors
 from fused_peft.integrations import quantised
 from fused_peft.methods import METHODS
 
-FORMATS = ["stand-in", "nf4", "nf4+nested", "fp4", "fp4+nested", "nf4+nested/128", "int8"]
-FEW = ["stand-in", "nf4+nested", "int8"]
+BITS = ["nf4", "nf4+nested", "fp4", "fp4+nested", "nf4+nested/128", "int8"]  # bitsandbytes'
+FORMATS = ["stand-in", *BITS, "fp8 4 5", "fp8"]  # the latter Transformers', with a scale for 4 x 5 values or for all
+FEW = ["stand-in", "nf4+nested", "int8", "fp8 4 5"]
+TORCHAO = ["torchao int8", "torchao int8 one", "torchao float8", "torchao int4"]
+if os.environ.get("OF_TORCHAO"):
+    FORMATS, FEW = TORCHAO, [TORCHAO[0], TORCHAO[-1]]
+UNTYPED = ["int8", *TORCHAO]  # whose layers name no dtype that they compute in, or none wider than fp32
 BLOCK, BLOCK2 = 8, 4  # of the stand-in
 
 
@@ -68,6 +75,12 @@ def quantised_layer(kind, N=SMALL.N, K=SMALL.K, bias=True, dtype=torch.float32, 
     torch.manual_seed(0)
     if kind == "stand-in":
         layer = Linear4bit(K, N, bias, compute_dtype)
+    elif kind in TORCHAO:
+        layer = of_torchao(
+            kind.split()[1:], nn.Linear(K, N, bias, dtype=min(dtype, torch.float32, key=lambda d: d.itemsize))
+        )
+    elif kind.startswith("fp8"):
+        layer = fp8_layer(K, N, bias, [int(n) for n in kind.split()[1:]])
     else:
         bnb = pytest.importorskip("bitsandbytes")
         W = torch.randn(N, K) * 0.3
@@ -87,8 +100,40 @@ def quantised_layer(kind, N=SMALL.N, K=SMALL.K, bias=True, dtype=torch.float32, 
     return layer
 
 
+def fp8_layer(K, N, bias, block):
+    """Transformers' FP8Linear on a quantised random weight, frozen as models are loaded."""
+    fp8 = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    layer = fp8.FP8Linear(K, N, block_size=tuple(block) or None, has_bias=bias)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(N, K))
+        layer.weight_scale_inv.copy_(torch.rand(layer.weight_scale_inv.shape) * 0.3 + 0.1)
+        if bias:
+            layer.bias.copy_(torch.randn(N))
+    return layer.requires_grad_(False)
+
+
+def of_torchao(kind, linear):
+    """A linear layer whose weight torchao quantises."""
+    ao = pytest.importorskip("torchao.quantization")
+    K, (name, *one) = linear.in_features, kind
+    config = {
+        "int8": lambda: ao.Int8WeightOnlyConfig(granularity=ao.PerTensor() if one else ao.PerRow()),
+        "float8": ao.Float8WeightOnlyConfig,
+        "int4": lambda: ao.IntxWeightOnlyConfig(
+            weight_dtype=torch.int4, granularity=ao.PerGroup(K // 2 if K % 2 == 0 else K)
+        ),
+    }[name]()
+    ao.quantize_(linear, config)
+    return linear.requires_grad_(False)
+
+
 def stored(layer):
     return frozen.kind_of(layer).matrix(layer)
+
+
+def stored_parts(layer):
+    """What a layer keeps of its weight, adapted or not."""
+    return frozen.now(layer.kind, layer.weight).matrix(layer).parts
 
 
 def dense(layer, dtype):
@@ -136,10 +181,10 @@ def equal(got, want, within=0):
 
 
 def read_wide(kind, case, dtype):
-    """The error allowed where a method computes from W's values: an 8-bit layer names no dtype, so they are fp32's."""
+    """The error allowed where a method computes from W's values, which are fp32's where the layer names no dtype."""
     method = METHODS[case.method]
     reads = method.needs_weight or method.reads_weight or method.weight
-    return {torch.float64: 1e-6, torch.bfloat16: 1e-2}.get(dtype, 0) if kind == "int8" and reads else 0
+    return {torch.float64: 1e-6, torch.bfloat16: 1e-2}.get(dtype, 0) if kind in UNTYPED and reads else 0
 
 
 def step(call, x, dy, tensors):
@@ -195,7 +240,7 @@ def test_the_bits_are_those_of_bitsandbytes(quant, nested, block, shape, dtype, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", FORMATS[1:])
+@pytest.mark.parametrize("kind", BITS)
 def test_the_frozen_product_is_bitsandbytes_own(kind, dtype):
     """In training, where its 8-bit layer does not quantise x either; before and after its forward moved the scales."""
     base = quantised_layer(kind, dtype=dtype)
@@ -369,7 +414,7 @@ def test_what_is_kept(name, kind):
         assert y.requires_grad
         W = frozen.kind_of(layer.unload(merge=False)).matrix(layer)
         own = [*layer.parameters(), *layer.buffers(), *(W.parts if isinstance(W, frozen.Stored) else ())]
-        for t in own:
+        for t in own[1:] if frozen.is_foreign(own[0]) else own:  # which has no storage of its own
             kept.pop(t.untyped_storage().data_ptr(), None)
         assert all(t.shape != (SMALL.N, SMALL.K) for t in kept.values())
         counts.append(sum(t.untyped_storage().nbytes() for t in kept.values()))
@@ -380,7 +425,7 @@ def test_what_is_kept(name, kind):
 def test_the_compute_dtype_of_the_layer_is_kept_to(kind):
     """x in fp32 on a 4-bit layer that computes in bf16: in bf16, y and dx in fp32."""
     base = quantised_layer(kind, dtype=torch.bfloat16, compute_dtype=torch.bfloat16)
-    own = kind == "int8"  # which has none, and computes in x's
+    own = kind != "stand-in" and "f4" not in kind and "p4" not in kind  # it has none, and computes in x's
     reference = adapted(dense(base, torch.float32 if own else torch.bfloat16), fp.LoraConfig(r=4), like=None)
     layer = adapted(base, fp.LoraConfig(r=4), like=reference)
     assert layer.lora_A.dtype == torch.float32
@@ -468,8 +513,10 @@ def test_a_layer_stays_its_quantisers(kind):
         assert not torch.equal(other(x), y)
         other.lora_A.copy_(layer.lora_A), other.lora_B.copy_(layer.lora_B)
     assert torch.equal(other(x), y)
-    if kind != "stand-in":
-        assert torch.equal(pickle.loads(pickle.dumps(layer))(x), y)
+    if kind not in ("stand-in", *TORCHAO):  # classes that pickle does not find; torchao's own layers do not pickle
+        torch.save(layer, file := io.BytesIO())
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(x), y)
     plain = layer.unload(merge=False)
     assert type(plain) is own
     assert set(plain.state_dict()) == keys
@@ -478,12 +525,11 @@ def test_a_layer_stays_its_quantisers(kind):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_merging_is_refused_with_the_reason(kind):
     layer = adapted(quantised_layer(kind), fp.LoraConfig(r=3))
-    before = {n: t.clone() for n, t in layer.state_dict().items()}
-    with pytest.raises(
-        fp.NotMergeableError, match=r"its weight is stored in .* with a scale .*quantising a merged one"
-    ):
+    parts = [t.clone() for t in (*stored_parts(layer), layer.lora_A, layer.lora_B)]
+    with pytest.raises(fp.NotMergeableError, match=r"its weight is stored in .* with .* scale.*quantising a merged"):
         layer.merge()
-    equal(dict(layer.state_dict()), before)
+    after = [*stored_parts(layer), layer.lora_A, layer.lora_B]
+    assert all(torch.equal(a, b) for a, b in zip(after, parts, strict=True))
 
 
 @pytest.mark.parametrize("kind", FEW)
@@ -491,8 +537,13 @@ def test_explain_says_how_it_is_stored(kind):
     model = nn.Sequential(adapted(quantised_layer(kind), fp.LoraConfig(r=3)))
     (row,) = fp.explain(model)
     assert (row.form, row.backend) == ("factors", "eager")
-    stored_as = {"stand-in": f"nf4 with a scale for {BLOCK} values", "int8": "int8 with a scale a row"}
-    assert f"{stored_as.get(kind, 'nf4 with a scale for 64 values')}, decoded once each way" in row.why
+    stored_as = {
+        "stand-in": f"nf4 with a scale for {BLOCK} values",
+        "nf4+nested": "nf4 with a scale for 64 values",
+        "fp8 4 5": "float8_e4m3fn with a scale for 4 x 5 values",
+        "torchao int4": "int4 with a scale a row",
+    }
+    assert f"{stored_as.get(kind, 'int8 with a scale a row')}, decoded once each way" in row.why
 
 
 def test_a_wrong_width_is_named():

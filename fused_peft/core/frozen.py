@@ -35,6 +35,7 @@ class Stored(NamedTuple):
     shape: tuple[int, int]
     dtype: torch.dtype  # that its values are read in, where no input says so
     compute: torch.dtype | None = None  # that x is cast to for the call, and y back from; None: x's
+    values: Tensor | None = None  # what it was decoded to (``ops.read``)
 
 
 # format -> (parts, the rest of the spec, dtype) -> W (N, K) in that dtype
@@ -47,6 +48,17 @@ def register_decoder(name: str, decoder: Callable[[Sequence[Tensor], str, torch.
     if name in _DECODERS:
         raise ValueError(f"name={name!r} has a decoder already; choose another name")
     _DECODERS[name] = decoder
+
+
+def register_kinds(*kinds: Frozen, **decoders: Callable[[Sequence[Tensor], str, torch.dtype], Tensor]) -> None:
+    """Add kinds behind the plain ones, which then cost what they did, and the decoders of their formats by name; kinds
+    that are there already, since their file is imported anew, once."""
+    if any(type(kind).__name__ == type(kinds[0]).__name__ for kind in KINDS):
+        return
+    at = KINDS.index(OPAQUE)
+    KINDS[at:at] = kinds
+    for name, decoder in decoders.items():
+        register_decoder(name, decoder)
 
 
 def decode(spec: str, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -75,6 +87,10 @@ class Frozen:
     def reads(self, module: nn.Module) -> bool | str:
         """Whether the module is of this kind; a string says why it is and cannot be adapted all the same."""
         raise NotImplementedError
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a weight by itself shows that its layer is of this kind, as a quantiser's tensor class does."""
+        return False
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         """(N, K)."""
@@ -267,6 +283,13 @@ def _plain(module: nn.Module, kind: type) -> bool:
 DENSE, TRANSPOSED, OPAQUE = Dense(), Transposed(), Opaque()
 EXPERTS, TRANSPOSED_EXPERTS = Experts(), TransposedExperts()
 KINDS: list[Frozen] = [DENSE, TRANSPOSED, OPAQUE]  # the first that reads a module; integrations put theirs in front
+
+
+def now(kind: Frozen, weight: Tensor) -> Frozen:
+    """The kind of a layer that was of ``kind`` when it was adapted: another where its weight was quantised since."""
+    if type(weight) is nn.Parameter or kind.opaque or kind.packed or not is_foreign(weight):
+        return kind
+    return next((k for k in KINDS if k.holds(weight)), OPAQUE)
 
 
 def kind_of(module: nn.Module) -> Frozen | str:

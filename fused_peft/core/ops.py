@@ -80,13 +80,14 @@ def linear(
         if f.hadamard:
             with torch.autocast(x.device.type, enabled=False):  # B A is formed in its own dtype
                 return linear(x, w, f, bias, c, training, seed)
-    parts, spec = (), ""
+    parts, spec, values = (), "", None
     if type(w) is Stored:
         if x.shape[-1:] != w.shape[1:]:
             _check(x, w)
         if w.compute not in (None, x.dtype):
             x, c, out = x.to(w.compute), None if c is None else c.to(w.compute), x.dtype
             return linear(x, w, f, bias, c, training, seed).to(out)
+        values = w.values if w.values is not None and w.values.dtype == x.dtype else None
         w, parts, spec = None, w.parts, w.spec
     if f.d_in is not None and x.shape[-1:] != f.d_in.shape:
         _check(x, w)  # would broadcast
@@ -122,7 +123,7 @@ def linear(
                 )
             return _expression(o, f)
         if spec:
-            o = o.decoded()
+            o = o.decoded() if values is None else o._replace(w=values)
         backend = backend_for(o)
         if torch.is_grad_enabled():
             return _apply(backend, *o)
@@ -265,6 +266,17 @@ def autocasting(x: Tensor) -> bool:
     return autocast_is_on() and not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
+def read(w: Stored, x: Tensor) -> Stored:
+    """w with its values, where they are read in the dtype in which a call on x is made: one decoded copy serves both.
+    Compiled, each call is an operation of its own that decodes."""
+    dtype = _autocast_dtype(x) if autocasting(x) else w.compute or x.dtype
+    return w if is_compiling() or dtype != w.dtype else w._replace(values=decode(w.spec, w.parts, dtype))
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(x.device.type)
+
+
 def no_autocast(device: str):
     """For what is computed in the dtypes that it comes in: a backward, whose forward settled them, or a norm."""
     on = device != "meta" and autocast_is_on()
@@ -273,9 +285,9 @@ def no_autocast(device: str):
 
 def _autocast(*tensors: Tensor | Stored | None) -> list[Tensor | Stored | None]:
     """What autocast, where it is on, does to a matmul's inputs."""
-    if tensors[0].dtype == torch.float64:
+    dt = _autocast_dtype(tensors[0])
+    if dt == torch.float64:
         return tensors
-    dt = torch.get_autocast_dtype(tensors[0].device.type)
     return [t.to(dt) if isinstance(t, Tensor) else t if t is None else t._replace(compute=None) for t in tensors]
 
 

@@ -17,7 +17,7 @@ from weakref import ref
 
 import torch
 from peft.tuners import adalora, ia3, lora
-from peft.tuners.lora import dora
+from peft.tuners.lora import dora, torchao
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..core import dispatch, operands, ops, versions
 from ..core.factors import Factors
-from ..core.frozen import Dense, Frozen, Stored, Transposed, kind_of, own_forward
+from ..core.frozen import Dense, Frozen, Stored, Transposed, is_foreign, kind_of, own_forward
 from ..core.sharded import is_partitioned, is_sharded
 from ..model.adapted import is_adapted
 from ..model.adapter import in_turn
@@ -122,6 +122,8 @@ class _Fused:
             bias = base.bias if any(f.d_out is not None and not f.scale_bias for f in found) else None
             return in_turn(base, [(f, False) for f in found], x, bias)
         weight, bias = kind.matrix(base), base.bias
+        if type(weight) is Stored and self._reads_weight(used):
+            weight = ops.read(weight, x)
         found = self.fused_factors(used, weight, bias)
         if not found:
             return ops.plain_linear(x, weight, bias)
@@ -130,6 +132,10 @@ class _Fused:
         first, *later = found
         start = partial(_with_base, weight, first, bias)
         return in_turn(start, [(f, False) for f in later], x, first.merged_bias(bias))
+
+    def _reads_weight(self, used: list[str]) -> bool:
+        """Whether the factors of these adapters are made from W's values."""
+        return False
 
     def base_matrix(self) -> Tensor:
         """The base weight as (out, in)."""
@@ -228,6 +234,9 @@ class FusedLora(_Fused):
                 return reason
         return None
 
+    def _reads_weight(self, used: list[str]) -> bool:
+        return any(name in self.lora_variant for name in used)
+
     def fused_factors(self, used: list[str], weight: Tensor | Stored | None, bias: Tensor | None) -> list[Factors]:
         found = []
         for name in used:
@@ -245,7 +254,10 @@ class FusedLora(_Fused):
             B, s = B * s, 1.0
         if name not in self.lora_variant:
             return Factors(A=A, B=B, bias=bias, s=s, p=p)
-        weight = weight if isinstance(weight, Tensor) else self.base_matrix()
+        if type(weight) is Stored:
+            weight = weight.values
+        if weight is None:
+            weight = self.base_matrix()
         with torch.no_grad():
             norm = ops.row_norm(weight, self._squared(weight), A, B, s)
         magnitude, p = self.lora_magnitude_vector[name], p if self.training else 0.0
@@ -258,6 +270,7 @@ class FusedLora(_Fused):
         if torch.compiler.is_compiling() or weight.is_inference():  # neither tells of writes
             return _row_norm2(weight)
         own = self.base_layer.weight
+        own = kind_of(self.base_layer).matrix(self.base_layer).parts[0] if is_foreign(own) else own
         # the storage too: a weight that comes after another may have its address
         storage = StorageWeakRef(own.untyped_storage())
         known = (storage, own.data_ptr(), own._version, weight.dtype, weight.device, weight.shape)
@@ -296,6 +309,10 @@ class FusedLoraLinear(FusedLora, lora.Linear):
     """On a plain linear layer."""
 
 
+class FusedLoraTorchao(FusedLora, torchao.TorchaoLoraLinear):
+    """On a linear layer with one of torchao's quantised weights."""
+
+
 class FusedSVDLinear(_Fused, adalora.SVDLinear):
     """AdaLoRA."""
 
@@ -326,6 +343,7 @@ class FusedIA3Linear(_Fused, ia3.Linear):
 
 FUSED = {
     lora.Linear: FusedLoraLinear,
+    torchao.TorchaoLoraLinear: FusedLoraTorchao,
     lora.ParamWrapper: FusedParamWrapper,
     adalora.SVDLinear: FusedSVDLinear,
     ia3.Linear: FusedIA3Linear,

@@ -25,19 +25,20 @@ _LARGE = 2048  # elements of a block from which bitsandbytes itself leaves its k
 
 
 @functools.cache
-def _bnb(kind: type, name: str) -> type | None:
-    """bitsandbytes' class of that name which a class is or derives from."""
-    return next((k for k in kind.__mro__ if k.__name__ == name and k.__module__.startswith("bitsandbytes.")), None)
+def library_class(kind: type, name: str, library: str) -> type | None:
+    """A library's class of that name which a class is or derives from."""
+    return next((k for k in kind.__mro__ if k.__name__ == name and k.__module__.partition(".")[0] == library), None)
 
 
-class _Packed(Frozen):
-    """A layer of bitsandbytes whose output is x Wᵀ + b of what it stores."""
+class Packed(Frozen):
+    """A layer of another library whose output is x Wᵀ + b of what it stores."""
 
     packed = True
     layer: str  # the name of its class
+    library = "bitsandbytes"
 
     def reads(self, module: nn.Module) -> bool | str:
-        kind = _bnb(type(module), self.layer)
+        kind = library_class(type(module), self.layer, self.library)
         if kind is None or type(module).forward is not kind.forward or "forward" in module.__dict__:
             return False
         return self.why_not(module) or True
@@ -64,7 +65,7 @@ class _Packed(Frozen):
         )
 
 
-class Bits4(_Packed):
+class Bits4(Packed):
     """Linear4bit: NF4 or FP4."""
 
     layer = "Linear4bit"
@@ -101,7 +102,7 @@ class Bits4(_Packed):
         return f"{s.quant_type} with a scale for {s.blocksize} values"
 
 
-class Bits8(_Packed):
+class Bits8(Packed):
     """Linear8bitLt that holds int8 alone; x is not quantised, which it is in some of bitsandbytes' own forwards."""
 
     layer = "Linear8bitLt"
@@ -171,9 +172,4 @@ def decode_8bit(parts: Sequence[Tensor], rest: str, dtype: torch.dtype) -> Tenso
     return codes.to(dtype).mul_(scales[:, None].mul(1.0 / 127.0))
 
 
-KINDS = (Bits4(), Bits8())
-if not any(type(kind).__name__ == Bits4.__name__ for kind in frozen.KINDS):  # once, though this file is imported anew
-    at = frozen.KINDS.index(frozen.OPAQUE)  # behind the plain kinds, which then cost what they did
-    frozen.KINDS[at:at] = KINDS
-    frozen.register_decoder("bnb4", decode_4bit)
-    frozen.register_decoder("bnb8", decode_8bit)
+frozen.register_kinds(Bits4(), Bits8(), bnb4=decode_4bit, bnb8=decode_8bit)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core import ops
 from ..core.factors import Factors, NotMergeableError
-from ..core.frozen import OPAQUE, Frozen, is_foreign
+from ..core.frozen import Stored, now
 from ..core.sharded import fill, shape_of, whole
 from ..methods import Init, Method, PeftConfig, method_of
 from .wide import HALF
@@ -176,9 +176,8 @@ def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor, linear: Line
 
     ``layer`` gives the base: kind, weight, bias, training and, where it computes C by itself, base_forward.
     """
-    kind: Frozen = layer.kind
-    if type(layer.weight) is not nn.Parameter and is_foreign(layer.weight) and not kind.opaque:
-        kind = OPAQUE  # quantised since it was adapted: its own product passes gradients or says that it does not
+    kind = now(layer.kind, layer.weight)
+    if kind.opaque and not layer.kind.opaque:  # its own product passes gradients or says that it does not
         if reason := why_not_foreign(layer, adapters):
             raise RuntimeError(reason)
         if adapters[0].method.replaces_weight:
@@ -271,6 +270,9 @@ def _first(
         return ops.formed_linear(x, adapter.formed_weight, adapter.adapter_tensors(), bias)
     if method.replaces_weight:
         weight = None
+    if type(weight) is Stored and method.reads_weight and f is None:  # one decoded copy for its factors and the product
+        weight = ops.read(weight, x)
+        f = factors_of(adapter if weight.values is None else With(adapter, {"matrix": weight.values}))
     c = None
     if method.residual is not None:  # a call of its own, which keeps nothing, and which dropout spares
         weight, c = None, linear(x, weight, method.residual(adapter))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from ..core import ops
-from ..core.frozen import is_foreign
+from ..core.frozen import now
 from ..core.sharded import is_sharded, is_spread
 from ..core.torch_internals import in_backward
 from .adapted import is_pefts, layers, unwrap
@@ -113,9 +113,9 @@ def forward(layer: PeftLinear, x: Tensor, names: Chosen) -> Tensor:
     if x.dim() < 2 or x.shape[0] != len(names):
         raise ValueError(length_error(names, x))
     adapters = layer.adapters
-    kind, weight = layer.kind, layer.weight
-    opaque = kind.opaque or is_foreign(weight)
-    joint = (kind.opaque or not opaque) and not (weight.requires_grad or is_spread(weight) or is_sharded(x))
+    weight = layer.weight
+    kind = now(layer.kind, weight)
+    joint = kind.opaque == layer.kind.opaque and not (weight.requires_grad or is_spread(weight) or is_sharded(x))
 
     def base(x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if kind.opaque:
@@ -138,7 +138,7 @@ def forward(layer: PeftLinear, x: Tensor, names: Chosen) -> Tensor:
     def alone(name: str | None, x: Tensor) -> Tensor:
         if name is not None:
             return compose(layer, (adapters[name],), x)
-        return layer.base_forward(x) if opaque else ops.plain_linear(x, kind.matrix(layer), layer.bias)
+        return layer.base_forward(x) if kind.opaque else ops.plain_linear(x, kind.matrix(layer), layer.bias)
 
     own = [name if name in adapters else None for name in names]
     return mixed(x, own, form, alone, base if joint else None, layer.training)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core import dispatch, experts, operands
-from ..core.frozen import is_foreign
+from ..core.frozen import now
 from ..core.sharded import is_sharded
 from .adapted import is_pefts
 from .adapter import Bound, factors_of, why_not_foreign
@@ -71,12 +71,13 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
     first = adapters[0]
     if isinstance(layer, PeftParameter):
         return _explain_parameter(layer, names, adapters, tokens, dtype)
-    foreign = is_foreign(layer.kind.like(layer)) and not layer.kind.opaque
+    kind = now(layer.kind, layer.kind.like(layer))
+    foreign = kind.opaque and not layer.kind.opaque
     if foreign and (reason := why_not_foreign(layer, adapters)):
         return names, "none", "none", reason, None
-    if layer.kind.opaque or foreign or len(adapters) > 1:
+    if kind.opaque or len(adapters) > 1:
         base = type(layer.weight).__name__ if foreign else layer.base_class.__name__
-        who = f"beside the product of a {base}" if layer.kind.opaque or foreign else "one after the other"
+        who = f"beside the product of a {base}" if kind.opaque else "one after the other"
         found = [_problem(a, tokens, dtype or layer.kind.dtype(layer), beside=True) for a in adapters]
         problem = next((p for p in found if p is not None), None) or _problem(first, tokens, dtype)
         choice = dispatch.choose(problem)
@@ -93,7 +94,7 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
     choice = dispatch.choose(problem)
     form = "output" if method.output else "product" if problem.hadamard else "factors"
     why = "W * (1 + s*BA) is formed once each way; " if problem.hadamard else ""
-    why += f"{layer.kind.about(layer)}, decoded once each way; " if layer.kind.packed else ""
+    why += f"{kind.about(layer)}, decoded once each way; " if kind.packed else ""
     why += f"sharded over {layer.weight.device_mesh.size()} processes; " if sharded else ""
     return names, form, choice.backend.name, why + choice.why(), problem
 
@@ -121,6 +122,12 @@ def _explain_parameter(
     return names, "experts", choice.backend.name, why, problem
 
 
+def _like_weight(adapter: Bound) -> Tensor:
+    """The frozen weight, or of one that would have to be decoded a matrix of its shape."""
+    packed = now(adapter.kind, adapter.weight).packed
+    return torch.empty(adapter.out_features, adapter.in_features, device="meta") if packed else adapter.matrix
+
+
 def _problem(adapter: Bound, tokens: int, dtype: torch.dtype | None, beside: bool = False) -> operands.Problem | None:
     """The call that an adapter makes on ``tokens`` rows, without making it; ``beside`` a product that is there, None
     where that is no call of the expression."""
@@ -138,6 +145,6 @@ def _problem(adapter: Bound, tokens: int, dtype: torch.dtype | None, beside: boo
     if beside or behind:
         w, c = None, x if behind else x[:, :1].expand(tokens, adapter.out_features)
     else:
-        w, c = None if method.replaces_weight else adapter.matrix, None
+        w, c = None if method.replaces_weight else _like_weight(adapter), None
     bias = f.bias if f.bias is not None or c is not None else adapter.bias
     return operands.foreseen(f, x, w, bias, c, adapter.training, weight.device)

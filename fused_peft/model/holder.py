@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.factors import NotMergeableError
+from ..core.frozen import now
 from ..core.sharded import fill, gathered, is_sharded, is_spread, placed_as, shape_of, whole, whole_grad
 from ..methods import PeftConfig, method_of
 from .adapter import Adapter, Bound, With, factors_of, merged, why_not_together
@@ -62,7 +63,7 @@ class Holder(Bound):
     @property
     def matrix(self) -> Tensor:
         """The frozen weight as (out_features, in_features), whatever its layout."""
-        return self.kind.dense(self)
+        return now(self.kind, self.weight).dense(self)
 
     @property
     def adapters(self) -> dict[str, Bound]:

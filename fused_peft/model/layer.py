@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import ops
-from ..core.frozen import DENSE, OPAQUE, TRANSPOSED, Frozen, conv1d_type, kind_of
+from ..core.frozen import DENSE, OPAQUE, TRANSPOSED, Frozen, conv1d_type, kind_of, now
 from ..core.sharded import is_sharded, whole
 from ..methods import Method, PeftConfig, method_of
 from .adapter import compose
@@ -166,7 +166,7 @@ class PeftLinear(Holder, nn.Linear):
             return ops.plain_linear(x, weight, bias)
         if self.kind.opaque:
             return self.base_forward(x)
-        return ops.plain_linear(x, self.kind.matrix(self), self.bias)
+        return ops.plain_linear(x, now(self.kind, self.weight).matrix(self), self.bias)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """What the layer was before it was adapted, on its tensors as they are now."""
