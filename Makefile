@@ -40,6 +40,10 @@ $(VENV)/deepspeed: $(VENV)/dev
 	  "hjson==3.1.0" "einops==0.8.1" "msgpack==1.1.2" "py-cpuinfo==9.0.0" \
 	  || { rm -rf $@; echo "NOT CHECKED: ZeRO-3, since DeepSpeed does not install"; }
 
+# torchao for the tests of its weights, apart since Transformers and PEFT import it wherever they find it, for seconds
+$(VENV)/torchao: $(VENV)/torch
+	$(BIN)/pip install --quiet --no-deps --target $@ "torchao==0.18.0"
+
 .PHONY: lint check test bare gate cuda-check without-nvcc demo bench bench-gpu report clean
 
 lint: $(VENV)/dev
@@ -54,7 +58,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest --numproces
 check: lint
 	$(PYTEST) -m "not slow"
 
-test: lint bare gate $(if $(NVCC),cuda-check,without-nvcc) $(VENV)/cutlass $(VENV)/deepspeed
+test: lint bare gate $(if $(NVCC),cuda-check,without-nvcc) $(VENV)/cutlass $(VENV)/deepspeed $(VENV)/torchao
 	$(PYTEST)
 
 bare: $(VENV)/bare/torch

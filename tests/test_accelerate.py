@@ -32,7 +32,7 @@ CONFIGS = {
     "dora-dropout": lambda **k: peft.LoraConfig(**R, use_dora=True, lora_dropout=0.3, **k),
     "adalora": lambda **k: peft.AdaLoraConfig(**ADA, **k),
     "adalora-dropout": lambda **k: peft.AdaLoraConfig(**ADA, lora_dropout=0.3, **k),
-    "ia3": lambda **k: peft.IA3Config(feedforward_modules=["2"], init_ia3_weights=False, **k),
+    "ia3": lambda **k: peft.IA3Config(**{"feedforward_modules": ["2"], "init_ia3_weights": False, **k}),
 }
 
 

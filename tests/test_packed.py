@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,6 +33,7 @@ FEW = ["stand-in", "nf4+nested", "int8", "fp8 4 5"]
 TORCHAO = ["torchao int8", "torchao int8 one", "torchao float8", "torchao int4"]
 if os.environ.get("OF_TORCHAO"):
     FORMATS, FEW = TORCHAO, [TORCHAO[0], TORCHAO[-1]]
+SITE = Path(__file__).resolve().parent.parent / ".venv/torchao"  # apart from the environment, as set-up puts it
 UNTYPED = ["int8", *TORCHAO]  # whose layers name no dtype that they compute in, or none wider than fp32
 BLOCK, BLOCK2 = 8, 4  # of the stand-in
 
@@ -616,6 +618,19 @@ def test_other_types_and_forwards():
 def test_8_bit_layers_with_fp16_weights_are_no_packed_ones():
     bnb = pytest.importorskip("bitsandbytes")
     assert frozen.kind_of(bnb.nn.Linear8bitLt(8, 8, has_fp16_weights=True)) is frozen.OPAQUE
+
+
+@pytest.mark.skipif(not SITE.is_dir(), reason="torchao is not installed: make .venv/torchao")
+def test_all_of_this_on_torchao():
+    """The tests of this file and of PEFT's layers over its formats, in a process that finds it."""
+    paths = filter(None, [str(SITE), os.environ.get("PYTHONPATH")])
+    own = [str(Path(__file__).with_name(name)) for name in ("test_packed.py", "test_peft_torchao.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "torchao and not all_of_this", *own],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OF_TORCHAO": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "[100%]" in done.stdout
 
 
 def test_nothing_is_imported_for_it():

@@ -137,8 +137,8 @@ class PeftLinear(Holder, nn.Linear):
             )
 
     def freeze_base(self) -> None:
-        for name in ("weight", "bias"):
-            if isinstance(t := getattr(self, name, None), nn.Parameter):
+        for name, t in self._parameters.items():
+            if t is not None and name not in self.tensor_names:
                 t.requires_grad_(False)
 
     def reset_parameters(self) -> None:
