@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -657,3 +658,79 @@ def test_a_wrong_scale_is_noticed(name, calls, rows, monkeypatch):
     monkeypatch.setitem(frozen._DECODERS, "test_rows", wrong)
     with pytest.raises(AssertionError, match="^y" if calls == "every" else "^x"):
         same(layer_results(layer, x, dy), want)
+
+
+class Quantised(nn.Module):
+    """As the layers of GPTQ, AWQ and HQQ are: codes and scales under names of their own, no ``weight``, a product of
+    its own that passes a gradient to x."""
+
+    def __init__(self, K=8, N=6):
+        super().__init__()
+        self.in_features, self.out_features = K, N
+        self.register_buffer("qweight", torch.randint(-8, 8, (N, K)).to(torch.int8))
+        self.register_buffer("scales", torch.rand(N, 1))
+        self.bias = nn.Parameter(torch.randn(N))
+
+    def dense(self):
+        return self.qweight * self.scales
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dense(), self.bias)
+
+
+def compressed(K=8, N=6):
+    """As compressed-tensors leaves a layer: an nn.Linear without ``weight`` and a forward on the instance."""
+    layer, held = nn.Linear(K, N), Quantised(K, N)
+    del layer.weight
+    layer.register_buffer("weight_packed", held.qweight), layer.register_buffer("weight_scale", held.scales)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight_packed * layer.weight_scale, layer.bias)
+    layer.dense = lambda: layer.weight_packed * layer.weight_scale
+    return layer
+
+
+@pytest.mark.parametrize("make", [Quantised, compressed], ids=["of its own", "a linear one"])
+@pytest.mark.parametrize("name", [n for n in ONE_EACH if not METHODS[n].needs_weight])
+def test_a_quantised_layer_that_names_its_tensors_otherwise(name, make, tmp_path):
+    """Every method that reads no weight, beside its product: numbers, a second adapter, files, batches, reports."""
+    base = nn.Sequential(make())
+    plain = nn.Sequential(nn.Linear(8, 6))
+    with torch.no_grad():
+        plain[0].weight.copy_(base[0].dense()), plain[0].bias.copy_(base[0].bias)
+    config = replace(METHODS[name].example(2), target_modules=["0"])
+    model, reference = fp.get_peft_model(base, config), fp.get_peft_model(plain, config)
+    for own, other in zip(model[0].adapter_tensors(), reference[0].adapter_tensors(), strict=True):
+        own.data.add_(torch.rand_like(own) * 0.1)
+        other.data.copy_(own)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+
+    def same():
+        for got, want in zip(
+            *(gradients_of(m[0], x.detach(), torch.ones(2, 3, 6)) for m in (model, reference)), strict=True
+        ):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+    same()
+    assert "beside the product of" in fp.explain(model)[0].why
+    fp.print_trainable_parameters(model)
+    with fp.disable_adapter(model):
+        assert torch.equal(model(x), base[0].base_forward(x))
+    with pytest.raises(fp.NotMergeableError, match="holds its weight in a form that cannot be read"):
+        fp.merge(model)
+    fp.save_pretrained(model, tmp_path)
+    fp.load_adapter(reference, tmp_path)
+    same()
+    if METHODS[name].stands_alone or METHODS[name].trains_other_biases:  # which are the first of a model's only
+        return
+    for m in (model, reference):
+        fp.add_adapter(m, "second", replace(config))
+        fp.set_adapter(m, ["default", "second"])
+    for own, other in zip(
+        model[0].adapters["second"].adapter_tensors(), reference[0].adapters["second"].adapter_tensors(), strict=True
+    ):
+        other.data.copy_(own)
+    same()
+    results = []
+    for m in (model, reference):
+        with fp.adapter_batch(m, ["second", "default"]):
+            results.append(m(x))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

@@ -135,7 +135,7 @@ def stored(layer):
 
 def stored_parts(layer):
     """What a layer keeps of its weight, adapted or not."""
-    return frozen.now(layer.kind, layer.weight).matrix(layer).parts
+    return frozen.now(layer).matrix(layer).parts
 
 
 def dense(layer, dtype):
@@ -497,6 +497,34 @@ def test_compiled(kind, name):
 
 
 # The layer and its surroundings
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("name", ["lora+dropout", "dora", "ssb", "pissa"])
+def test_a_second_adapter_and_a_batch_of_both(name, kind):
+    """Made from the same weight, active alone and together, chosen sample by sample: as on the decoded weight."""
+    config = next(c for c in CASES if c.name == name).make(SMALL.r)
+    pairs = pair(kind, config, torch.float32)
+    for layer in pairs:
+        torch.manual_seed(8)
+        layer.add_adapter("second", config if name != "dora" else fp.LoraConfig(r=2, init_lora_weights=False))
+    x, dy = (t.float() for t in inputs(SMALL))
+    actives = [("second",)] + [("default", "second")] * (name != "pissa")
+    for active in actives:
+        results = []
+        for layer in pairs:
+            layer.active = active
+            tensors = [t for a in layer.active_adapters() for t in a.adapter_tensors()]
+            results.append(step(layer, x, dy, tensors))
+        for a, b in zip(*results, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+    results = []
+    for layer in pairs:
+        layer.active = ("default",)
+        model = nn.Sequential(layer).eval()
+        with torch.no_grad(), fp.adapter_batch(model, ["second", "default", "__base__"]):
+            results.append(model(torch.stack([x.reshape(-1, SMALL.K)[:2]] * 3)))
+    assert (results[0] - results[1]).norm() <= 1e-5 * results[1].norm()
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -101,7 +101,7 @@ def test_a_weight_quantised_after_it_was_adapted(kind):
         twin = fp.PeftLinear.from_linear(nn.Linear(K, N), each)
         twin.load_state_dict(layer.state_dict())
         model = nn.Sequential(layer)
-        ao.quantize_(model, config[kind.split()[1]](), filter_fn=lambda m, _: m is layer)
+        ao.quantize_(model, config[kind.split()[1]](), filter_fn=lambda m, _: isinstance(m, fp.PeftLinear))
         with torch.no_grad():
             twin.weight.copy_(layer.weight.dequantize())
         x = torch.randn(4, K, requires_grad=True)

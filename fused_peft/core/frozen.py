@@ -285,9 +285,10 @@ EXPERTS, TRANSPOSED_EXPERTS = Experts(), TransposedExperts()
 KINDS: list[Frozen] = [DENSE, TRANSPOSED, OPAQUE]  # the first that reads a module; integrations put theirs in front
 
 
-def now(kind: Frozen, weight: Tensor) -> Frozen:
-    """The kind of a layer that was of ``kind`` when it was adapted: another where its weight was quantised since."""
-    if type(weight) is nn.Parameter or kind.opaque or kind.packed or not is_foreign(weight):
+def now(layer: nn.Module) -> Frozen:
+    """The kind of an adapted layer, which is another than its ``kind`` where its weight was quantised since."""
+    kind: Frozen = layer.kind
+    if kind.opaque or kind.packed or type(weight := layer.weight) is nn.Parameter or not is_foreign(weight):
         return kind
     return next((k for k in KINDS if k.holds(weight)), OPAQUE)
 
@@ -300,12 +301,13 @@ def kind_of(module: nn.Module) -> Frozen | str:
         return "its shape is not known yet; run one batch through the model first"
     if "parametrizations" in module._modules:  # where a hasattr that fails takes a microsecond
         return "its weight is parametrized; remove the parametrization first"
-    if is_linear(module) and module._parameters.get("weight") is None:
+    own = "forward" in module.__dict__  # which may make the weight of what it holds under other names
+    if is_linear(module) and module._parameters.get("weight") is None and not own:
         return "a hook computes its weight (pruning, weight_norm); make that permanent first, e.g. by prune.remove"
     weight = getattr(module, "weight", None)
     if is_sharded(weight):
         return "its weight is sharded over several processes; adapt the model before parallelising or sharding it"
-    if type(module).forward is nn.Linear.forward and "forward" not in module.__dict__ and not is_foreign(weight):
+    if type(module).forward is nn.Linear.forward and not own and not is_foreign(weight):
         if not weight.dtype.is_floating_point:
             return f"its weight has dtype {weight.dtype}, but a floating dtype is needed; dequantise it first"
     for kind in KINDS:

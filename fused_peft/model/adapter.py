@@ -53,11 +53,11 @@ class Bound:
     @torch.inference_mode(False)  # what trains must not be an inference tensor
     def _attach(self, config: PeftConfig, adapter_dtype: torch.dtype | None) -> None:
         """Make and register every tensor of the method; nothing is changed where that fails."""
-        method, weight = method_of(config), self.kind.like(self)
+        method, weight = method_of(config), self.kind.like(layer_of(self))
         config = config.for_module("")
         refuse_inference([weight], config)
         if adapter_dtype is None:
-            dtype = self.kind.dtype(self)
+            dtype = self.kind.dtype(layer_of(self))
             adapter_dtype = torch.float32 if dtype in HALF else dtype
         start = self._start(method, config, adapter_dtype)
         if taken := [name for name in start.params | start.buffers if hasattr(self, name)]:
@@ -76,12 +76,12 @@ class Bound:
     @torch.no_grad()
     def _start(self, method: Method, config: PeftConfig, dtype: torch.dtype) -> Init:
         """What the method starts this layer from; a new adapter and a reset one share it."""
-        bias = whole(self.bias) if isinstance(self.bias, Tensor) else None
-        device = self.kind.device(self.__dict__.get("_hooked", self))
+        layer, bias = layer_of(self), whole(self.bias) if isinstance(self.bias, Tensor) else None
+        device = self.kind.device(layer.__dict__.get("_hooked", layer))
         if self.kind.opaque and not method.needs_weight:  # its shape, dtype and device are all that is read
-            W = torch.empty(1, dtype=dtype, device=device).expand(self.kind.shape(self))
+            W = torch.empty(1, dtype=dtype, device=device).expand(self.kind.shape(layer))
         else:
-            W = self.kind.values(self)
+            W = self.kind.values(layer)
         new = lambda *shape: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
         return (_stacked_start if self.kind.stacked else Method.start)(method, W, bias, config, new)
 
@@ -96,7 +96,7 @@ class Bound:
         start = self._start(self.method, self.config, getattr(self, self.tensor_names[0]).dtype)
         for name, value in (start.params | start.buffers).items():
             fill(getattr(self, name), value, source=0)
-        self.awaits_weight = self.method.from_weight and self.kind.like(self).is_meta
+        self.awaits_weight = self.method.from_weight and self.kind.like(layer_of(self)).is_meta
 
     def factors(self) -> Factors:
         """What trains as ``Factors``, differentiable in the adapter's parameters."""
@@ -157,6 +157,11 @@ class Adapter(Bound, nn.Module):
         return ", ".join(filter(None, [f"method={self.method.name}", self.config.describe()]))
 
 
+def layer_of(adapter: Bound) -> nn.Module:
+    """The layer that holds the frozen weight: an adapter's own, or itself where it is one with its adapter."""
+    return adapter.__dict__["layer"] if isinstance(adapter, Adapter) else adapter
+
+
 class With:
     """An adapter with some of its tensors replaced, for forming a weight from tensors that autograd follows."""
 
@@ -176,7 +181,7 @@ def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor, linear: Line
 
     ``layer`` gives the base: kind, weight, bias, training and, where it computes C by itself, base_forward.
     """
-    kind = now(layer.kind, layer.weight)
+    kind = now(layer)
     if kind.opaque and not layer.kind.opaque:  # its own product passes gradients or says that it does not
         if reason := why_not_foreign(layer, adapters):
             raise RuntimeError(reason)

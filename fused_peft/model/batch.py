@@ -113,8 +113,8 @@ def forward(layer: PeftLinear, x: Tensor, names: Chosen) -> Tensor:
     if x.dim() < 2 or x.shape[0] != len(names):
         raise ValueError(length_error(names, x))
     adapters = layer.adapters
-    weight = layer.weight
-    kind = now(layer.kind, weight)
+    kind = now(layer)
+    weight = kind.like(layer)
     joint = kind.opaque == layer.kind.opaque and not (weight.requires_grad or is_spread(weight) or is_sharded(x))
 
     def base(x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -172,7 +172,7 @@ def _frozen_as_before(model: nn.Module):
 def warn_tied(model: nn.Module, new: dict[str, PeftLinear]) -> None:
     holders = Holders(model)
     for name, layer in new.items():
-        tied = holders.others(layer.weight, holder_of(layer, name))
+        tied = holders.others(getattr(layer, "weight", None), holder_of(layer, name))
         if tied:
             warnings.warn(
                 f"{name}.weight is shared with {', '.join(tied)}, which stay as they are; the adapter cannot be merged "
@@ -327,7 +327,7 @@ def _merge(model: nn.Module, found: list[tuple[str, Holder]], safe_merge: bool) 
                 f"{name}.bias is shared with {', '.join(tied)}, which merging would change too; give {name} a bias of "
                 "its own, torch.nn.Parameter(layer.bias.detach().clone())"
             )
-        if tied := holders.others(layer.weight, holder_of(layer, name)):
+        if tied := holders.others(getattr(layer, "weight", None), holder_of(layer, name)):
             setting = "model.config.tie_word_embeddings = False, and " if hasattr(model, "config") else ""
             raise NotMergeableError(
                 f"{name}.weight is shared with {', '.join(tied)}, which merging would change too; untie them first: "

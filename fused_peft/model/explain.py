@@ -12,7 +12,7 @@ from ..core import dispatch, experts, operands
 from ..core.frozen import now
 from ..core.sharded import is_sharded
 from .adapted import is_pefts
-from .adapter import Bound, factors_of, why_not_foreign
+from .adapter import Bound, factors_of, layer_of, why_not_foreign
 from .convert import adapted_layers
 from .holder import Gathered
 from .layer import PeftLinear
@@ -71,7 +71,7 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
     first = adapters[0]
     if isinstance(layer, PeftParameter):
         return _explain_parameter(layer, names, adapters, tokens, dtype)
-    kind = now(layer.kind, layer.kind.like(layer))
+    kind = now(layer)
     foreign = kind.opaque and not layer.kind.opaque
     if foreign and (reason := why_not_foreign(layer, adapters)):
         return names, "none", "none", reason, None
@@ -123,9 +123,10 @@ def _explain_parameter(
 
 
 def _like_weight(adapter: Bound) -> Tensor:
-    """The frozen weight, or of one that would have to be decoded a matrix of its shape."""
-    packed = now(adapter.kind, adapter.weight).packed
-    return torch.empty(adapter.out_features, adapter.in_features, device="meta") if packed else adapter.matrix
+    """The frozen weight, or a matrix of its shape where that is none or would have to be decoded."""
+    kind = now(layer_of(adapter))
+    other = kind.packed or kind.opaque
+    return torch.empty(adapter.out_features, adapter.in_features, device="meta") if other else adapter.matrix
 
 
 def _problem(adapter: Bound, tokens: int, dtype: torch.dtype | None, beside: bool = False) -> operands.Problem | None:
@@ -140,8 +141,9 @@ def _problem(adapter: Bound, tokens: int, dtype: torch.dtype | None, beside: boo
     if beside and not behind and f.A is None and f.d_out is None:
         return None
     width = adapter.out_features if behind else adapter.in_features
-    weight = adapter.kind.like(adapter)
-    x = torch.empty(1, device="meta", dtype=dtype or adapter.kind.dtype(adapter)).expand(tokens, width)
+    layer = layer_of(adapter)
+    weight = layer.kind.like(layer)
+    x = torch.empty(1, device="meta", dtype=dtype or layer.kind.dtype(layer)).expand(tokens, width)
     if beside or behind:
         w, c = None, x if behind else x[:, :1].expand(tokens, adapter.out_features)
     else:

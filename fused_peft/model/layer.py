@@ -166,7 +166,7 @@ class PeftLinear(Holder, nn.Linear):
             return ops.plain_linear(x, weight, bias)
         if self.kind.opaque:
             return self.base_forward(x)
-        return ops.plain_linear(x, now(self.kind, self.weight).matrix(self), self.bias)
+        return ops.plain_linear(x, now(self).matrix(self), self.bias)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """What the layer was before it was adapted, on its tensors as they are now."""
@@ -218,7 +218,7 @@ class PeftLinear(Holder, nn.Linear):
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         whole = all(prefix + name in state_dict for name in ("weight", *self.tensor_names, *self.buffer_names))
-        self.awaits_weight = self.awaits_weight and (self.weight.is_meta or not whole)
+        self.awaits_weight = self.awaits_weight and (self.kind.like(self).is_meta or not whole)
 
     def __reduce_ex__(self, protocol):
         if type(self) is _also(self.base_class, PeftLinear):  # a class made for this base, which no module holds
