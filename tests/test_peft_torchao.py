@@ -126,6 +126,18 @@ def test_torchao_that_quantises_x_keeps_its_own_product():
         layer(torch.randn(3, K, requires_grad=True))
 
 
+@needs_torchao
+def test_peft_on_torchao_that_quantises_x_is_warned_of():
+    import torchao.quantization as ao
+
+    base = nn.Sequential(nn.Linear(K, K), nn.Tanh(), nn.Linear(K, N))
+    ao.quantize_(base, ao.Int8DynamicActivationInt8WeightConfig())
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0", "2"]))
+    with pytest.warns(UserWarning, match=r"product of .*\.0 \(Int8Tensor; 1 more like it\) passes no gradient on"):
+        fp.accelerate(model)
+    assert "which passes no gradient on to the layers before it" in fp.explain(model)[0].why
+
+
 def test_an_fp8_layer_that_cannot_be_read():
     base = quantised_layer("fp8 4 5", N, K)
     base.weight_scale_inv = nn.Parameter(torch.ones(2, 2), requires_grad=False)

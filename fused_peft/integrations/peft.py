@@ -443,14 +443,23 @@ def _report(layers: list[tuple[str, nn.Module]], adapter: str | None = None) -> 
     """One warning that counts, by reason, the layers that keep PEFT's forward (with the adapter, where one is named);
     none where all are fused."""
     reasons: dict[str, list[str]] = {}
-    beside: Counter[str] = Counter()
+    beside: dict[tuple[type, type], list[tuple[str, nn.Module]]] = {}
     adapters = None if adapter is None else [adapter]
     started = started_by((layer for _, layer in layers), adapters)
     for name, layer in layers:
         if reason := _keeps_peft_s(started.get(layer, layer), adapters):
             reasons.setdefault(reason, []).append(name)
         elif isinstance(layer, _Fused) and not replaceable(kind_of(layer.base_layer), layer.base_layer):
-            beside[type(layer.base_layer).__name__] += 1
+            base = layer.base_layer
+            beside.setdefault((type(base), type(getattr(base, "weight", None))), []).append((name, base))
+    for (_, weight), ((name, base), *others) in beside.items():
+        if issubclass(weight, Tensor) and is_foreign(base.weight) and _passes_gradients(base, kind_of(base)) is False:
+            warnings.warn(
+                f"the product of {name} ({weight.__name__}; {len(others)} more like it) passes no gradient on, in "
+                "PEFT's forward as in the fused one, so adapters in the layers before it do not train; quantise the "
+                "weights only, not the activations",
+                stacklevel=4,
+            )
     if not reasons:
         return
     kept = sum(map(len, reasons.values()))
@@ -459,7 +468,10 @@ def _report(layers: list[tuple[str, nn.Module]], adapter: str | None = None) -> 
     if len(most) > _NAMED:
         listed.append(f"{len(most) - _NAMED} further reasons")
     of = "" if adapter is None else f" of adapter {adapter!r}"
-    of += "".join(f", {count} of them beside the product of a {name}" for name, count in beside.items())
+    counts: Counter[str] = Counter()
+    for (base, _), found in beside.items():
+        counts[base.__name__] += len(found)
+    of += "".join(f", {count} of them beside the product of a {name}" for name, count in counts.items())
     warnings.warn(
         f"accelerate fused {len(layers) - kept} of {len(layers)} PEFT layers{of}; {kept} keep PEFT's forward: "
         f"{'; '.join(listed)}. fused_peft.explain(model) lists them all",
@@ -538,17 +550,23 @@ def _explain(layer: nn.Module, by: nn.Module, tokens: int, dtype: torch.dtype | 
 
 def _beside_what(base: nn.Module, kind: Frozen, dtype: torch.dtype | None) -> str:
     """Whose product the adapters act beside, and whether it gives x a gradient, by one row."""
-    who, device = f"beside the product of a {type(base).__name__}", kind.device(base)
-    if device.type != "meta":
-        x = torch.zeros(1, kind.shape(base)[1], device=device, dtype=dtype or kind.dtype(base), requires_grad=True)
-        try:
-            with torch.enable_grad():
-                z = own_forward(base, x)
-            if not z.requires_grad or torch.autograd.grad(z.sum(), x, allow_unused=True)[0] is None:
-                return f"{who}, which passes no gradient on to the layers before it"
-        except Exception:  # what it takes is not this row; the call itself will tell
-            return who
-    return who
+    ends = _passes_gradients(base, kind, dtype) is False
+    what = ", which passes no gradient on to the layers before it" if ends else ""
+    return f"beside the product of a {type(base).__name__}{what}"
+
+
+def _passes_gradients(base: nn.Module, kind: Frozen, dtype: torch.dtype | None = None) -> bool | None:
+    """Whether a base's own product gives x a gradient, by one row; None where it does not take such a row."""
+    device = kind.device(base)
+    if device.type == "meta":
+        return None
+    x = torch.zeros(1, kind.shape(base)[1], device=device, dtype=dtype or kind.dtype(base), requires_grad=True)
+    try:
+        with torch.enable_grad():
+            z = own_forward(base, x)
+        return z.requires_grad and torch.autograd.grad(z.sum(), x, allow_unused=True)[0] is not None
+    except Exception:  # what it takes is not this row; the call itself will tell
+        return None
 
 
 class _Hooks:
