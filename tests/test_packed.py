@@ -652,7 +652,7 @@ def test_8_bit_layers_with_fp16_weights_are_no_packed_ones():
 def test_all_of_this_on_torchao():
     """The tests of this file and of PEFT's layers over its formats, in a process that finds it."""
     paths = filter(None, [str(SITE), os.environ.get("PYTHONPATH")])
-    own = [str(Path(__file__).with_name(name)) for name in ("test_packed.py", "test_peft_torchao.py")]
+    own = [str(Path(__file__).with_name(name)) for name in ("test_packed.py", "test_peft_packed.py")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "torchao and not all_of_this", *own],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OF_TORCHAO": "1"}, capture_output=True, text=True,

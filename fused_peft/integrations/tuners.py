@@ -21,7 +21,7 @@ from peft.utils.peft_types import PeftType
 from torch import Tensor, nn
 
 from ..core.factors import NotMergeableError
-from ..core.frozen import is_foreign, kind_of
+from ..core.frozen import is_foreign, kind_of, now
 from ..methods import METHODS, PeftConfig, method_of
 from ..model import adapted, adapter_config, checks
 from ..model.adapter import Adapter, compose, merged, why_not_together
@@ -74,10 +74,14 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
             setattr(self, listed, (*getattr(self, listed), key))
         getattr(self, key)[adapter_name] = getattr(adapter, name)
 
+    def holder(self) -> nn.Module:
+        """The module that holds the frozen weight."""
+        return self.get_base_layer()
+
     @property
     def matrix(self) -> Tensor:
         """The frozen weight as (out, in)."""
-        return self.kind.dense(self.get_base_layer())
+        return now(self).dense(self.holder())
 
     @property
     def bias(self) -> Tensor | None:
@@ -100,7 +104,9 @@ class FusedTunerLayer(nn.Module, BaseTunerLayer):
         ):
             for part in names:
                 registry[part] = getattr(self, adapter.method.disk_key(part))[name]
-        if adapter.awaits_weight and not self.weight.is_meta:  # made on the meta device, and loaded since
+        if (
+            adapter.awaits_weight and not self.kind.like(self.holder()).is_meta
+        ):  # made on the meta device, and loaded since
             adapter.awaits_weight = any(t.is_meta for t in (*adapter.parameters(), *adapter.buffers()))
         adapter.training = self.training
         return adapter
@@ -228,7 +234,7 @@ class FusedTuner(BaseTuner):
         for name, layer in self.model.named_modules():
             if not isinstance(layer, FusedTunerLayer):
                 continue
-            weight = layer.get_base_layer().weight
+            weight = layer.kind.like(layer.holder())
             if others := [other for other in owners[id(weight)] if other != name]:
                 raise NotMergeableError(
                     f"{name} shares its weight with {', '.join(others)}, which merging would change too; untie it "
@@ -248,7 +254,7 @@ class FusedTuner(BaseTuner):
             if isinstance(layer, FusedTunerLayer) and not autocast_adapter_dtype:
                 for key in layer.adapter_layer_names:
                     if adapter_name in (found := getattr(layer, key)):
-                        found[adapter_name].data = found[adapter_name].data.to(layer.weight.dtype)
+                        found[adapter_name].data = found[adapter_name].data.to(layer.kind.dtype(layer.holder()))
 
 
 def _to_dict(self) -> dict:

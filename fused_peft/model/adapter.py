@@ -50,14 +50,18 @@ class Bound:
     buffer_names: tuple[str, ...] = ()
     awaits_weight = False  # made on the meta device from a weight that was not there yet
 
+    def holder(self) -> nn.Module:
+        """The module that holds the frozen weight, which the kind is asked about."""
+        return self
+
     @torch.inference_mode(False)  # what trains must not be an inference tensor
     def _attach(self, config: PeftConfig, adapter_dtype: torch.dtype | None) -> None:
         """Make and register every tensor of the method; nothing is changed where that fails."""
-        method, weight = method_of(config), self.kind.like(layer_of(self))
+        method, weight = method_of(config), self.kind.like(self.holder())
         config = config.for_module("")
         refuse_inference([weight], config)
         if adapter_dtype is None:
-            dtype = self.kind.dtype(layer_of(self))
+            dtype = self.kind.dtype(self.holder())
             adapter_dtype = torch.float32 if dtype in HALF else dtype
         start = self._start(method, config, adapter_dtype)
         if taken := [name for name in start.params | start.buffers if hasattr(self, name)]:
@@ -76,7 +80,7 @@ class Bound:
     @torch.no_grad()
     def _start(self, method: Method, config: PeftConfig, dtype: torch.dtype) -> Init:
         """What the method starts this layer from; a new adapter and a reset one share it."""
-        layer, bias = layer_of(self), whole(self.bias) if isinstance(self.bias, Tensor) else None
+        layer, bias = self.holder(), whole(self.bias) if isinstance(self.bias, Tensor) else None
         device = self.kind.device(layer.__dict__.get("_hooked", layer))
         if self.kind.opaque and not method.needs_weight:  # its shape, dtype and device are all that is read
             W = torch.empty(1, dtype=dtype, device=device).expand(self.kind.shape(layer))
@@ -96,7 +100,7 @@ class Bound:
         start = self._start(self.method, self.config, getattr(self, self.tensor_names[0]).dtype)
         for name, value in (start.params | start.buffers).items():
             fill(getattr(self, name), value, source=0)
-        self.awaits_weight = self.method.from_weight and self.kind.like(layer_of(self)).is_meta
+        self.awaits_weight = self.method.from_weight and self.kind.like(self.holder()).is_meta
 
     def factors(self) -> Factors:
         """What trains as ``Factors``, differentiable in the adapter's parameters."""
@@ -150,16 +154,14 @@ class Adapter(Bound, nn.Module):
         self.__dict__["layer"] = layer  # no child of this module
         self._attach(config, adapter_dtype)
 
+    def holder(self) -> nn.Module:
+        return self.__dict__["layer"].holder()
+
     def __getattr__(self, name: str):
         return getattr(self.__dict__["layer"], name) if name in _OF_THE_LAYER else super().__getattr__(name)
 
     def extra_repr(self) -> str:
         return ", ".join(filter(None, [f"method={self.method.name}", self.config.describe()]))
-
-
-def layer_of(adapter: Bound) -> nn.Module:
-    """The layer that holds the frozen weight: an adapter's own, or itself where it is one with its adapter."""
-    return adapter.__dict__["layer"] if isinstance(adapter, Adapter) else adapter
 
 
 class With:
@@ -188,7 +190,7 @@ def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor, linear: Line
         if adapters[0].method.replaces_weight:
             return ops.linear(x, None, factors_of(adapters[0]), layer.bias, None, layer.training)
     if len(adapters) == 1 and not kind.opaque:
-        return _first(adapters[0], x, kind.matrix(layer), layer.bias, layer.training, linear)
+        return _first(adapters[0], x, kind.matrix(layer.holder()), layer.bias, layer.training, linear)
     found = [_acts(a) if a.method.beside else None for a in adapters]
     first, bias = adapters[0], layer.bias
     if kind.opaque:
@@ -197,7 +199,7 @@ def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor, linear: Line
                 bias = layer.base_forward(x.new_zeros(1, x.shape[-1]))[0].detach()
         start, rest = lambda x: own_product(layer, x, first.method.name), zip(adapters, found, strict=True)
     else:
-        start = lambda x: _first(first, x, kind.matrix(layer), layer.bias, layer.training, linear, found[0])  # noqa: E731
+        start = lambda x: _first(first, x, kind.matrix(layer.holder()), layer.bias, layer.training, linear, found[0])  # noqa: E731
         behind = found[0] is None or first.method.output is not None  # whose bias is no change of the layer's
         bias = bias if behind else found[0].merged_bias(bias)
         rest = zip(adapters[1:], found[1:], strict=True)

@@ -12,7 +12,7 @@ from ..core import dispatch, experts, operands
 from ..core.frozen import now
 from ..core.sharded import is_sharded
 from .adapted import is_pefts
-from .adapter import Bound, factors_of, layer_of, why_not_foreign
+from .adapter import Bound, factors_of, why_not_foreign
 from .convert import adapted_layers
 from .holder import Gathered
 from .layer import PeftLinear
@@ -78,7 +78,7 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
     if kind.opaque or len(adapters) > 1:
         base = type(layer.weight).__name__ if foreign else layer.base_class.__name__
         who = f"beside the product of a {base}" if kind.opaque else "one after the other"
-        found = [_problem(a, tokens, dtype or layer.kind.dtype(layer), beside=True) for a in adapters]
+        found = [_problem(a, tokens, dtype or layer.kind.dtype(layer.holder()), beside=True) for a in adapters]
         problem = next((p for p in found if p is not None), None) or _problem(first, tokens, dtype)
         choice = dispatch.choose(problem)
         return names, "beside", choice.backend.name, f"{who}; {choice.why()}", problem
@@ -94,7 +94,7 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
     choice = dispatch.choose(problem)
     form = "output" if method.output else "product" if problem.hadamard else "factors"
     why = "W * (1 + s*BA) is formed once each way; " if problem.hadamard else ""
-    why += f"{kind.about(layer)}, decoded once each way; " if kind.packed else ""
+    why += f"{kind.about(layer.holder())}, decoded once each way; " if kind.packed else ""
     why += f"sharded over {layer.weight.device_mesh.size()} processes; " if sharded else ""
     return names, form, choice.backend.name, why + choice.why(), problem
 
@@ -124,7 +124,7 @@ def _explain_parameter(
 
 def _like_weight(adapter: Bound) -> Tensor:
     """The frozen weight, or a matrix of its shape where that is none or would have to be decoded."""
-    kind = now(layer_of(adapter))
+    kind = now(adapter)
     other = kind.packed or kind.opaque
     return torch.empty(adapter.out_features, adapter.in_features, device="meta") if other else adapter.matrix
 
@@ -141,9 +141,9 @@ def _problem(adapter: Bound, tokens: int, dtype: torch.dtype | None, beside: boo
     if beside and not behind and f.A is None and f.d_out is None:
         return None
     width = adapter.out_features if behind else adapter.in_features
-    layer = layer_of(adapter)
-    weight = layer.kind.like(layer)
-    x = torch.empty(1, device="meta", dtype=dtype or layer.kind.dtype(layer)).expand(tokens, width)
+    kind, holder = adapter.kind, adapter.holder()
+    weight = kind.like(holder)
+    x = torch.empty(1, device="meta", dtype=dtype or kind.dtype(holder)).expand(tokens, width)
     if beside or behind:
         w, c = None, x if behind else x[:, :1].expand(tokens, adapter.out_features)
     else:

@@ -12,7 +12,7 @@ from ..core.factors import NotMergeableError
 from ..core.frozen import now
 from ..core.sharded import fill, gathered, is_sharded, is_spread, placed_as, shape_of, whole, whole_grad
 from ..methods import PeftConfig, method_of
-from .adapter import Adapter, Bound, With, factors_of, layer_of, merged, why_not_together
+from .adapter import Adapter, Bound, With, factors_of, merged, why_not_together
 
 DEFAULT = "default"  # the name of the adapter that a layer is made with
 
@@ -37,7 +37,7 @@ class Gathered(With):
 
     @property
     def matrix(self) -> Tensor:
-        kind, layer = self._adapter.kind, layer_of(self._adapter)
+        kind, layer = self._adapter.kind, self._adapter.holder()
         return kind.values(layer) if self._values else kind.placed(self._whole(layer.weight))
 
     @torch.no_grad()

@@ -1,9 +1,11 @@
-"""fp.accelerate on PEFT's layers on torchao's weights and on Transformers' FP8Linear: W decoded each way and not kept.
+"""PEFT's models on quantised layers: its own layers accelerated on torchao's weights and Transformers' FP8Linear (on
+bitsandbytes': test_peft_bnb), and this library's methods registered with it on every format.
 
 With torchao these run in a process of their own (test_packed).
 """
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ peft = pytest.importorskip("peft")
 
 import test_accelerate  # noqa: E402
 from test_accelerate import CONFIGS, agree, fused_calls, results  # noqa: E402
-from test_packed import TORCHAO, quantised_layer  # noqa: E402
+from test_packed import FEW, TORCHAO, dense, quantised_layer  # noqa: E402
 
 import fused_peft as fp  # noqa: E402
 from fused_peft.core import frozen  # noqa: E402
+from fused_peft.integrations import tuners  # noqa: E402
+from fused_peft.methods import METHODS  # noqa: E402
 
 same_masks = test_accelerate.same_masks
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -69,13 +73,13 @@ def test_as_on_the_decoded_weight(name, kind):
     W = frozen.kind_of(base).matrix(base)
     plain = nn.Linear(K, N)
     plain.load_state_dict({"weight": frozen.decode(W.spec, W.parts, torch.float32), "bias": base.bias})
-    dense = peft.get_peft_model(nn.Sequential(plain), config(name)).train()
+    other = peft.get_peft_model(nn.Sequential(plain), config(name)).train()
     own = dict(model.named_parameters())
-    for n, p in dense.named_parameters():
+    for n, p in other.named_parameters():
         if p.requires_grad:
             p.data.copy_(own[n])
     x = torch.randn(2, 5, K)
-    got, want = (torch.manual_seed(5) and results(fp.accelerate(m), x) for m in (model, dense))
+    got, want = (torch.manual_seed(5) and results(fp.accelerate(m), x) for m in (model, other))
     assert got.keys() >= want.keys()
     assert all(torch.equal(got[n], want[n]) for n in want)
     (row,) = fp.explain(model)
@@ -86,6 +90,38 @@ def test_as_on_the_decoded_weight(name, kind):
 def _packed(module):
     kind = frozen.kind_of(module)
     return not isinstance(kind, str) and kind.packed
+
+
+@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if m.config.peft_type in tuners.REGISTERED])
+def test_registered_methods_on_a_quantised_layer(name, kind):
+    """y and every gradient as on the decoded weight, with a second adapter made behind the first."""
+    if (name, kind) == ("diff_pruning", "int8"):
+        pytest.skip("the layer has an attribute that the method needs")
+    base = quantised_layer(kind, N, K, dtype=torch.float32, compute_dtype=torch.float32)
+    models = []
+    for each in (base, dense(base, torch.float32)):
+        torch.manual_seed(1)
+        model = peft.get_peft_model(nn.Sequential(each), replace(METHODS[name].example(2), target_modules=["0"]))
+        model.add_adapter("second", replace(METHODS[name].example(3), target_modules=["0"]))
+        models.append(model)
+    own = dict(models[1].named_parameters())
+    for n, p in models[0].named_parameters():
+        if ".default" in n or ".second" in n:
+            p.data.add_(0.1 * torch.rand_like(p))
+            own[n].data.copy_(p)
+    x = torch.randn(2, 5, K)
+    for adapter in ("default", "second"):
+        for model in models:
+            model.set_adapter(adapter)
+        got, want = (results(m, x) for m in models)
+        assert got.keys() == want.keys()
+        for n, t in want.items():
+            assert (got[n] - t).norm() <= 1e-5 * t.norm(), n
+        if METHODS[name].output is None and not METHODS[name].weight:
+            assert "decoded once each way" in fp.explain(models[0])[0].why
+    with pytest.raises(fp.NotMergeableError, match="unmerged"):
+        models[0].merge_adapter()
 
 
 @needs_torchao
