@@ -48,7 +48,7 @@ def decode_blocks(parts: tuple[Tensor, ...], rest: str, dtype: torch.dtype) -> T
     per_row = K if bk >= K else bk if K % bk == 0 else 1
     scales, *zeros = (_spread(t.float(), bn, bk, per_row, N, K) for t in each)
     W = torch.empty(N, K // per_row, per_row, dtype=dtype, device=codes.device)
-    step = max(1, CHUNK // K)
+    step = max(1, CHUNK // K) if codes.device.type == "cpu" else N  # in its cache
     for i in range(0, N, step):
         some = codes[i : i + step].reshape(-1, K // per_row, per_row)
         if zeros:
