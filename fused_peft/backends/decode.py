@@ -39,25 +39,30 @@ def _readable(w: Coded, dtype: torch.dtype) -> bool:
 
 
 def _runs(device: torch.device) -> bool:
-    return not (_missing() or torch.version.hip) and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether Triton's kernels run there: on a GPU, in the interpreter, or on paper."""
+    if _missing() or torch.version.hip:
+        return False
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return kernels().launch.recording() if device.type == "meta" else kernels().launch.interpreting()
 
 
 def in_one_launch(w: Coded, dtype: torch.dtype) -> Tensor | None:
-    """For ``core.frozen``: W on a GPU, or on paper."""
+    """For ``core.frozen``: W in a dtype, or None where PyTorch is to decode it."""
     device = w.codes.device
-    if device.type == "meta":
-        passed = not _missing() and kernels().launch.recording() and _readable(w, dtype)
-    elif device.type == "cuda" and _runs(device) and _readable(w, dtype):
-        passed = _passed(w, dtype)
-    else:
-        passed = False
-    return kernels().decode.decoded(*w, dtype=dtype) if passed else None
+    if _runs(device) and _readable(w, dtype) and (device.type == "meta" or _passed(w, dtype)):
+        return kernels().decode.decoded(*w, dtype=dtype)
+    return None
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _passed(w: Coded, dtype: torch.dtype) -> bool:
     key = (w.codes.device, dtype, *form(w))
     if key not in off:
-        if torch.cuda.is_current_stream_capturing():
+        if _capturing(w.codes.device):
             return False  # the test waits for the GPU
         off[key] = why = failure(w, dtype)
         if why:

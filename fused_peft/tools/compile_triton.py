@@ -181,25 +181,25 @@ def problems(arch: str) -> Iterator[tuple[str, Operands]]:
             yield f"{label}-tuned", _variant(label, int(M), int(K) or 4096, int(N), int(r), dtype, fp32)
 
 
-def weights() -> Iterator[tuple[str, Coded]]:
-    """(label, weight) of every way to read codes and to read scales."""
-    u8, i8, N, K = torch.uint8, torch.int8, 4096, 14336
+def weights(N: int, K: int) -> Iterator[tuple[str, Coded]]:
+    """(label, weight (N, K)) of every way to read codes and to read scales; N and K multiples of 128."""
+    u8, i8 = torch.uint8, torch.int8
     empty = lambda *shape, dtype=torch.float32: torch.empty(shape, device="meta", dtype=dtype)  # noqa: E731
     halves, blocks = empty(N, K // 2, dtype=u8), N * K // 64
     nested = empty(256), empty(blocks // 256), empty(1), 256
     yield "nf4", Coded(halves, empty(blocks), (N, K), 64, empty(16))
     yield "nf4-nested", Coded(halves, empty(blocks, dtype=u8), (N, K), 64, empty(16), nested=nested)
-    yield "nf4-ragged", Coded(empty(33, dtype=u8), empty(1), (5, 13), 64, empty(16))
     yield "int8", Coded(empty(N, K, dtype=i8), empty(N), (N, K), (1, K), by=1 / 127)
     yield "fp8", Coded(empty(N, K, dtype=torch.float8_e4m3fn), empty(N // 128, K // 128), (N, K), (128, 128))
     groups = empty(N, K // 32, dtype=torch.bfloat16)
     yield "int4", Coded(halves, groups, (N, K), (1, 32), empty(16), False, groups)
     yield "mxfp4", Coded(halves, empty(N, K // 32, dtype=u8), (N, K), (1, 32), empty(16), False)
+    yield "nf4-ragged", Coded(empty(33, dtype=u8), empty(2), (5, 13), 64, empty(16))
 
 
 def decodings(arch: str) -> Iterator[tuple[str, object]]:
     """(label, Launch) of each of them to bf16; on sm_90 to fp16 and fp32 too."""
-    for label, w in weights():
+    for label, w in weights(4096, 14336):
         for dtype in (torch.bfloat16, torch.float16, torch.float32)[: 3 if arch == "sm_90" else 1]:
             with kernels().launch.record(ARCHES[arch]) as found:
                 decode.in_one_launch(w, dtype)
