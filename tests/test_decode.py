@@ -18,7 +18,7 @@ from fused_peft.core.frozen import Coded
 from fused_peft.tools import selftest
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
-from fused_peft.backends.kernel_modules import decode, launch
+from fused_peft.backends.kernel_modules import decode, launch, triton_internals
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter; a GPU tests itself")
 E4M3 = torch.float8_e4m3fn
@@ -142,6 +142,27 @@ def test_every_byte_of_e4m3_is_pytorchs():
 
 def test_no_weight_is_no_launch():
     assert decode.decoded(torch.empty(0, 8, dtype=torch.int8), torch.empty(0), (0, 8), (1, 8)).shape == (0, 8)
+
+
+def test_a_weight_of_more_than_two_to_the_31_values(monkeypatch, tmp_path):
+    """Its last tiles alone: of what lies before them no memory is touched."""
+    first, rows, last, block = 1 << 19, (1 << 23) + 30, 30, 256
+    mutated("decode", "tl.program_id(0)", f"(tl.program_id(0) + {first})", monkeypatch, tmp_path)
+    start = lambda kernel, grid, args, *rest: launch.start(  # noqa: E731
+        kernel, (grid[0] - first,), {n: args[n] for n in triton_internals.arg_names(kernel)}, *rest
+    )
+    monkeypatch.setattr(launch, "submit", start)
+    codes, scales, table = torch.empty(rows, block, dtype=torch.uint8), torch.empty(rows), torch.randn(16)
+    codes[-last:], scales[-last:] = random(last, block), torch.rand(last)
+    halves = codes.view(-1)[-rows * block // 2 :]
+    for w in (
+        Coded(codes.view(torch.int8), scales, (rows, block), (1, block)),
+        Coded(halves, scales, (rows, block), block, table),
+    ):
+        got = backend.kernels().decode.decoded(*w, dtype=torch.float16)[-last:]
+        end = w.codes[-last:] if w.table is None else halves[-last * block // 2 :]
+        want = w._replace(codes=end, scales=scales[-last:, None], shape=(last, block))
+        assert torch.equal(got, selftest.plainly(want, torch.float16))
 
 
 MUTANTS = {  # what the kernel says, what the mutant says, the form that must notice

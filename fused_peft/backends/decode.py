@@ -43,7 +43,7 @@ def _runs(device: torch.device) -> bool:
     if _missing() or torch.version.hip:
         return False
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return kernels().launch.arch_of(device) >= (8, 0)
     return kernels().launch.recording() if device.type == "meta" else kernels().launch.interpreting()
 
 
