@@ -24,7 +24,7 @@ from .core.versions import warn_outside as _warn_outside  # noqa: E402
 _warn_outside("torch")  # before anything that an untried version could break
 _warn_outside("triton")
 
-from . import backends as _backends  # noqa: E402, F401
+from . import backends as _backends  # noqa: E402
 from .core import ops as _ops  # noqa: E402
 from .core.dispatch import StrictError, set_backend, set_strict  # noqa: E402
 from .core.factors import Factors, NotMergeableError  # noqa: E402
@@ -83,8 +83,10 @@ from .model.save import save_pretrained  # noqa: E402
 from .model.schedule import lora_plus_groups, on_step  # noqa: E402
 from .tools.calibrate import calibrate  # noqa: E402
 from .tools.estimate import estimate  # noqa: E402
+from .tools.selftest import decoding as _decoding  # noqa: E402
 
 # What knows the floors above it by these lines alone: nothing below imports upwards.
+_backends.decode.failure = _decoding
 _ops.on_dtensors = lambda: _importlib.import_module("fused_peft.distributed.parallel")  # imports torch.distributed
 
 

@@ -18,7 +18,8 @@ class Config:
     """Tile rows, columns and depth; warps a program; pipeline stages; row tiles a band (L2 reuse).
 
     late: the TMA kernel adds the low-rank phase after the K loop instead of before. flatten: its tile loop and K loop
-    are one loop to the pipeliner. cluster: blocks of the CUDA kernel that share the wider operand's tile.
+    are one loop to the pipeliner. cluster: blocks of the CUDA kernel that share the wider operand's tile. fuse: a
+    product and the sum that it goes into may be rounded as one.
     """
 
     BM: int
@@ -30,6 +31,7 @@ class Config:
     late: bool = False
     flatten: bool = False
     cluster: int = 1
+    fuse: bool = True
 
 
 CLOSED_FORMS: dict[str, Callable[..., Config]] = {}  # by kernel, once its file is imported

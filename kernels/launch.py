@@ -125,7 +125,7 @@ def submit(kernel, grid: tuple[int, ...], args: dict[str, Any], config: Config, 
 def start(kernel, grid: tuple[int, ...], args: dict[str, Any], config: Config, device: torch.device):
     """Start the kernel with just its arguments; what Triton compiled for them."""
     with on(device):
-        return kernel[grid](**args, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True)
+        return kernel[grid](**args, num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=config.fuse)
 
 
 @contextmanager

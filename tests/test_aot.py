@@ -77,7 +77,7 @@ def test_every_kernel_is_among_the_launches(arch):
     found = {kernel for _, kernel, _ in rows}
     elsewhere = {"gemm_cuda"} | (set() if arch == "sm_90" else {"gemm_lowrank_tma", "gemm_gluon", "back"})
     elsewhere |= set() if arch == "sm_90" else {"scale"}
-    others = {"gemm_gluon", "add_up", "finish", "split", "scale", *GROUPED}
+    others = {"gemm_gluon", "add_up", "finish", "split", "scale", "decode", *GROUPED}
     assert found == {*kernels().configs.CLOSED_FORMS, *others} - elsewhere
     assert all(name.startswith(f"{kernel}-") for name, kernel, _ in rows)
     wanted = {("gemm_lowrank", "bf16"), ("gemm_lowrank", "fp32"), ("form", "fp32"), ("outer", "bf16")}

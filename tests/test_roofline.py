@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
 import experts
+import packed
 import roofline
 import tables
 from baselines import Shape
@@ -35,7 +36,7 @@ def test_lora_is_two_launches_forward_and_four_backward():
 
 
 def test_every_kernel_says_its_flops():
-    made_elsewhere = {"gemm_gluon", "add_up", "finish", "keep_mask", "scale", "split", *GROUPED}
+    made_elsewhere = {"gemm_gluon", "add_up", "decode", "finish", "keep_mask", "scale", "split", *GROUPED}
     assert set(configs.CLOSED_FORMS) - {"gemm_cuda"} | made_elsewhere == set(FLOPS)
 
 
@@ -135,3 +136,18 @@ def test_experts_flops_and_launches():
 def test_the_committed_figures_of_experts_are_what_the_code_makes():
     committed = tables.read(Path(roofline.__file__).parent / "results/experts_predicted.csv")
     assert committed == [{name: str(value) for name, value in row.items()} for row in experts.rows()]
+
+
+def test_a_decode_reads_codes_and_scales_and_writes_the_weight():
+    """Nested NF4: half a byte a code, a byte for 64 of them and 4 for 256 of those, two tables, an offset."""
+    N = K = 4096
+    one = packed.decoded("nf4-nested", K, N)
+    assert one.bytes == N * K // 2 + N * K // 64 + N * K // 64 // 256 * 4 + 4 * (16 + 256 + 1) + 2 * N * K
+    assert packed.decoded("fp8", K, N).bytes == 3 * N * K + 4 * (N // 128) * (K // 128)
+    assert packed.seconds([one]) == one.bytes / 3.0e12
+
+
+def test_the_committed_figures_of_packed_weights_are_what_the_code_makes():
+    committed = tables.read(Path(roofline.__file__).parent / "results/packed_predicted.csv")
+    assert committed == [{name: str(value) for name, value in row.items()} for row in packed.rows()]
+    assert all(float(row["inside"]) <= 1 < float(row["ratio"]) for row in committed)

@@ -1,7 +1,7 @@
 """Backends compute the expression of ``core.factors``; they never name a method. Eager, the definition, is in core."""
 
 from ..core import dispatch
-from . import rates, replay
+from . import decode, rates, replay  # noqa: F401
 from .cublas import Cublas
 from .cuda import Cuda
 from .gluon import Gluon

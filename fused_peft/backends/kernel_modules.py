@@ -7,6 +7,7 @@ reads TRITON_INTERPRET when they are imported.
 from ..core import records
 from ..kernels import (
     configs,
+    decode,
     down,
     dropout,
     gemm_lowrank,
@@ -26,6 +27,7 @@ else:
 
 __all__ = [
     "configs",
+    "decode",
     "down",
     "dropout",
     "gemm_gluon",

@@ -21,10 +21,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from .factors import NotMergeableError
 from .sharded import is_sharded, shape_of, whole
-from .torch_internals import is_traceable_wrapper_subclass
+from .torch_internals import is_traceable_wrapper_subclass, tracing, transforming
 
 
 class Stored(NamedTuple):
@@ -38,33 +39,82 @@ class Stored(NamedTuple):
     values: Tensor | None = None  # what it was decoded to (``ops.read``)
 
 
-# format -> (parts, the rest of the spec, dtype) -> W (N, K) in that dtype
+class Coded(NamedTuple):
+    """A weight that one kernel can decode: W (N, K) = (value of the code - zero) * scale, in fp32, rounded once.
+
+    codes   (N, K) int8 or float8_e4m3fn; or, with a table, N·K of them two to a byte, in any dtype
+    scales  one for each block, row after row: floats; e8m0 (bytes: 2^(byte - 127)); or, where nested, uint8
+    block   its (rows, columns), the last ones ragged; or a number: runs of that many elements of W, whatever the rows
+    """
+
+    codes: Tensor
+    scales: Tensor
+    shape: tuple[int, int]
+    block: tuple[int, int] | int
+    table: Tensor | None = None  # (16,) fp32, the values of 4-bit codes
+    high_first: bool = True  # whether a byte's high half comes before its low one
+    zeros: Tensor | None = None  # like scales
+    nested: tuple[Tensor, Tensor, Tensor, int] | None = None  # scale = table (256,)[code] * its block's + offset; block
+    by: float = 1.0  # scales that are floats are times this
+
+    @classmethod
+    def blocks(cls, parts: Sequence[Tensor], rest: str) -> Coded:
+        """Of codes (N, K), scales (ceil(N / rows), ceil(K / columns)) and maybe zeros; ``rest``: "rows,columns"."""
+        codes, scales, *zeros = parts
+        rows, columns = map(int, rest.split(","))
+        return cls(codes, scales, tuple(codes.shape), (rows, columns), zeros=zeros[0] if zeros else None)
+
+
+# format -> (parts, the rest of the spec, dtype) -> W (N, K) in that dtype; and (parts, rest) -> Coded
 _DECODERS: dict[str, Callable[[Sequence[Tensor], str, torch.dtype], Tensor]] = {}
+_CODED: dict[str, Callable[[Sequence[Tensor], str], Coded | None]] = {}
 
 
-def register_decoder(name: str, decoder: Callable[[Sequence[Tensor], str, torch.dtype], Tensor]) -> None:
+def register_decoder(
+    name: str,
+    decoder: Callable[[Sequence[Tensor], str, torch.dtype], Tensor],
+    coded: Callable[[Sequence[Tensor], str], Coded | None] | None = None,
+) -> None:
     """Say how weights of a format are decoded: ``decoder(parts, rest, dtype)`` -> W (N, K), for the specs "name" and
-    "name:rest". It must run on fake tensors too. Raises ValueError for a name that is taken."""
+    "name:rest". It must run on fake tensors too. ``coded(parts, rest)``: the same weight for a kernel to decode in its
+    place, to the same bits, or None where the decoder has one of its own. Raises ValueError for a name that is taken.
+    """
     if name in _DECODERS:
         raise ValueError(f"name={name!r} has a decoder already; choose another name")
     _DECODERS[name] = decoder
+    if coded is not None:
+        _CODED[name] = coded
 
 
-def register_kinds(*kinds: Frozen, **decoders: Callable[[Sequence[Tensor], str, torch.dtype], Tensor]) -> None:
-    """Add kinds behind the plain ones, which then cost what they did, and the decoders of their formats by name; kinds
-    that are there already, since their file is imported anew, once."""
+def register_kinds(*kinds: Frozen, **formats: tuple[Callable, Callable]) -> None:
+    """Add kinds behind the plain ones, which then cost what they did, and what ``register_decoder`` takes of their
+    formats, by name; kinds that are there already, since their file is imported anew, once."""
     if any(type(kind).__name__ == type(kinds[0]).__name__ for kind in KINDS):
         return
     at = KINDS.index(OPAQUE)
     KINDS[at:at] = kinds
-    for name, decoder in decoders.items():
-        register_decoder(name, decoder)
+    for name, given in formats.items():
+        register_decoder(name, *given)
 
 
 def decode(spec: str, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """W (N, K) in a dtype from the parts that a spec describes. KeyError for a format that nobody registered."""
     name, _, rest = spec.partition(":")
-    return _DECODERS[name](parts, rest, dtype)
+    W = None if parts[0].is_cpu else _launched(name, parts, rest, dtype)
+    return _DECODERS[name](parts, rest, dtype) if W is None else W
+
+
+def _launched(name: str, parts: Sequence[Tensor], rest: str, dtype: torch.dtype) -> Tensor | None:
+    """What ``in_one_launch`` makes of the parts, if they are tensors with a memory of their own."""
+    if name not in _CODED or is_compiling() or tracing() or transforming():
+        return None
+    coded = _CODED[name](parts, rest) if all(type(t) in (Tensor, nn.Parameter) for t in parts) else None
+    return None if coded is None else in_one_launch(coded, dtype)
+
+
+def in_one_launch(w: Coded, dtype: torch.dtype) -> Tensor | None:
+    """W in a dtype from a kernel, or None; a backend that has kernels replaces this function."""
+    return None
 
 
 class Frozen:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import frozen
-from ..core.frozen import Stored
+from ..core.frozen import Coded, Stored
 from .quantised import CHUNK, Packed
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -134,4 +134,4 @@ class Torchao(Packed):
         return _about(codes, self.block(w), tuple(w.shape))
 
 
-frozen.register_kinds(Fp8(), Torchao(), blocks=decode_blocks)
+frozen.register_kinds(Fp8(), Torchao(), blocks=(decode_blocks, Coded.blocks))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import frozen
-from ..core.frozen import Frozen, Stored
+from ..core.frozen import Coded, Frozen, Stored
 
 CHUNK = 1 << 20  # elements that are decoded at a time without bitsandbytes
 _OWN = (torch.float32, torch.float16, torch.bfloat16)  # what its kernel decodes to
@@ -133,8 +133,7 @@ def decode_4bit(parts: Sequence[Tensor], rest: str, dtype: torch.dtype) -> Tenso
     """W (N, K) of codes two a byte, absmax a block, table (16,), and for nested absmax its table (256,), absmax and
     offset; ``rest``: type, elements a block, blocks a nested block (0: not nested), N, K. Rounded once, from fp32."""
     codes, absmax, table, *nested = parts
-    kind, *sizes = rest.split(",")
-    block, block2, N, K = map(int, sizes)
+    kind, block, block2, N, K = _of_4bit(rest)
     codes = codes.reshape(-1).view(torch.uint8)
     own = torch.ops.bitsandbytes if "bitsandbytes" in sys.modules else None
     if nested:
@@ -144,10 +143,29 @@ def decode_4bit(parts: Sequence[Tensor], rest: str, dtype: torch.dtype) -> Tenso
         else:
             absmax = (table2[absmax.int()] * absmax2.repeat_interleave(block2)[: absmax.numel()]).add_(offset)
     absmax = absmax.float()
-    if own is not None and block < _LARGE and K % 2 == 0:
+    if own is not None and _kernel_takes(block, K):
         to = dtype if dtype in _OWN else torch.float32
         return own.dequantize_4bit.default(codes, absmax, block, kind, (N, K), to).to(dtype)
     return _looked_up(codes, absmax, table.float(), block, N * K, dtype).view(N, K)
+
+
+def coded_4bit(parts: Sequence[Tensor], rest: str) -> Coded | None:
+    """The weight of ``decode_4bit``; None where bitsandbytes' own kernel decodes it."""
+    codes, absmax, table, *nested = parts
+    _, block, block2, N, K = _of_4bit(rest)
+    if "bitsandbytes" in sys.modules and _kernel_takes(block, K):
+        return None
+    return Coded(codes, absmax, (N, K), block, table.float(), nested=(*nested, block2) if nested else None)
+
+
+def _of_4bit(rest: str) -> tuple[str, int, int, int, int]:
+    kind, *sizes = rest.split(",")
+    return kind, *map(int, sizes)
+
+
+def _kernel_takes(block: int, K: int) -> bool:
+    """Whether bitsandbytes decodes 4 bits by its kernel."""
+    return block < _LARGE and K % 2 == 0
 
 
 def _looked_up(codes: Tensor, absmax: Tensor, table: Tensor, block: int, n: int, dtype: torch.dtype) -> Tensor:
@@ -172,4 +190,10 @@ def decode_8bit(parts: Sequence[Tensor], rest: str, dtype: torch.dtype) -> Tenso
     return codes.to(dtype).mul_(scales[:, None].mul(1.0 / 127.0))
 
 
-frozen.register_kinds(Bits4(), Bits8(), bnb4=decode_4bit, bnb8=decode_8bit)
+def coded_8bit(parts: Sequence[Tensor], rest: str) -> Coded:
+    """The weight of ``decode_8bit``."""
+    codes, scales = parts
+    return Coded(codes, scales, tuple(codes.shape), (1, codes.shape[1]), by=1.0 / 127.0)
+
+
+frozen.register_kinds(Bits4(), Bits8(), bnb4=(decode_4bit, coded_4bit), bnb8=(decode_8bit, coded_8bit))

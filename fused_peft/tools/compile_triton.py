@@ -14,13 +14,15 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import combinations, product, repeat
+from itertools import chain, combinations, product, repeat
 from pathlib import Path
 
 import torch
 
+from ..backends import decode
 from ..backends.cuda import GEMM, Cuda
 from ..backends.triton import Triton, _missing, kernels
+from ..core.frozen import Coded
 from ..core.groups import Groups
 from ..core.operands import TENSORS, Operands
 from . import compile_gluon
@@ -179,6 +181,31 @@ def problems(arch: str) -> Iterator[tuple[str, Operands]]:
             yield f"{label}-tuned", _variant(label, int(M), int(K) or 4096, int(N), int(r), dtype, fp32)
 
 
+def weights(N: int, K: int) -> Iterator[tuple[str, Coded]]:
+    """(label, weight (N, K)) of every way to read codes and to read scales; N and K multiples of 128."""
+    u8, i8 = torch.uint8, torch.int8
+    empty = lambda *shape, dtype=torch.float32: torch.empty(shape, device="meta", dtype=dtype)  # noqa: E731
+    halves, blocks = empty(N, K // 2, dtype=u8), N * K // 64
+    nested = empty(256), empty(blocks // 256), empty(1), 256
+    yield "nf4", Coded(halves, empty(blocks), (N, K), 64, empty(16))
+    yield "nf4-nested", Coded(halves, empty(blocks, dtype=u8), (N, K), 64, empty(16), nested=nested)
+    yield "int8", Coded(empty(N, K, dtype=i8), empty(N), (N, K), (1, K), by=1 / 127)
+    yield "fp8", Coded(empty(N, K, dtype=torch.float8_e4m3fn), empty(N // 128, K // 128), (N, K), (128, 128))
+    groups = empty(N, K // 32, dtype=torch.bfloat16)
+    yield "int4", Coded(halves, groups, (N, K), (1, 32), empty(16), False, groups)
+    yield "mxfp4", Coded(halves, empty(N, K // 32, dtype=u8), (N, K), (1, 32), empty(16), False)
+    yield "nf4-ragged", Coded(empty(33, dtype=u8), empty(2), (5, 13), 64, empty(16))
+
+
+def decodings(arch: str) -> Iterator[tuple[str, object]]:
+    """(label, Launch) of each of them to bf16; on sm_90 to fp16 and fp32 too."""
+    for label, w in weights(4096, 14336):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32)[: 3 if arch == "sm_90" else 1]:
+            with kernels().launch.record(ARCHES[arch]) as found:
+                decode.in_one_launch(w, dtype)
+            yield from ((label, launch) for launch in found)
+
+
 def launches(arch: str) -> dict[str, object]:
     """{name: Launch} of every distinct kernel that the problems' forward and backward start, named
     kernel-config-dtype-variant."""
@@ -189,17 +216,18 @@ def launches(arch: str) -> dict[str, object]:
     if arch == "sm_90":  # what csrc/'s GEMM overlaps with
         asked += [(f"{n}-overlapped", Cuda(), _variant(n, *SHAPES[0], r, torch.bfloat16, torch.float32), None)
                   for n, r in (("dora", 16), ("lora-bias-dropout", 16), ("lora", 64), ("adapter", 16))]  # fmt: skip
-    for label, backend, o, groups in asked:
-        for phase, launch in _recorded(backend, o, ARCHES[arch], "tf32" in label, groups):
-            if launch.kernel is GEMM:
-                continue  # csrc/'s: ``extension`` compiles it
-            if (identity := _identity(launch)) in seen:
-                continue
-            seen.add(identity)
-            c = launch.config
-            form = "x".join(str(n) for n in (c.BM, c.BN, c.BK)) + f"w{c.warps}s{c.stages}"
-            name = f"{launch.kernel.__name__}-{form}-{_dtype(launch)}-{label}-{phase}"
-            found[name if name not in found else f"{name}-{len(found)}"] = launch
+    made = ((f"{label}-{phase}", launch) for label, backend, o, groups in asked
+            for phase, launch in _recorded(backend, o, ARCHES[arch], "tf32" in label, groups))  # fmt: skip
+    for label, launch in chain(made, decodings(arch)):
+        if launch.kernel is GEMM:
+            continue  # csrc/'s: ``extension`` compiles it
+        if (identity := _identity(launch)) in seen:
+            continue
+        seen.add(identity)
+        c = launch.config
+        form = "x".join(str(n) for n in (c.BM, c.BN, c.BK)) + f"w{c.warps}s{c.stages}"
+        name = f"{launch.kernel.__name__}-{form}-{_dtype(launch)}-{label}"
+        found[name if name not in found else f"{name}-{len(found)}"] = launch
     return found | compile_gluon.launches() if arch == "sm_90" else found
 
 
@@ -253,7 +281,7 @@ def _recorded(
 
 
 _SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32",
-          torch.int64: "i64"}  # fmt: skip
+          torch.int64: "i64", torch.int8: "i8", torch.uint8: "u8"}  # fmt: skip
 
 
 def _dtype(launch) -> str:
@@ -295,7 +323,10 @@ def _signature(launch) -> tuple[dict, dict, dict]:
 def _multiplies(launch) -> bool:
     """Whether the launch takes matrix products: not when only slots, columns or single elements are computed."""
     kind, args = launch.kernel.__name__, launch.args
-    if kind in ("add_up", "add_up_grouped", "split", "finish", "tile_table", "scale") and args.get("GATE") != 2:
+    if (
+        kind in ("add_up", "add_up_grouped", "split", "finish", "tile_table", "scale", "decode")
+        and args.get("GATE") != 2
+    ):
         return False
     if kind == "gemm_lowrank" and args["w_ptr"] is None and args["b_ptr"] is None:
         return False
@@ -319,7 +350,8 @@ def _nested(ttgir: str) -> bool:
 def compiled(name: str, launch, arch: str, folder: Path | None = None) -> Report:
     """Compile one launch for arch; write NAME.cubin into folder if one is given."""
     signature, constants, attributes = _signature(launch)
-    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages, "enable_fp_fusion": True}
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages,
+               "enable_fp_fusion": launch.config.fuse}  # fmt: skip
     result, log = kernels().triton_internals.compiled(
         launch.kernel, signature, constants, attributes, ARCHES[arch], options
     )

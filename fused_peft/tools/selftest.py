@@ -1,6 +1,8 @@
-"""Whether a backend computes a kind of call right on the device at hand: against the formula in plain PyTorch.
+"""Whether a backend computes a kind of call right on the device at hand, and decodes a frozen weight: against the
+formula in plain PyTorch.
 
-Run before a backend is used on a GPU (``tools.calibrate``). A result is wrong where its error against the formula in
+Run before a backend is used on a GPU (``tools.calibrate``); for a weight, before its first is decoded there, and then
+each bit has to be PyTorch's. A result is wrong where its error against the formula in
 fp64 exceeds ``verify``'s limit and twice plain PyTorch's own error in the same dtype: over all of a tensor, or five
 times that in any square of 64 x 64 of it, so that one wrong tile shows.
 """
@@ -14,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends.triton import kernels
 from ..core import dispatch, ops
 from ..core.dropout import keep_mask, new_seed
+from ..core.frozen import Coded
 from ..core.operands import TENSORS, Operands, Problem
 from . import verify
 
@@ -24,6 +28,7 @@ ROWS = (13, 101, 16389)
 SQUARE, SQUARE_FACTOR = 64, 5.0
 EXACT = 1 << 34  # M·N·K up to which the reference is in fp64; above it, for 16-bit calls, in fp32
 NORM_LIMIT = 1e-3  # of a norm that is summed in fp32 from what the weight's dtype holds
+WEIGHTS = ((1, 2), (150, 300), (7, 9))  # N, K of weights that are decoded; an odd one only where it can be
 FP64_LIMIT = 1e-6  # in the interpreter, where scalars reach a kernel in fp32
 
 
@@ -182,4 +187,71 @@ def failure(name: str, p: Problem, device: torch.device) -> str | None:
             wrong = f"{type(e).__name__}: {e}".splitlines()[0][:300]
         if wrong:
             return f"{wrong}, on {shape.M} x {shape.K} x {shape.N}, r={shape.r}"
+    return None
+
+
+def _like(w: Coded, N: int, K: int) -> Coded:
+    """Random codes and scales of w's form for a weight (N, K)."""
+    device, flat = w.codes.device, isinstance(w.block, int)
+    rng = torch.Generator(device).manual_seed(N)
+    random = lambda shape, low, high: torch.randint(low, high, shape, generator=rng, device=device)  # noqa: E731
+    places = (-(-N * K // w.block),) if flat else tuple(-(-n // b) for n, b in zip((N, K), w.block, strict=True))
+    if w.table is None:
+        codes = random((N, K), 0, 256).to(torch.uint8).view(w.codes.dtype)
+    else:
+        codes = random(((N * K + 1) // 2,), 0, 256).to(torch.uint8)
+    if w.scales.dtype.itemsize > 1:
+        scales = torch.rand(places, generator=rng, device=device).to(w.scales.dtype)
+    else:
+        scales = random(places, 0, 256 if w.nested else 140).to(torch.uint8).view(w.scales.dtype)
+    nested = w.nested
+    if nested is not None:
+        table, _, offset, block = nested
+        nested = table, torch.rand(-(-places[0] // block), generator=rng, device=device), offset, block
+    zeros = None if w.zeros is None else random(places, 0, 16).to(w.zeros.dtype)
+    return w._replace(codes=codes, scales=scales, shape=(N, K), zeros=zeros, nested=nested)
+
+
+def plainly(w: Coded, dtype: torch.dtype) -> Tensor:
+    """W (N, K) by its formula, a value at a time."""
+    (N, K), device = w.shape, w.codes.device
+    if w.table is None:
+        values = w.codes.float().flatten()
+    else:
+        byte = w.codes.view(torch.uint8).flatten().int()
+        halves = (byte >> 4, byte & 15) if w.high_first else (byte & 15, byte >> 4)
+        values = w.table[torch.stack(halves, 1).flatten()[: N * K]]
+    at = torch.arange(N * K, device=device)
+    if isinstance(w.block, int):
+        at = at // w.block
+    else:
+        rows, columns = w.block
+        at = at // K // rows * -(-K // columns) + at % K // columns
+    scales = w.scales.flatten()
+    if w.nested is not None:
+        table, own, offset, block = w.nested
+        scale = table[scales.int()] * own.repeat_interleave(block)[: scales.numel()] + offset
+    elif scales.dtype.itemsize == 1:  # in fp64, where no power of two is subnormal
+        scale = torch.exp2(scales.view(torch.uint8).double() - 127).float()
+    else:
+        scale = scales.float() * w.by
+    zero = 0 if w.zeros is None else w.zeros.flatten().float()[at]
+    return ((values - zero) * scale[at]).to(dtype).view(N, K)
+
+
+def decoding(w: Coded, dtype: torch.dtype) -> str | None:
+    """Why ``kernels.decode`` must not decode weights of w's form to a dtype on w's device: what it gets wrong, or what
+    it raises; None when each bit of random ones, of odd sizes too, is PyTorch's."""
+    odd = w.table is None or isinstance(w.block, int)
+    for N, K in WEIGHTS if odd else WEIGHTS[:2]:
+        drawn = _like(w, N, K)
+        try:
+            got, want = kernels().decode.decoded(*drawn, dtype=dtype), plainly(drawn, dtype)
+            wrong = int(((got != want) & ~(got.isnan() & want.isnan())).sum())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:
+            return f"{type(e).__name__}: {e}".splitlines()[0][:300]
+        if wrong:
+            return f"{wrong} of {N * K} values of a {N} x {K} weight are not PyTorch's"
     return None
