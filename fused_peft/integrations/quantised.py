@@ -58,16 +58,12 @@ class _Packed(Frozen):
             raise RuntimeError(f"a {self.layer} cannot be computed: {reason}")
         return self.stored(module)
 
-    def why_unwritable(self, module: nn.Module) -> str:
-        return (
-            f"its weight is stored in {self.about(module)}, and quantising a merged one anew loses most of the update"
-        )
-
 
 class Bits4(_Packed):
     """Linear4bit: NF4 or FP4."""
 
     layer = "Linear4bit"
+    requantised = "keeps 1 to 4 % (nf4) or 9 to 14 % (fp4) of an update of 1 to 3 % of its norm"
 
     def state(self, module: nn.Module):
         """How its weight is quantised: FSDP takes that from the parameter and leaves the module's."""
@@ -105,6 +101,7 @@ class Bits8(_Packed):
     """Linear8bitLt that holds int8 alone; x is not quantised, which it is in some of bitsandbytes' own forwards."""
 
     layer = "Linear8bitLt"
+    requantised = "puts an error of 25 to 94 % into an update of 1 to 3 % of its norm"
 
     def reads(self, module: nn.Module) -> bool | str:
         return not getattr(getattr(module, "weight", None), "has_fp16_weights", True) and super().reads(module)

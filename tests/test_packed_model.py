@@ -1,0 +1,300 @@
+"""Models with quantised layers: merging into plain ones, saving and loading, estimates, experts in 4 bits."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from cases import CASES, SMALL
+from test_packed import FEW, dense, equal, quantised_layer, stored
+from torch import nn
+
+import fused_peft as fp
+from fused_peft.core import frozen
+from fused_peft.methods import METHODS
+from fused_peft.model import plain
+
+N, K = SMALL.N, SMALL.K
+HIDDEN = 24
+
+
+def case_of(name):
+    return next(c for c in CASES if c.name == name)
+
+
+class Net(nn.Module):
+    """An adapted layer, one without an adapter, and one whose base is dense."""
+
+    def __init__(self, kind, dtype=torch.float32, compute_dtype=torch.float32):
+        super().__init__()
+        self.first = quantised_layer(kind, HIDDEN, K, dtype=dtype, compute_dtype=compute_dtype)
+        self.middle = quantised_layer(kind, HIDDEN, HIDDEN, bias=False, dtype=dtype, compute_dtype=compute_dtype)
+        self.last = nn.Linear(HIDDEN, N, dtype=dtype)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.middle(torch.tanh(self.first(x)))))
+
+
+class PlainNet(Net):
+    """The same on decoded weights, of which the forward of the stand-in is one."""
+
+    def __init__(self, net):
+        nn.Module.__init__(self)
+        for name, layer in net.named_children():
+            setattr(self, name, dense(layer, torch.float32) if isinstance(_kind(layer), frozen.Frozen) else layer)
+
+
+def _kind(layer):
+    kind = frozen.kind_of(layer)
+    return kind if isinstance(kind, frozen.Frozen) and kind.packed else None
+
+
+def _spec(layer):
+    W = layer.kind.matrix(layer) if hasattr(layer, "kind") else stored(layer)
+    return W.spec, W.parts
+
+
+def disturb(model):
+    with torch.no_grad():
+        torch.manual_seed(4)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def config_for(case, *names):
+    config = case.make(SMALL.r)
+    config.target_modules = list(names)
+    return config
+
+
+MERGEABLE = [c for c in CASES if METHODS[c.method].output is None and "+n" not in c.name and "adapter" not in c.name]
+
+
+# Merging
+
+
+@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("case", MERGEABLE, ids=lambda c: c.name)
+def test_plain_layers_hold_the_decoded_weight_and_the_update(case, kind):
+    """Every method, against merging it into a dense model on the decoded weights."""
+    if case.method == "diff_pruning" and kind == "int8":
+        return  # whose name for a buffer the layer has taken: test_packed
+    net = Net(kind)
+    want = fp.get_peft_model(PlainNet(net), config_for(case, "first", "last"))
+    got = disturb(fp.get_peft_model(net, config_for(case, "first", "last")))
+    for name in ("first", "last"):
+        for key in (*(layer := getattr(got, name)).tensor_names, *layer.buffer_names):
+            getattr(getattr(want, name), key).data.copy_(getattr(layer, key).data)
+    if case.method == "bitfit":
+        want.first.bias.data.copy_(got.first.bias.data)
+    got, want = (fp.merge_and_unload(m, dequantize=True) for m in (got, want))
+    assert [type(m) for m in got.children()] == [nn.Linear] * 3
+    assert not any(p.requires_grad for n, p in got.named_parameters())
+    equal(dict(got.state_dict()), dict(want.state_dict()), 1e-6)
+    assert torch.equal(got.middle.weight, dense(Net(kind).middle, torch.float32).weight)
+
+
+def test_a_mutant_without_the_update_is_seen(monkeypatch):
+    own = plain._linear
+    monkeypatch.setattr(plain, "_linear", lambda m, W, bias: own(m, frozen.decode(*_spec(m), W.dtype), bias))
+    with pytest.raises(AssertionError):
+        test_plain_layers_hold_the_decoded_weight_and_the_update(case_of("lora"), "nf4+nested")
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_the_output_stays_and_nothing_else_changes(kind):
+    """Hooks, modes and the bias of a layer; the dtype is the one that it computes in."""
+    dtype = torch.bfloat16
+    net = Net(kind, dtype, compute_dtype=dtype)
+    net.first.eval()
+    seen, x = [], torch.randn(5, K, dtype=dtype)
+    net.first.register_forward_hook(lambda m, args, y: seen.append(y))
+    model = disturb(fp.get_peft_model(net, fp.LoraConfig(r=3, target_modules=["first"])))
+    y = model.first(x).float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one dtype everywhere: nothing to warn of
+        assert fp.merge_and_unload(model, dequantize=True) is net
+    assert {p.dtype for p in net.parameters()} == {dtype}
+    assert not net.first.training
+    assert net.middle.training
+    assert (net.first(x).float() - y).norm() <= 1e-2 * y.norm()
+    assert len(seen) == 2
+    assert set(net.state_dict()) == {"first.weight", "first.bias", "middle.weight", "last.weight", "last.bias"}
+    net.to(torch.float32).load_state_dict({n: t.float() for n, t in net.state_dict().items()})
+
+
+def test_other_dtypes_are_told_of():
+    model = fp.get_peft_model(
+        Net("stand-in", torch.float32, torch.bfloat16), fp.LoraConfig(r=2, target_modules=["first"])
+    )
+    with pytest.warns(
+        UserWarning, match=r"layers are in torch.bfloat16, .* torch.float32; .* model.to\(torch.bfloat16\)"
+    ):
+        fp.merge_and_unload(model, dequantize=True)
+    assert model.first.weight.dtype == torch.bfloat16
+    model = fp.get_peft_model(Net("int8", torch.bfloat16), fp.LoraConfig(r=2, target_modules=["first"]))
+    fp.merge_and_unload(model, dequantize=True)  # has no dtype of its own: the model's
+    assert model.first.weight.dtype == torch.bfloat16
+
+
+def test_a_dense_model_is_as_without():
+    models = []
+    for how in ({}, {"dequantize": True}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Embedding(3, 4))
+        models.append(disturb(fp.get_peft_model(model, fp.DoraConfig(r=2, target_modules=["0"]))))
+        weight = model[0].weight
+        assert fp.merge_and_unload(model, **how)[0].weight is weight
+    equal(models[0].state_dict(), models[1].state_dict())
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_a_merge_into_its_own_format_names_what_it_loses_and_the_cure(kind):
+    model = disturb(fp.get_peft_model(Net(kind), fp.LoraConfig(r=2, target_modules=["first"])))
+    before = copy.deepcopy(model.state_dict())
+    figure = "an error of 25 to 94 %" if kind == "int8" else r"keeps 1 to 4 % \(nf4\)"
+    for merge in (fp.merge, fp.merge_and_unload):
+        with pytest.raises(fp.NotMergeableError, match=rf"first: .*{figure}.*dequantize=True\) makes plain layers"):
+            merge(model)
+    equal(dict(model.state_dict()), dict(before))
+
+
+def surviving(kind, size):
+    """(what of an update of that norm, W's being 1, is there along itself after quantising anew, its error)"""
+    functional = pytest.importorskip("bitsandbytes").functional
+    random = torch.Generator().manual_seed(0)
+
+    def rounded(W):
+        if kind == "int8":
+            codes, scales, _ = functional.int8_vectorwise_quant(W.half())
+            return codes * scales[:, None] / 127
+        return functional.dequantize_4bit(*functional.quantize_4bit(W, quant_type=kind)).float()
+
+    W = rounded(torch.randn(512, 512, generator=random))
+    U = torch.randn(512, 16, generator=random) @ torch.randn(16, 512, generator=random)
+    U *= size * W.norm() / U.norm()
+    change = rounded(W + U) - W
+    return (change * U).sum() / U.square().sum(), (change - U).norm() / U.norm()
+
+
+def test_the_figures_in_that_message():
+    for kind, least, most in (("nf4", 0.01, 0.04), ("fp4", 0.09, 0.14)):
+        kept = [surviving(kind, size)[0] for size in (0.01, 0.03)]
+        assert all(least - 0.005 < k < most + 0.005 for k in kept), (kind, kept)
+    errors = [surviving("int8", size)[1] for size in (0.01, 0.03)]
+    assert all(0.24 < e < 0.95 for e in errors), errors
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_a_broken_adapter_and_one_without_a_weight(kind):
+    """safe_merge and methods without a merged weight: refused before anything changes."""
+    model = fp.get_peft_model(Net(kind), fp.LoraConfig(r=2, target_modules=["first", "last"]))
+    with torch.no_grad():
+        model.first.lora_B.fill_(float("nan"))
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="merged weight has NaN"):
+        fp.merge_and_unload(model, safe_merge=True, dequantize=True)
+    assert [type(m) for m in model.modules()] == before
+    assert not model.last.merged
+    behind = fp.BottleneckConfig(r=2, target_modules=["first"])
+    with pytest.raises(fp.NotMergeableError, match="non-linearity behind"):
+        fp.merge_and_unload(fp.get_peft_model(Net(kind), behind), dequantize=True)
+
+
+def _repacked(net):
+    net.middle.quant_state.packing_format_for_cpu = True
+
+
+def _embedding(net):
+    net.more = nn.Module()
+    net.more.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+
+
+def _of_another_library(net):
+    net.more = nn.Linear(4, 4)
+    net.more.forward = lambda x: x
+    net.more.register_buffer("qweight", torch.zeros(4, 4, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (_repacked, r"middle \(bitsandbytes repacked its weight"),
+        (_embedding, r"more \(Module holds torch.int8, which is not decoded\)"),
+        (_of_another_library, r"more \(Linear holds torch.int32"),
+    ],
+)
+def test_what_would_stay_quantised_is_named(spoil, reason):
+    model = fp.get_peft_model(Net("stand-in"), fp.LoraConfig(r=2, target_modules=["first"]))
+    spoil(model)
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(fp.NotMergeableError, match=f"would leave parts of the model quantised: {reason}"):
+        fp.merge_and_unload(model, dequantize=True)
+    assert [type(m) for m in model.modules()] == before
+
+
+def test_a_layer_repacked_since_is_named():
+    model = fp.get_peft_model(Net("stand-in"), fp.LoraConfig(r=2, target_modules=["first"]))
+    model.first.quant_state.packing_format_for_cpu = True
+    with pytest.raises(fp.NotMergeableError, match=r"first: .*bitsandbytes repacked its weight"):
+        fp.merge_and_unload(model, dequantize=True)
+
+
+@pytest.mark.parametrize("kind", FEW[1:])
+@pytest.mark.parametrize("names", [["first"], ["last"]])
+def test_layers_behind_accelerates_hooks(kind, names):
+    """As device_map puts them: the adapter acts beside the layer's own product."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    net = Net(kind)
+    for layer in (net.first, net.middle):
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(execution_device="cpu"))
+    model = disturb(fp.get_peft_model(net, fp.LoraConfig(r=2, target_modules=names)))
+    x = torch.randn(5, K)
+    y = model(x)
+    fp.merge_and_unload(model, dequantize=True)
+    assert [type(m) for m in net.children()] == [nn.Linear] * 3
+    assert isinstance(net.first._hf_hook, hooks.AlignDevicesHook)
+    torch.testing.assert_close(net(x), y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Llama on disk, unquantised."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 64}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("llama")
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def llama(folder, kind="nf4"):
+    import transformers
+
+    four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    how = transformers.BitsAndBytesConfig(**({"load_in_8bit": True} if kind == "int8" else four))
+    return transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=how, device_map={"": "cpu"})
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_transformers_model_is_unquantised_afterwards(kind, folder, tmp_path):
+    model, ids = llama(folder, kind), torch.arange(10)[None]
+    fp.get_peft_model(model, fp.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    y = model.train()(ids).logits.float()
+    fp.merge_and_unload(model, dequantize=True)
+    assert not [m for m in model.modules() if "bitsandbytes" in type(m).__module__]
+    assert (model(ids).logits.float() - y).norm() <= 1e-2 * y.norm()
+    marks = ("is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
+    assert not any(hasattr(model, mark) for mark in marks)
+    assert not model.is_quantized
+    assert "quantization_config" not in model.config.to_dict()
+    model.to(torch.float32).half()  # each refused of a quantised model
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    back = type(model).from_pretrained(tmp_path)
+    equal(dict(back.state_dict()), dict(model.state_dict()))
+    fp.get_peft_model(model, fp.LoraConfig(r=2, target_modules=["q_proj"]))  # an ordinary model again
+    fp.merge(model)
