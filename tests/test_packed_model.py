@@ -38,10 +38,10 @@ class Net(nn.Module):
 class PlainNet(Net):
     """The same on decoded weights, of which the forward of the stand-in is one."""
 
-    def __init__(self, net):
+    def __init__(self, net, dtype=torch.float32):
         nn.Module.__init__(self)
         for name, layer in net.named_children():
-            setattr(self, name, dense(layer, torch.float32) if isinstance(_kind(layer), frozen.Frozen) else layer)
+            setattr(self, name, dense(layer, dtype) if isinstance(_kind(layer), frozen.Frozen) else layer)
 
 
 def _kind(layer):
@@ -298,3 +298,77 @@ def test_a_transformers_model_is_unquantised_afterwards(kind, folder, tmp_path):
     equal(dict(back.state_dict()), dict(model.state_dict()))
     fp.get_peft_model(model, fp.LoraConfig(r=2, target_modules=["q_proj"]))  # an ordinary model again
     fp.merge(model)
+
+
+# Saving and loading
+
+
+def trained(case, kind, dtype=torch.float64):
+    torch.manual_seed(1)
+    model = disturb(fp.get_peft_model(Net(kind, dtype, dtype), config_for(case, "first", "middle")))
+    fp.on_step(model, 100)
+    return model.eval()
+
+
+def outputs(model, dtype=torch.float64):
+    return model(torch.randn(5, K, dtype=dtype, generator=torch.Generator().manual_seed(6)))
+
+
+def taken(case, kind):
+    """Whether the quantiser's layer has the name of a buffer of the method's, which test_packed shows to be refused."""
+    return case.method == "diff_pruning" and kind == "int8"
+
+
+ALL = pytest.mark.parametrize(("kind", "case"), [
+    pytest.param(kind, case, id=f"{case.name}-{kind}") for kind in FEW for case in CASES if not taken(case, kind)
+])  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of what another reader of the file would make of it
+@ALL
+def test_an_adapter_comes_back_on_a_freshly_quantised_base(case, kind, tmp_path):
+    model = trained(case, kind)
+    want = outputs(model)
+    fp.save_pretrained(model, tmp_path)
+    torch.manual_seed(99)
+    again = fp.load_adapter(Net(kind, torch.float64, torch.float64), tmp_path).eval()
+    assert again.first.method is METHODS[case.method]
+    assert torch.equal(outputs(again), want)
+
+
+@ALL
+def test_a_state_dict_holds_the_quantisers_own_tensors(case, kind):
+    """Key for key and bit for bit, the adapters' beside them; and gives the model back where the quantiser's does."""
+    base, model = Net(kind, torch.float64, torch.float64), trained(case, kind)
+    own, held = base.state_dict(), model.state_dict()
+    layers = ("first", "middle")
+    beside = {f"{n}.{t}" for n in layers for t in (*getattr(model, n).tensor_names, *getattr(model, n).buffer_names)}
+    assert held.keys() == own.keys() | beside
+    for name, t in own.items():
+        assert torch.equal(held[name], t) or (case.method == "bitfit" and name.endswith("bias")), name
+    torch.manual_seed(99)
+    fresh = fp.get_peft_model(Net(kind, torch.float64, torch.float64), config_for(case, *layers)).eval()
+    unknown = base.load_state_dict(own, strict=False).unexpected_keys  # bitsandbytes reads no scales of 4-bit layers
+    found = fresh.load_state_dict(held, strict=False)
+    assert not found.missing_keys
+    assert set(found.unexpected_keys) == set(unknown)
+    fp.on_step(fresh, 100)
+    assert torch.equal(outputs(fresh), outputs(model))
+
+
+@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("name", ["pissa", "milora", "spectral_adapter", "lora_xs", "dora", "svdiff"])
+def test_what_starts_from_the_weight_is_no_change_at_first(name, kind):
+    """Made from the decoded values, for which W - start + start is W again."""
+    base = Net(kind, torch.float64, torch.float64).eval()
+    want = outputs(PlainNet(base, torch.float64))
+    model = fp.get_peft_model(base, config_for(case_of(name), "first", "middle"))
+    torch.testing.assert_close(outputs(model), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FEW[:2])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+def test_singular_values_are_factored_by_the_dtype_that_is_computed_in(kind, compute):
+    """Not by that of the codes: in half precision the weight is formed, which rounds once."""
+    layer = fp.get_peft_model(Net(kind, compute, compute), fp.SVDiffConfig(target_modules=["first"])).first
+    assert layer.forms_weight(1) == (compute == torch.bfloat16)
