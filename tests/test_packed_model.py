@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from cases import CASES, SMALL
+from test_estimate import kept
 from test_packed import FEW, dense, equal, quantised_layer, stored
 from torch import nn
 
@@ -372,3 +373,71 @@ def test_singular_values_are_factored_by_the_dtype_that_is_computed_in(kind, com
     """Not by that of the codes: in half precision the weight is formed, which rounds once."""
     layer = fp.get_peft_model(Net(kind, compute, compute), fp.SVDiffConfig(target_modules=["first"])).first
     assert layer.forms_weight(1) == (compute == torch.bfloat16)
+
+
+# Bytes
+
+
+def parts_of(model):
+    """The tensors that the quantised layers are stored in."""
+    kinds = ((m, _kind(m) if not hasattr(m, "kind") else m.kind) for m in model.modules())
+    return [t for m, kind in kinds if kind is not None and kind.packed for t in kind.matrix(m).parts]
+
+
+def storages(tensors):
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@ALL
+def test_estimated_bytes_are_those_that_are_counted(case, kind, dtype):
+    """Of the model and the backward, x in a dtype of its own where the layer computes in another."""
+    net, config = Net(kind, dtype, torch.bfloat16), config_for(case, "first")
+    found = fp.estimate(net, config, 24)
+    assert found.base == storages([*net.parameters(), *parts_of(net)])
+    assert found.decoded == HIDDEN * K * (2 if kind != "int8" else dtype.itemsize)
+    model = fp.get_peft_model(net, config)
+    assert found.adapter == sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert found.buffers == sum(getattr(model.first, name).nbytes for name in model.first.buffer_names)
+    x = torch.randn(24, K, dtype=dtype, requires_grad=True)
+    assert found.x + found.beyond_x == kept(model.first, x, parts=parts_of(model))
+    assert found.x in (0, x.nbytes)
+
+
+def test_the_decoded_weight_is_in_the_table_and_no_part_of_the_total():
+    found = [
+        fp.estimate(net, fp.LoraConfig(r=2, target_modules=["first"]), 24)
+        for net in (Net("stand-in"), PlainNet(Net("stand-in")))
+    ]
+    assert "for a moment: a decoded weight" in str(found[0])
+    assert "a decoded weight" not in str(found[1])
+    assert found[1].decoded == 0
+    assert found[0].total - found[0].base == found[1].total - found[1].base
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", FEW[1:])
+@pytest.mark.parametrize("name", ["lora", "lora+dropout"])
+def test_what_pefts_layers_keep(name, kind, dtype):
+    peft = pytest.importorskip("peft")
+    net, config = Net(kind, dtype, dtype), config_for(case_of(name), "first")
+    net.is_loaded_in_8bit, net.is_loaded_in_4bit = kind == "int8", kind != "int8"
+    found = fp.estimate(net, config, 24, device="cpu")
+    theirs = peft.LoraConfig(r=config.r, lora_dropout=config.lora_dropout, target_modules=["first"])
+    model = peft.get_peft_model(net, theirs).train()
+    x = torch.randn(24, K, dtype=dtype, requires_grad=True)
+    layer = model.base_model.model.first
+    own = [t for m in (layer.base_layer,) for t in stored(m).parts]
+    assert found.peft_x + found.peft_beyond_x == kept(layer, x, parts=own)
+    assert fp.estimate(Net(kind), fp.DoraConfig(r=2, target_modules=["first"]), 24).peft_x is None
+
+
+def test_a_model_that_is_quantised_in_a_way_of_its_own_is_still_refused():
+    from test_packed import Linear4bit
+
+    class Other(Linear4bit):
+        def forward(self, x):
+            return x
+
+    with pytest.raises(ValueError, match=r"whose weight is stored as torch.uint8, and estimate does not know"):
+        fp.estimate(nn.Sequential(Other(4, 4)), fp.LoraConfig(r=2, target_modules=["0"]), 8)

@@ -33,7 +33,7 @@ def plain_layers(model: nn.Module, safe_merge: bool) -> dict[int, nn.Linear]:
             "model as it was before it was quantised: load that, load_adapter and merge_and_unload"
         )
     found = {name: (m, kind) for name, (m, kind) in kinds.items() if kind is not None}
-    dtype, plain = _dtype_beside(model, [m for m, _ in found.values()]), {}
+    dtype, plain = dtype_beside(model, [m for m, _ in found.values()]), {}
     for name, (m, kind) in found.items():
         try:
             W = kind.matrix(m)
@@ -78,7 +78,7 @@ def _why_not(m: nn.Module, kind: Frozen | str | None) -> str:
     return f"{type(m).__name__} holds {codes[0]}, which is not decoded" if codes else ""
 
 
-def _dtype_beside(model: nn.Module, quantised: list[nn.Module]) -> torch.dtype | None:
+def dtype_beside(model: nn.Module, quantised: list[nn.Module]) -> torch.dtype | None:
     """The dtype of the model's other frozen parameters, which their layers compute x in."""
     weights = {id(m.weight) for m in quantised}
     others = (p.dtype for p in model.parameters() if id(p) not in weights and not p.requires_grad)
