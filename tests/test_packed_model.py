@@ -441,3 +441,16 @@ def test_a_model_that_is_quantised_in_a_way_of_its_own_is_still_refused():
 
     with pytest.raises(ValueError, match=r"whose weight is stored as torch.uint8, and estimate does not know"):
         fp.estimate(nn.Sequential(Other(4, 4)), fp.LoraConfig(r=2, target_modules=["0"]), 8)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32], ids=str)
+def test_codes_that_were_cast_are_refused(storage):
+    """As .to(dtype) does of codes that are stored as floating numbers, and mixed precision; bitsandbytes reads on."""
+    bnb = pytest.importorskip("bitsandbytes")
+    net = nn.Sequential(bnb.nn.Linear4bit(64, 32, quant_type="nf4", quant_storage=storage).to("cpu"))
+    model = fp.get_peft_model(net, fp.LoraConfig(r=2, target_modules=["0"]))
+    model(torch.randn(2, 64))
+    for dtype in (torch.float16, torch.float64):
+        cast = copy.deepcopy(model).to(dtype)
+        with pytest.raises(RuntimeError, match=rf"its codes were cast to {dtype}, which loses them"):
+            cast(torch.randn(2, 64))

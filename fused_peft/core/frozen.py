@@ -118,7 +118,9 @@ class Frozen:
     def values(self, module: nn.Module) -> Tensor:
         """W (N, K), whole where several processes hold it, apart from autograd."""
         W = self.matrix(module)
-        return decode(W.spec, W.parts, W.dtype) if isinstance(W, Stored) else self.placed(whole(module.weight).detach())
+        if isinstance(W, Stored):
+            return decode(W.spec, [whole(part) for part in W.parts], W.dtype)
+        return self.placed(whole(module.weight).detach())
 
     def as_plain(self, module: nn.Module) -> Frozen | str:
         """The kind by which W's values are read, mostly this one; or why they cannot be."""

@@ -30,6 +30,16 @@ def _bnb(kind: type, name: str) -> type | None:
     return next((k for k in kind.__mro__ if k.__name__ == name and k.__module__.startswith("bitsandbytes.")), None)
 
 
+def _was_cast(module: nn.Module) -> bool:
+    """Whether 4-bit codes that were stored as numbers of a floating dtype were cast as such."""
+    weight = module.weight
+    size, codes = weight.element_size(), weight.numel() * weight.element_size()
+    if abs(2 * codes - module.out_features * module.in_features) >= 2 * size:
+        return True
+    stored = getattr(weight, "quant_storage", getattr(module, "quant_storage", weight.dtype))
+    return stored.is_floating_point and stored != weight.dtype
+
+
 class _Packed(Frozen):
     """A layer of bitsandbytes whose output is x Wᵀ + b of what it stores."""
 
@@ -78,6 +88,12 @@ class Bits4(_Packed):
             return (
                 "bitsandbytes repacked its weight for inference on this CPU, and passes no gradient through that; load "
                 "the model anew, and adapt it before it is called in eval mode"
+            )
+        if _was_cast(module):
+            return (
+                f"its codes were cast to {module.weight.dtype}, which loses them, by .to(dtype) of the model or by a "
+                "mixed precision policy whose param_dtype is not their quant_storage; load it anew, with one dtype "
+                "for both"
             )
         if state.quant_type not in ("nf4", "fp4"):
             return f"its quant_type is {state.quant_type!r}, which is neither 'nf4' nor 'fp4'"

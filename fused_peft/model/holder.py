@@ -38,6 +38,8 @@ class Gathered(With):
     @property
     def matrix(self) -> Tensor:
         kind, layer = self._adapter.kind, self._adapter
+        if not self._values and kind.packed:
+            return torch.empty(kind.shape(layer), dtype=kind.dtype(layer), device="meta")
         return kind.values(layer) if self._values else kind.placed(self._whole(layer.weight))
 
     @torch.no_grad()
