@@ -18,6 +18,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import bitsandbytes as bnb
 import peft
 import torch
 import torch.distributed as dist
@@ -53,10 +54,14 @@ def check(of):
     return of
 
 
-def net(case: Case) -> nn.Module:
+def in_fp64(K: int, N: int) -> nn.Linear:
+    return nn.Linear(K, N).double()
+
+
+def net(case: Case, linear: Callable = in_fp64) -> nn.Module:
     """Two adapted layers, the same in every process."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(K, H), nn.Tanh(), nn.Linear(H, N)).double()
+    model = nn.Sequential(linear(K, H), nn.Tanh(), linear(H, N))
     config = case.make(3)
     config.target_modules = ["0", "2"]
     model = fp.get_peft_model(model, config)
@@ -96,7 +101,8 @@ def step(model, optimizer, x, number: int, scale: float = 1.0, penalty: bool = F
 
 
 def values(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: whole(t.detach()) for n, t in convert.unwrap(model).state_dict().items()}
+    """Parameters and buffers; what a quantiser adds to a state_dict it leaves out of a sharded one's."""
+    return {n: whole(t.detach()) for n, t in convert.unwrap(model).state_dict().items() if ".weight." not in n}
 
 
 def differing(got: dict, want: dict, rtol: float = 1e-9) -> list[str]:
@@ -104,10 +110,12 @@ def differing(got: dict, want: dict, rtol: float = 1e-9) -> list[str]:
     return [n for n in want if not torch.allclose(got[n], want[n], rtol=rtol, atol=rtol)]
 
 
-def compare(case: Case, spread: Callable, split: int = 1, index: int = 0, scale: float = 1.0) -> list[str]:
+def compare(
+    case: Case, spread: Callable, split: int = 1, index: int = 0, scale: float = 1.0, linear: Callable = in_fp64
+) -> list[str]:
     """What differs between a spread model and one process: each step's results, the trained values, the checkpoint,
     the merged and the disabled model."""
-    alone, together = net(case), net(case)
+    alone, together = net(case, linear), net(case, linear)
     together = spread(together)
     optimizers = adamw(alone), adamw(together)
     wrong = []
@@ -125,6 +133,9 @@ def compare(case: Case, spread: Callable, split: int = 1, index: int = 0, scale:
     wrong += [f"stored {n}" for n in differing(*map(load_file, files))]
     first = alone[0]
     mergeable = first.method.weight or (first.method.factors and first.factors().mergeable)
+    if first.kind.packed:
+        wrong += [] if refused(lambda: fp.merge(together), "quantising a merged one anew") else ["merge"]
+        mergeable = False
     with torch.no_grad():  # after which FSDP2 leaves the outermost group gathered; what nobody reads is not waited for
         together(x).sum()
     for act in (fp.merge, fp.unmerge) if mergeable else ():
@@ -144,6 +155,14 @@ def compare(case: Case, spread: Callable, split: int = 1, index: int = 0, scale:
         fp.load_adapter(together, files[0].parent)
         wrong += ["reloaded"] * (not torch.allclose(together(x), before, rtol=1e-9, atol=1e-9))
     return wrong
+
+
+def refused(act: Callable, text: str) -> bool:
+    try:
+        act()
+    except (ValueError, TypeError, RuntimeError) as e:
+        return text in str(e)
+    return False
 
 
 def every_case(spread: Callable, cases=PLAIN, **where) -> dict[str, str]:
@@ -172,6 +191,41 @@ def ddp():
 @check
 def fsdp():
     return every_case(sharded, split=WORLD, index=RANK, scale=WORLD)
+
+
+def in_4_bits(storage: torch.dtype, nested: bool) -> Callable:
+    def linear(K: int, N: int) -> nn.Module:
+        how = {"quant_type": "nf4", "compress_statistics": nested, "quant_storage": storage}
+        layer = bnb.nn.Linear4bit(K, N, compute_dtype=torch.float64, **how)
+        layer.weight = bnb.nn.Params4bit(torch.randn(N, K) / K**0.5, blocksize=32, module=layer, **how)
+        layer = layer.to("cpu")
+        layer.bias.data = layer.bias.data.double()
+        return layer
+
+    return linear
+
+
+@check
+def fsdp_in_4_bits():
+    """The codes sharded, whatever dtype they are stored in; the scales are whole in every process."""
+    problems = {}
+    for storage, nested, names in (
+        (torch.bfloat16, True, ("dora", "pissa", "svdiff", "lora_dash", "lora+trained_biases")),
+        (torch.float32, False, ("lora",)),
+        (torch.uint8, True, ("lora",)),
+    ):
+        cases = [c for c in PLAIN if c.name in names]
+        where = {"split": WORLD, "index": RANK, "scale": WORLD, "linear": in_4_bits(storage, nested)}
+        problems |= {f"{n} {storage}": p for n, p in every_case(sharded, cases, **where).items()}
+    lora, x = FACTORED[0], share(batches()[0].float(), WORLD, RANK)
+    for storage in (torch.bfloat16, torch.float32):
+        model = net(lora, in_4_bits(storage, True))
+        model = sharded(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        if storage == torch.bfloat16:
+            model(x).sum().backward()
+        elif not refused(lambda model=model: model(x), "its codes were cast to torch.bfloat16"):
+            problems["codes cast"] = "not refused"
+    return problems
 
 
 class Routed(nn.Module):

@@ -22,7 +22,7 @@ RUN = Path(__file__).with_name("distributed_run.py")
 CHECKS = {
     4: ("tensor_parallel_and_fsdp", "fsdp_halfway", "parallel_halfway"),
     2: (
-        *("ddp", "fsdp", "fsdp_resumed", "tensor_parallel", "parallel_resumed"),
+        *("ddp", "fsdp", "fsdp_in_4_bits", "fsdp_resumed", "tensor_parallel", "parallel_resumed"),
         *("penalty", "mixed_precision_and_offload", "dropout", "accelerated_peft", "experts", "refusals"),
     ),
 }

@@ -64,10 +64,10 @@ def targets(layers):
     return {"target_modules": [str(i) for i in range(layers)]}
 
 
-def kept(model, x, alive=True):
-    """Bytes of the storages that the graph of model(x) holds, the model's own left out; with ``alive`` False also of
-    those that it has let go of when the forward ends."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+def kept(model, x, alive=True, parts=()):
+    """Bytes of the storages that the graph of model(x) holds, the model's own, and ``parts``, left out; with ``alive``
+    False also of those that it has let go of when the forward ends."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *parts)}
     refs, all_of_them = [], []
 
     def pack(t):

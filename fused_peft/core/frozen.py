@@ -124,6 +124,7 @@ class Frozen:
     opaque = False  # C is the module's own forward
     stacked = False  # W is a stack of matrices, one a group of rows
     packed = False  # W is stored in parts, and the module computes what the fused call does with them decoded
+    requantised = "loses much of the update"  # what becomes of a merged W in a packed kind's own format
 
     def __reduce__(self):
         return type(self), ()  # a kind has no state
@@ -183,7 +184,9 @@ class Frozen:
     def values(self, module: nn.Module) -> Tensor:
         """W (N, K), whole where several processes hold it, apart from autograd."""
         W = self.matrix(module)
-        return decode(W.spec, W.parts, W.dtype) if isinstance(W, Stored) else self.placed(whole(module.weight).detach())
+        if isinstance(W, Stored):
+            return decode(W.spec, [whole(part) for part in W.parts], W.dtype)
+        return self.placed(whole(module.weight).detach())
 
     def as_plain(self, module: nn.Module) -> Frozen | str:
         """The kind by which W's values are read, mostly this one; or why they cannot be."""
@@ -195,6 +198,11 @@ class Frozen:
 
     def why_unwritable(self, module: nn.Module) -> str | None:
         """Why a merged W cannot be written in its place, or None."""
+        if self.packed:
+            return (
+                f"its weight is stored in {self.about(module)}, and quantising a merged one anew {self.requantised} "
+                "(merge_and_unload(model, dequantize=True) makes plain layers that keep all of it)"
+            )
         if not self.opaque and isinstance(self.matrix(module), Stored):
             return f"the weight of {type(module).__name__} is stored in parts, and its kind says no way to write it"
         if hasattr(module, "parametrizations") or module.weight.is_meta:

@@ -124,8 +124,8 @@ def weight(layer):
 def cost(layer, M):
     """(factored, formed) FLOPs of a forward and backward on M rows; in half precision factored is out of the question,
     since three roundings in a row exceed the accuracy that all methods hold."""
-    N, K, W = layer.out_features, layer.in_features, layer.weight
-    k, half = min(N, K), W.dtype.itemsize == 2 or autocast_is_on()
+    N, K = layer.out_features, layer.in_features
+    k, half = min(N, K), layer.kind.dtype(layer.holder()).itemsize == 2 or autocast_is_on()
     return float("inf") if half else 4 * M * k * (N + K), 6 * M * N * K + 4 * k * N * K
 
 

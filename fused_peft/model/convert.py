@@ -32,6 +32,7 @@ from .holder import Holder
 from .layer import PeftLinear
 from .parameter import PeftParameter
 from .parts import adapted_parts
+from .plain import plain_layers, unmark
 from .state import AdapterState, by_keyword, refuse_pefts, refuse_while_disabled
 from .targets import check_parameters, find_parameters, find_targets, is_target, modules_to_save, resolve
 from .unmet import warn_of_unmet
@@ -371,8 +372,16 @@ def adapted_layers(model: nn.Module, what: str | None = None) -> list[tuple[str,
     return found
 
 
-def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
-    """Merge, then turn every layer back into its original class; returns the plain model. Raises as ``merge`` does."""
+def merge_and_unload(model: nn.Module, safe_merge: bool = False, dequantize: bool = False) -> nn.Module:
+    """Merge, then turn every layer back into its original class; returns the plain model. Raises as ``merge`` does.
+
+    dequantize: layers that are stored in parts (4 or 8 bits), where ``merge`` is refused, become frozen nn.Linear of
+    the decoded weight plus the update, computed in fp32, in the dtype that the layer computes in (``compute_dtype`` of
+    a 4-bit layer; else that of the model's other frozen parameters). So do quantised layers without an adapter: the
+    model holds W in full afterwards, and what marks a Transformers model as quantised is removed. Give the whole model.
+    NotMergeableError, with nothing changed, where something in it cannot be decoded. Of a dense model it changes
+    nothing.
+    """
     model = unwrap(model)
     found = adapted_layers(model, "merge_and_unload")
     refuse_while_disabled(model, "merge_and_unload")
@@ -386,18 +395,20 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
             "merge_and_unload would replace layers whose parameters DeepSpeed ZeRO-3 manages; merge(model) works, or "
             "save_pretrained, then load_adapter and merge_and_unload on a model that is not partitioned"
         )
-    if not any(layer.merged for _, layer in found):
-        merge(model, safe_merge)
-    else:
-        _merge(model, [(name, layer) for name, layer in found if not layer.merged], safe_merge)
-    biased = [name for name, layer in found if layer.has_new_bias()]
+    decoded = plain_layers(model, safe_merge) if dequantize else {}
+    dense = [(name, layer) for name, layer in found if id(layer) not in decoded]
+    _merge(model, [(name, layer) for name, layer in dense if not layer.merged], safe_merge)
+    biased = [name for name, layer in dense if layer.has_new_bias()]
+    biased += [n for n, m in found if id(m) in decoded and m.bias is None and decoded[id(m)].bias is not None]
     if biased and hasattr(model, "save_pretrained"):
         warnings.warn(
             f"{biased[0]} (of {len(biased)} such layers) has a bias now that the architecture lacks: from_pretrained "
             "would leave it out of a checkpoint of this model; save the adapter instead, or the model by torch.save",
             stacklevel=2,
         )
-    plain = unload(model, (layer for _, layer in found))
+    plain = unload(model, (layer for _, layer in dense))
+    put(model, decoded)
+    plain |= {id(module) for module in decoded.values()}
     for root in roots(model):
         state = root.__dict__[STATE]
         for name in state.saved:
@@ -409,7 +420,22 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
                 owner.bias.data = owner.bias.data.to(owner.weight.dtype)
         delattr(root, STATE)
     model_saving.restore(model)
+    if decoded:
+        unmark(model)
+        _warn_of_dtypes(model, decoded.values())
     return model
+
+
+def _warn_of_dtypes(model: nn.Module, decoded: Iterable[nn.Linear]) -> None:
+    """A plain layer takes x in its own dtype alone, where a quantised one casts it."""
+    own = sorted({str(layer.weight.dtype) for layer in decoded})
+    everywhere = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()})
+    if len(everywhere) > 1:
+        warnings.warn(
+            f"the dequantised layers are in {', '.join(own)}, and the model's parameters in {', '.join(everywhere)}; "
+            f"where x comes in another dtype than a layer's, call model.to({own[0]})",
+            stacklevel=3,
+        )
 
 
 @contextmanager

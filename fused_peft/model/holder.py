@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.factors import NotMergeableError
-from ..core.frozen import now
+from ..core.frozen import Frozen, now
 from ..core.sharded import fill, gathered, is_sharded, is_spread, placed_as, shape_of, whole, whole_grad
 from ..methods import PeftConfig, method_of
 from .adapter import Adapter, Bound, With, factors_of, merged, why_not_together
@@ -38,6 +38,8 @@ class Gathered(With):
     @property
     def matrix(self) -> Tensor:
         kind, layer = self._adapter.kind, self._adapter.holder()
+        if not self._values and kind.packed:
+            return torch.empty(kind.shape(layer), dtype=kind.dtype(layer), device="meta")
         return kind.values(layer) if self._values else kind.placed(self._whole(layer.weight))
 
     @torch.no_grad()
@@ -151,16 +153,19 @@ class Holder(Bound):
                 )
 
     @torch.no_grad()
-    def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
-        """(weight, bias) of the plain layer that equals this one with its active adapters, in the weight's dtype and
-        layout, whole where that is sharded; computed in at least fp32.
+    def merged_tensors(
+        self, dtype: torch.dtype | None = None, kind: Frozen | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) of the plain layer that equals this one with its active adapters, in ``dtype`` (default: the
+        weight's) and the weight's layout, whole where that is sharded; computed in at least fp32. kind: by which W is
+        read, where that is not the layer's own.
 
         Raises NotMergeableError when there is none.
         """
-        plain = self.kind.as_plain(self)
+        plain = kind or self.kind.as_plain(self)
         if isinstance(plain, str):
             raise NotMergeableError(f"{plain}; keep the layer unmerged")
-        dtype, found = self.weight.dtype, [Gathered(adapter) for adapter in self.active_adapters()]
+        dtype, found = dtype or self.weight.dtype, [Gathered(adapter) for adapter in self.active_adapters()]
         wide = torch.promote_types(dtype, torch.float32)
         W, bias = plain.values(self).to(wide), Gathered(self).bias
         for adapter in found:
@@ -182,9 +187,7 @@ class Holder(Bound):
             raise NotMergeableError(f"{reason}; keep the layer unmerged")
         weight, bias = self.merged_tensors()
         if safe_merge:
-            for name, t in (("weight", weight), ("bias", bias)):
-                if t is not None and not torch.isfinite(t).all():
-                    raise ValueError(f"the merged {name} has NaN or infinite entries; the adapter is broken")
+            self.refuse_infinite(weight, bias)
         whole_within = gathered([self.weight, self.bias], write=True)
         with torch.inference_mode(False), torch.no_grad(), whole_within:
             kept = None if self.bias is None else self.bias.detach().clone()
@@ -196,6 +199,12 @@ class Holder(Bound):
             elif bias is not None:
                 self.bias = nn.Parameter(bias.clone(), requires_grad=False)
         self.merged = True
+
+    def refuse_infinite(self, weight: Tensor, bias: Tensor | None) -> None:
+        """ValueError where a merged weight or bias is not finite."""
+        for name, t in (("weight", weight), ("bias", bias)):
+            if t is not None and not torch.isfinite(t).all():
+                raise ValueError(f"the merged {name} has NaN or infinite entries; the adapter is broken")
 
     def unmerge(self) -> None:
         """Restore the base weight and bias, bit for bit. Raises RuntimeError when not merged."""

@@ -116,8 +116,8 @@ class PeftParameter(Holder, nn.Module):
     def bias(self, value: None) -> None:
         """Unmerging puts back that there was none."""
 
-    def merged_tensors(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = super().merged_tensors()
+    def merged_tensors(self, *how) -> tuple[Tensor, Tensor | None]:
+        weight, bias = super().merged_tensors(*how)
         if bias is not None and self.bias is None:
             kind = self.base_class.__name__
             raise NotMergeableError(f"{kind} has no bias for what the adapter adds; keep it unmerged")

@@ -6,17 +6,21 @@ Face PEFT's are written out from the forwards of its 0.21.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..core import experts
+from ..core.frozen import Frozen, Stored, is_foreign, kind_of
 from ..methods import PeftConfig
 from ..model.adapter import factors_of
 from ..model.convert import carry_out, plan
 from ..model.layer import PeftLinear
 from ..model.parameter import PeftParameter
+from ..model.plain import dtype_beside
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,17 @@ class Estimate:
     """Bytes of one training step on one device; prints as a table. peft_*: Hugging Face PEFT's, None where it lacks
     the method.
 
-    base: frozen parameters, among them the originals of modules_to_save and of trained biases; no buffers.
+    base: frozen parameters, among them the originals of modules_to_save and of trained biases, and the scales and
+        tables of weights that are stored in parts; no buffers.
     adapter: trainable parameters: adapters, copies of modules_to_save, trained biases.
     buffers: frozen tensors that the method keeps beside the weights (SVD factors, DoRA's norms).
     gradients, optimizer: one gradient and two AdamW moments of each trainable parameter, in its dtype.
     x, beyond_x: what the adapted linear layers keep for backward, summed over ``layers``. x counts each layer's own
         input; layers that read one input (q, k and v) keep it once, so the sum is an upper figure. beyond_x, what a
         layer makes and keeps itself, is never shared.
+
+    decoded: the largest weight of ``layers`` that is stored in parts, as a matrix: it is there for a moment in each
+        layer's forward and backward, and no part of the total. 0 where there is none.
 
     Not counted: what the rest of the model keeps (attention, norms, activations, the loss), memory that is free again
     when a layer's forward ends, and the allocator's rounding.
@@ -61,6 +69,7 @@ class Estimate:
     beyond_x: int
     peft_x: int | None
     peft_beyond_x: int | None
+    decoded: int
     layers: tuple[LayerEstimate, ...] = field(repr=False)
 
     @property
@@ -88,6 +97,8 @@ class Estimate:
             ("kept for backward: beyond x", self.beyond_x, self.peft_beyond_x),
             ("total", self.total, self.peft_total),
         )
+        if self.decoded:
+            rows += (("for a moment: a decoded weight", self.decoded, self.decoded),)
         known, title = self.peft_x is not None, f"{self.method}, {self.tokens} tokens, {len(self.layers)} layers"
         lines = [(title, "fused_peft", "HF PEFT")]
         lines += [(name, _size(ours), _size(peft) if known else "-") for name, ours, peft in rows]
@@ -113,7 +124,9 @@ def estimate(
     Args:
         model: any nn.Module with linear layers.
         config: e.g. ``LoraConfig(r=16, target_modules="all-linear")``.
-        tokens: rows of x a step, batch size times sequence length. x has the weight's dtype and needs a gradient.
+        tokens: rows of x a step, batch size times sequence length. x has the weight's dtype (of a weight stored in
+            parts, that of the model's other frozen parameters, else the one that its layer computes in) and needs a
+            gradient.
         adapter_dtype: as for get_peft_model; None is fp32 for fp16 and bf16 layers, else the weight's dtype.
         device: where it would train. Of it depends PEFT's dropout mask alone: one byte an element on a GPU, on the
             CPU an element of the adapter's dtype.
@@ -128,14 +141,18 @@ def estimate(
     parameters, state, found = {*carry_out(twin, planned).parameters()}, planned.state, planned.layers.items()
     parameters.update(state.biases.values(), *(module.parameters() for module in state.saved.values()))
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
+    packed = [(kind, m) for m in twin.modules() if (kind := _packed(m)) is not None]
+    beside = dtype_beside(twin, [m for _, m in packed])
+    x_of = {id(layer): _x(layer, tokens, beside) for _, layer in found if isinstance(layer, PeftLinear)}
     rows = tuple(
-        LayerEstimate(name, *_kept(layer, tokens), *_kept_by_peft(layer, tokens, device)) for name, layer in found
+        LayerEstimate(name, *_kept(layer, tokens, x_of), *_kept_by_peft(layer, tokens, device, x_of))
+        for name, layer in found
     )
     known = all(row.peft_x is not None for row in rows) and bool(rows)
     return Estimate(
         method=state.config.method_name,
         tokens=tokens,
-        base=sum(p.nbytes for p in parameters if not p.requires_grad),
+        base=_bytes([p for p in parameters if not p.requires_grad] + [t for k, m in packed for t in k.matrix(m).parts]),
         adapter=trained,
         buffers=sum(getattr(layer, name).nbytes for _, layer in found for name in layer.buffer_names),
         gradients=trained,
@@ -144,6 +161,7 @@ def estimate(
         beyond_x=sum(row.beyond_x for row in rows),
         peft_x=sum(row.peft_x for row in rows) if known else None,
         peft_beyond_x=sum(row.peft_beyond_x for row in rows) if known else None,
+        decoded=max((_decoded(layer, x_of) for _, layer in found if _packed(layer) is not None), default=0),
         layers=rows,
     )
 
@@ -159,8 +177,24 @@ def _on_meta(model: nn.Module) -> nn.Module:
             return t
         if id(t) not in twins:
             twin = torch.empty(t.shape, dtype=t.dtype, device="meta")
+            if is_foreign(t):
+                names, how = t.__tensor_flatten__()
+                inner = {name: tensor(getattr(t, name)) for name in names}
+                twin = type(t).__tensor_unflatten__(inner, how, t.shape, t.stride())
             twins[id(t)] = nn.Parameter(twin, t.requires_grad) if isinstance(t, nn.Parameter) else twin
+            if type(t) not in (Tensor, nn.Parameter):  # a quantiser's, with attributes that say how it is read
+                twins[id(t)].__dict__.update({name: held(v) for name, v in vars(t).items()})
         return twins[id(t)]
+
+    def held(v):
+        """What a quantised tensor or layer holds beside parameters and buffers: tensors, and objects with tensors."""
+        if isinstance(v, Tensor):
+            return tensor(v)
+        own = {} if isinstance(v, (nn.Module, type)) else getattr(v, "__dict__", {})
+        if id(v) not in twins and any(isinstance(t, Tensor) for t in own.values()):
+            twins[id(v)] = copy.copy(v)
+            twins[id(v)].__dict__.update({name: held(t) for name, t in own.items()})
+        return twins.get(id(v), v)
 
     def module(m: nn.Module | None) -> nn.Module | None:
         if m is None:
@@ -168,7 +202,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
         if id(m) not in twins:
             twins[id(m)] = twin = type(m).__new__(type(m))
             # hooks and children are registered in dicts, which the twin must not share
-            twin.__dict__.update({k: v.copy() if isinstance(v, dict) else v for k, v in m.__dict__.items()})
+            twin.__dict__.update({k: v.copy() if isinstance(v, dict) else held(v) for k, v in m.__dict__.items()})
             for registry, make in (("_parameters", tensor), ("_buffers", tensor), ("_modules", module)):
                 twin.__dict__[registry] = {name: make(v) for name, v in m.__dict__[registry].items()}
         return twins[id(m)]
@@ -176,23 +210,56 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return module(model)
 
 
-def _kept(layer: PeftLinear, tokens: int) -> tuple[int, int]:
-    """Bytes of x, and of everything else, that a layer on the meta device keeps: storages, the layer's own left out."""
-    if isinstance(layer, PeftParameter):
-        return _kept_by_parameter(layer, tokens)
+def _packed(m: nn.Module) -> Frozen | None:
+    """The kind of a layer whose weight is stored in parts."""
+    kind = getattr(m, "kind", None) if isinstance(m, PeftLinear) else kind_of(m)
+    return kind if isinstance(kind, Frozen) and kind.packed else None
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' storages, each once; of a quantiser's class those of the tensors inside."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _plain(tensors)}.values())
+
+
+def _plain(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    for t in tensors:
+        if is_foreign(t):
+            yield from _plain(getattr(t, name) for name in t.__tensor_flatten__()[0])
+        else:
+            yield t
+
+
+def _x(layer: PeftLinear, tokens: int, beside: torch.dtype | None) -> Tensor:
+    """A layer's input on the meta device. ValueError where its dtype is not known."""
     dtype = layer.kind.like(layer).dtype
-    if not dtype.is_floating_point:
+    if isinstance(W := None if layer.kind.opaque else layer.kind.matrix(layer), Stored):
+        dtype = beside or W.compute or W.dtype
+    elif not dtype.is_floating_point:
         raise ValueError(
             f"model has a {layer.base_class.__name__}, whose weight is stored as {dtype}, and estimate does not know "
             "what such a layer keeps; estimate the model before it is quantised"
         )
-    x = torch.empty(tokens, layer.in_features, dtype=dtype, device="meta", requires_grad=True)
+    return torch.empty(tokens, layer.in_features, dtype=dtype, device="meta", requires_grad=True)
+
+
+def _decoded(layer: PeftLinear, x_of: dict[int, Tensor]) -> int:
+    """Bytes of a layer's weight decoded for a call."""
+    compute = layer.kind.matrix(layer).compute or x_of[id(layer)].dtype
+    return layer.out_features * layer.in_features * compute.itemsize
+
+
+def _kept(layer: PeftLinear | PeftParameter, tokens: int, x_of: dict[int, Tensor]) -> tuple[int, int]:
+    """Bytes of x, and of everything else, that a layer on the meta device keeps: storages, the layer's own left out."""
+    if isinstance(layer, PeftParameter):
+        return _kept_by_parameter(layer, tokens)
+    x = x_of[id(layer)]
     kept: list[Tensor] = []
     layer.train()
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         layer.forward(x)  # past the layer's hooks
     sizes = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
-    for t in (*layer.parameters(), *layer.buffers()):
+    parts = layer.kind.matrix(layer).parts if layer.kind.packed else ()
+    for t in _plain([*layer.parameters(), *layer.buffers(), *parts]):
         sizes.pop(t.untyped_storage()._cdata, None)
     return sizes.pop(x.untyped_storage()._cdata, 0), sum(sizes.values())
 
@@ -221,7 +288,9 @@ def _kept_by_parameter(layer: PeftParameter, tokens: int) -> tuple[int, int]:
     return x, made + narrow + wide + index
 
 
-def _kept_by_peft(layer: PeftLinear, M: int, device: torch.device) -> tuple[int, int] | tuple[None, None]:
+def _kept_by_peft(
+    layer: PeftLinear, M: int, device: torch.device, x_of: dict[int, Tensor]
+) -> tuple[int, int] | tuple[None, None]:
     """The same of PEFT's layer with this config: LoRA, rsLoRA, DoRA, AdaLoRA and (IA)³, else (None, None). Of experts
     PEFT forms W + s·B A, keeps it and the factors in W's dtype, and no x.
 
@@ -233,7 +302,9 @@ def _kept_by_peft(layer: PeftLinear, M: int, device: torch.device) -> tuple[int,
             return None, None
         tensors, W = layer.adapter_tensors(), layer.weight
         return 0, W.nbytes + sum(t.numel() * W.element_size() for t in tensors if t.dtype != W.dtype)
-    config, (N, K), base = layer.config, layer.matrix.shape, layer.weight.dtype
+    config, N, K, base = layer.config, layer.out_features, layer.in_features, x_of[id(layer)].dtype
+    if layer.kind.packed and (config.peft_type != "LORA" or config.use_dora):
+        return None, None  # classes of their own there
     wide = getattr(layer, layer.tensor_names[0]).dtype
     b, w, cast = base.itemsize, wide.itemsize, wide != base
     x, copy = (0, M * K * w) if cast else (M * K * b, 0)
