@@ -4,6 +4,8 @@ import copy
 import importlib
 import pickle
 import pkgutil
+import sys
+import types
 import warnings
 
 import pytest
@@ -249,8 +251,8 @@ def test_the_rank_allocator_of_adalora(kind):
     models, x = [build("adalora", kind), fp.accelerate(build("adalora", kind))], torch.randn(6, K)
     for model in models:
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-        for step in range(9):
-            model(x).square().sum().backward()
+        for step in range(10):
+            model(x).square().mean().backward()
             optimizer.step()
             fp.on_step(model, step)
             optimizer.zero_grad()
@@ -296,6 +298,63 @@ def test_every_method_of_peft_on_them(method, kind):
     assert [type(layer) for layer in layers] == [was] * 2
     assert [(row.backend, row.why) for row in fp.explain(model)] == [("peft", reason)] * 2
     assert torch.equal(model(x), want)
+
+
+QUANTISED = {  # PEFT's other files of quantised layers -> what they ask for before they define any, and import
+    "adalora.gptq": None,
+    "lora.aqlm": ("is_aqlm_available", "aqlm"),
+    "lora.awq": None,
+    "lora.eetq": ("is_eetq_available", "eetq"),
+    "lora.gptq": None,
+    "lora.hqq": ("is_hqq_available", "hqq.core.quantize"),
+    "lora.inc": ("is_inc_available", None),
+    "lora.te": ("is_te_pytorch_available", "transformer_engine"),
+}
+
+
+class _Anything(types.ModuleType):
+    """A library that is not installed."""
+
+    __path__ = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (nn.Module,), {})
+
+
+@pytest.mark.parametrize("file", QUANTISED)
+def test_peft_s_other_quantised_layers_keep_its_forward(file, monkeypatch):
+    """Counted by reason and listed; their class, which may need a library that is not there, decides."""
+    available, library = QUANTISED[file] or (None, None)
+    if available is not None:
+        monkeypatch.setattr(peft.import_utils, available, lambda: True)
+    parts = library.split(".") if library else []
+    for i in range(len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), _Anything(parts[i]))
+    found = importlib.util.find_spec(f"peft.tuners.{file}")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    base = peft.tuners.tuners_utils.BaseTunerLayer
+    kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, base)]
+    (kind,) = [k for k in kinds if k.__module__ == module.__name__]
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    layer._active_adapter = "default"
+    model = nn.Sequential(layer)
+    model.peft_config = {}
+    reason = f"peft.tuners.{file}.{kind.__name__} has no fused form"
+    (said,) = test_accelerate.warned(fp.accelerate, model)
+    assert f"accelerate fused 0 of 1 PEFT layers; 1 keep PEFT's forward: {reason} (1, e.g. 0)" in said
+    assert [(row.backend, row.why) for row in fp.explain(model)] == [("peft", reason)]
+    assert type(fp.restore(model)[0]) is kind
+
+
+def test_no_file_of_quantised_layers_is_forgotten():
+    """Those whose name is that of no part of a method, nor of bitsandbytes and torchao."""
+    usual = {"aqlm", "awq", "eetq", "gptq", "hqq", "inc", "te"}
+    files = {n.removeprefix("peft.tuners.") for n in MODULES if n.rpartition(".")[2] in usual}
+    assert files == set(QUANTISED)
 
 
 def _packed(module):
