@@ -313,7 +313,7 @@ class FusedLoraTorchao(FusedLora, torchao.TorchaoLoraLinear):
     """On a linear layer with one of torchao's quantised weights."""
 
 
-class FusedSVDLinear(_Fused, adalora.SVDLinear):
+class FusedAdaLora(_Fused):
     """AdaLoRA."""
 
     def _adapters_unfused(self, used: list[str], kind: Frozen) -> str | None:
@@ -327,7 +327,11 @@ class FusedSVDLinear(_Fused, adalora.SVDLinear):
         return found
 
 
-class FusedIA3Linear(_Fused, ia3.Linear):
+class FusedSVDLinear(FusedAdaLora, adalora.SVDLinear):
+    """On a plain linear layer."""
+
+
+class FusedIA3(_Fused):
     """(IA)³, on the output or, in feed-forward layers, on the input."""
 
     def _adapters_unfused(self, used: list[str], kind: Frozen) -> str | None:
@@ -339,6 +343,10 @@ class FusedIA3Linear(_Fused, ia3.Linear):
             return []
         scale = reduce(mul, scales)
         return [Factors(d_in=scale) if self.is_feedforward else Factors(d_out=scale, scale_bias=True)]
+
+
+class FusedIA3Linear(FusedIA3, ia3.Linear):
+    """On a plain linear layer."""
 
 
 FUSED = {
