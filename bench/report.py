@@ -295,6 +295,32 @@ def cpu_batch() -> str:
     )
 
 
+def cpu_quantised() -> str:
+    """Layers of bitsandbytes: ours over HF PEFT's and the frozen layer; what is kept over the dense layer's."""
+    found: dict[tuple, dict[str, dict]] = defaultdict(dict)
+    for r in rows("cpu/quantised.csv"):
+        key = f"{r['format']}, {r['method']}", f"{r['tokens']} x {r['K']} x {r['N']}, {r['dtype']}"
+        found[key][r["contender"]] = r
+    body = []
+    for (what, where), of in found.items():
+        kept = int(of["ours"]["kept_bytes"]) / int(of["ours on a dense layer"]["kept_bytes"])
+        peer = of["ours"]["vs_peft_p50"]
+        cells = [f"{float(peer):.2f}" if peer else "–", f"{float(of['ours']['ratio_p50']):.2f}"]
+        body.append([what, where, *cells, f"{kept:.3f}"])
+    return markdown(["", "", "over HF PEFT", "over the frozen layer", "bytes kept, over a dense layer's"], body)
+
+
+def gpu_quantised() -> str:
+    """Predicted: a decode, and a LoRA step with two of them over one on a dense weight."""
+    found: dict[tuple, dict[str, str]] = defaultdict(dict)
+    for r in rows("packed_predicted.csv"):
+        case = found[r["format"], f"{r['K']} to {r['N']}"]
+        case["decode"], case[f"{r['M']} rows"] = r["decode_us"], f"{float(r['ratio']):.2f}"
+    columns = [c for c in next(iter(found.values())) if c != "decode"]
+    body = [[*case, of["decode"], *(of[c] for c in columns)] for case, of in found.items()]
+    return markdown(["", "", "one decode, µs", *columns], body)
+
+
 def host() -> str:
     """Host time on a stand-in for the CUDA driver, forward + backward."""
     found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -355,6 +381,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-batch": cpu_batch,
     "cpu-experts": cpu_experts,
     "cpu-layers": cpu_layers,
+    "cpu-quantised": cpu_quantised,
     "crossovers": crossovers,
     "demo": demo,
     "demo-all": demo_all,
@@ -365,6 +392,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-gemm": gpu_gemm,
     "gpu-graph": gpu_graph,
     "gpu-launches": gpu_launches,
+    "gpu-quantised": gpu_quantised,
     "host": host,
     "init": init,
     "law": law,
