@@ -185,7 +185,7 @@ def test_scales_are_not_kept_for_backward():
     assert shared.kept(Net(), x=torch.randn(5, 64)) == 4 * 5 * (4 + 64)  # T and y, which square() keeps
 
 
-def test_only_the_number_alone_is_right():
+def test_only_the_answer_itself_is_right():
     import qlora
 
     tokenizer = tiny_chat()[1]
