@@ -118,14 +118,14 @@ LABELS = {
 NAMES = {"ours": "ours", "peft": "HF PEFT"}
 
 
-def demo() -> str:
-    found = rows("demo/results.csv")
-    return markdown(list(found[0]), [list(r.values()) for r in found])
+def as_written(name: str) -> Callable[[], str]:
+    """The file's own lines and columns."""
 
+    def table() -> str:
+        found = rows(name)
+        return markdown(list(found[0]), [list(r.values()) for r in found])
 
-def demo_all() -> str:
-    found = rows("demo_all/results.csv")
-    return markdown(list(found[0]), [list(r.values()) for r in found])
+    return table
 
 
 def memory() -> str:
@@ -383,8 +383,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-layers": cpu_layers,
     "cpu-quantised": cpu_quantised,
     "crossovers": crossovers,
-    "demo": demo,
-    "demo-all": demo_all,
+    "demo": as_written("demo/results.csv"),
+    "demo-all": as_written("demo_all/results.csv"),
     "estimate": estimate,
     "experts": experts,
     "first": first,
@@ -400,6 +400,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods": methods,
     "mpc": mpc,
     "overhead": overhead,
+    "qlora": as_written("qlora/results.csv"),
     "training": training,
     "wrap": wrap,
 }

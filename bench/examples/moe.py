@@ -15,12 +15,11 @@ import copy
 import random
 import statistics
 import time
-import weakref
 
 import peft
 import torch
 from causal_lm import START, blocks, sources
-from torch import Tensor, nn
+from shared import kept
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
 
 import fused_peft as fp
@@ -35,22 +34,6 @@ ADAPTERS = peft.LoraConfig(
     r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"],
     target_parameters=["experts.gate_up_proj", "experts.down_proj"],
 )  # fmt: skip
-
-
-def kept(model: nn.Module, ids: Tensor) -> int:
-    """Bytes that a forward keeps for backward beside the model's own tensors and its input."""
-    own = {t.untyped_storage().data_ptr() for t in (ids, *model.parameters(), *model.buffers())}
-    held: list[weakref.ref[Tensor]] = []  # dead once autograd lets go of the tensor
-
-    def pack(t: Tensor) -> Tensor:
-        held.append(weakref.ref(alias := t.detach()))
-        return alias
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda alias: alias):
-        loss = model(input_ids=ids, labels=ids).loss  # holds the graph
-    alive = [t.untyped_storage() for ref in held if (t := ref()) is not None]
-    del loss
-    return sum({s.data_ptr(): s.nbytes() for s in alive if s.data_ptr() not in own}.values())
 
 
 def main(argv: list[str] | None = None) -> dict[str, dict]:
@@ -83,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         if step % 10 == 0 or step == args.steps - 1:
             print(f"step {step:3d}", *(f"  {who} {each[-1]:.6f}" for who, each in losses.items()), flush=True)
     apart = max(abs(a - b) for a, b in zip(*losses.values(), strict=True))
-    nbytes = {who: kept(m, ids) for who, m in models.items()}
+    nbytes = {who: kept(m, input_ids=ids, labels=ids) for who, m in models.items()}
     medians = {who: statistics.median(each) for who, each in seconds.items()}
     print(f"losses differ by {apart:.1e} at most")
     for who in models:
