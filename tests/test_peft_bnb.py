@@ -1,4 +1,4 @@
-"""fp.accelerate on PEFT's LoRA, AdaLoRA and (IA)³ on bitsandbytes' layers: PEFT's numbers, W decoded each way and not kept."""
+"""fp.accelerate on PEFT's LoRA, AdaLoRA and (IA)³ layers on bitsandbytes': PEFT's numbers, W decoded and not kept."""
 
 import copy
 import importlib
