@@ -668,6 +668,6 @@ def test_nothing_is_imported_for_it():
 
 
 def test_a_plain_layer_is_known_before_them(monkeypatch):
-    monkeypatch.setattr(quantised, "_bnb", lambda *_: pytest.fail("asked for a plain layer"))
+    monkeypatch.setattr(quantised, "library_class", lambda *_: pytest.fail("asked for a plain layer"))
     assert frozen.kind_of(nn.Linear(2, 2)) is frozen.DENSE
     assert METHODS  # the cases above are those of every method
