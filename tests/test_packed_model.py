@@ -571,3 +571,20 @@ def test_mxfp4_experts_are_refused_with_the_reason(loaded):
         fp.get_peft_model(model, fp.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=STACKS))
     fp.get_peft_model(model, fp.LoraConfig(r=2, target_modules=["q_proj"]))
     fp.merge(model)
+
+
+def test_explain_shows_the_format_and_its_size_whatever_the_form():
+    """Codes of 4 bits, an fp32 scale a block of 64; nested, a byte; 16 values in the table."""
+    shown = {}
+    for kind, config in (("nf4", fp.LoraConfig(r=2)), ("nf4+nested", fp.SVDiffConfig()), ("int8", fp.DoraConfig(r=2))):
+        model = nn.Sequential(quantised_layer(kind, 256, 256, dtype=torch.bfloat16, compute_dtype=torch.bfloat16))
+        config.target_modules = ["0"]
+        (shown[kind],) = fp.explain(fp.get_peft_model(model, config))
+    assert shown["nf4"].why.startswith("nf4 with a scale for 64 values (4.51 bits a value in all), decoded once each")
+    assert shown["nf4+nested"].form == "weight"
+    nested = (8 * (256 * 128 + 1024 + 4 * (16 + 256 + 4 + 1))) / 256**2
+    assert f"nf4 with a scale for 64 values ({nested:.3g} bits a value in all)" in shown["nf4+nested"].why
+    assert "int8 with a scale a row (8.12 bits a value in all), decoded once each way" in shown["int8"].why
+    fp.add_adapter(model, "other", fp.LoraConfig(r=2, target_modules=["0"]))
+    fp.set_adapter(model, ["default", "other"])
+    assert "int8 with a scale a row (8.12 bits" in fp.explain(model)[0].why
