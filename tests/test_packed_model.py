@@ -392,12 +392,16 @@ def storages(tensors):
 @pytest.mark.parametrize("kind", FEW)
 @pytest.mark.parametrize("name", ["lora", "dora+dropout", "svdiff", "houlsby"])
 def test_estimated_bytes_in_half_precision(name, kind):
-    test_estimated_bytes_are_those_that_are_counted(case_of(name), kind, torch.bfloat16)
+    check_estimate(case_of(name), kind, torch.bfloat16)
 
 
 @ALL
-def test_estimated_bytes_are_those_that_are_counted(case, kind, dtype=torch.float32):
-    """Of the model and the backward; x is in a dtype of its own, and 4-bit layers compute in bf16."""
+def test_estimated_bytes(case, kind):
+    check_estimate(case, kind, torch.float32)
+
+
+def check_estimate(case, kind, dtype):
+    """They are those that are counted, of the model and the backward; x is in a dtype of its own, and 4-bit layers compute in bf16."""
     net, config = Net(kind, dtype, torch.bfloat16), config_for(case, "first")
     found = fp.estimate(net, config, 24)
     assert found.base == storages([*net.parameters(), *parts_of(net)])
