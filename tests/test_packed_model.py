@@ -401,7 +401,7 @@ def test_estimated_bytes(case, kind):
 
 
 def check_estimate(case, kind, dtype):
-    """Bytes are those that are counted, of the model and the backward; x in a dtype of its own, 4-bit layers in bf16."""
+    """Bytes are those counted, of the model and the backward; x in a dtype of its own, 4-bit layers in bf16."""
     net, config = Net(kind, dtype, torch.bfloat16), config_for(case, "first")
     found = fp.estimate(net, config, 24)
     assert found.base == storages([*net.parameters(), *parts_of(net)])
