@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import faulthandler
+import importlib.util
 import json
 import os
 import sys
@@ -18,7 +19,6 @@ from pathlib import Path
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import bitsandbytes as bnb
 import peft
 import torch
 import torch.distributed as dist
@@ -194,6 +194,8 @@ def fsdp():
 
 
 def in_4_bits(storage: torch.dtype, nested: bool) -> Callable:
+    import bitsandbytes as bnb
+
     def linear(K: int, N: int) -> nn.Module:
         how = {"quant_type": "nf4", "compress_statistics": nested, "quant_storage": storage}
         layer = bnb.nn.Linear4bit(K, N, compute_dtype=torch.float64, **how)
@@ -209,6 +211,8 @@ def in_4_bits(storage: torch.dtype, nested: bool) -> Callable:
 def fsdp_in_4_bits():
     """The codes sharded, whatever dtype they are stored in; the scales are whole in every process."""
     problems = {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return problems
     for storage, nested, names in (
         (torch.bfloat16, True, ("dora", "pissa", "svdiff", "lora_dash", "lora+trained_biases")),
         (torch.float32, False, ("lora",)),

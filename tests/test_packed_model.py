@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -388,10 +389,19 @@ def storages(tensors):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", FEW)
+@pytest.mark.parametrize("name", ["lora", "dora+dropout", "svdiff", "houlsby"])
+def test_estimated_bytes_in_half_precision(name, kind):
+    check_estimate(case_of(name), kind, torch.bfloat16)
+
+
 @ALL
-def test_estimated_bytes_are_those_that_are_counted(case, kind, dtype):
-    """Of the model and the backward, x in a dtype of its own where the layer computes in another."""
+def test_estimated_bytes(case, kind):
+    check_estimate(case, kind, torch.float32)
+
+
+def check_estimate(case, kind, dtype):
+    """Bytes are those counted, of the model and the backward; x in a dtype of its own, 4-bit layers in bf16."""
     net, config = Net(kind, dtype, torch.bfloat16), config_for(case, "first")
     found = fp.estimate(net, config, 24)
     assert found.base == storages([*net.parameters(), *parts_of(net)])
@@ -454,3 +464,136 @@ def test_codes_that_were_cast_are_refused(storage):
         cast = copy.deepcopy(model).to(dtype)
         with pytest.raises(RuntimeError, match=rf"its codes were cast to {dtype}, which loses them"):
             cast(torch.randn(2, 64))
+
+
+# Experts in 4 bits
+
+
+def experts_model():
+    """Experts by Transformers' contract behind a fixed choice of two of four."""
+    pytest.importorskip("transformers")
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 32, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
+            self.experts = Qwen3MoeExperts(Qwen3MoeConfig(**sizes, experts_implementation="eager"))
+            for p in self.experts.parameters():
+                nn.init.normal_(p, std=0.3)
+
+        def forward(self, x):
+            chosen = torch.stack([x[:, :2].sum(1) > 0, x[:, 2:].sum(1) > 0], 1).long() + torch.tensor([0, 2])
+            return self.experts(x, chosen, x[:, :2].detach().sigmoid())
+
+    return Routed()
+
+
+def in_4_bits(model, *names):
+    parametrize = pytest.importorskip("bitsandbytes.nn.parametrize")
+    for name in names:
+        parametrize.replace_parameter_4bit(model.experts, name, quant_type="nf4")
+    return model
+
+
+STACKS = ["gate_up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("more", [[], ["q_proj"]], ids=["alone", "beside a layer"])
+def test_parametrized_experts_are_refused_with_the_reason(more):
+    model = nn.ModuleDict({"moe": in_4_bits(experts_model(), *STACKS), "q_proj": nn.Linear(32, 32)})
+    keys = set(model.state_dict())
+    config = fp.LoraConfig(r=2, target_modules=more, target_parameters=STACKS)
+    reason = r"matches 'moe.experts.*_proj', but it is parametrized \(Bnb4bitParametrization\).*keep it out of the"
+    with pytest.raises(TypeError, match=reason):
+        fp.get_peft_model(model, config)
+    fp.get_peft_model(model, fp.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match=reason):
+        fp.add_adapter(model, "other", config)
+    fp.merge_and_unload(model)
+    assert set(model.state_dict()) == keys
+    fp.get_peft_model(model, fp.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(fp.NotMergeableError, match=r"gate_up_proj \(ParametrizationList holds torch.uint8"):
+        fp.merge_and_unload(model, dequantize=True)
+
+
+def test_a_stack_beside_a_parametrized_one_is_formed():
+    """On the decoded values, as the module's own forward reads them."""
+    model = in_4_bits(experts_model(), "down_proj")
+    other = experts_model()
+    other.experts.down_proj.data.copy_(model.experts.down_proj)
+    config = fp.LoraConfig(r=2, target_modules=[], target_parameters=["gate_up_proj"], init_lora_weights=False)
+    results = []
+    for m in (model, other):
+        torch.manual_seed(5)
+        disturb(fp.get_peft_model(m, config))
+        x = torch.randn(6, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        (y := m(x)).square().sum().backward()
+        grads = {n: p.grad for n, p in m.named_parameters() if p.grad is not None}
+        results.append({"y": y.detach(), "x": x.grad, **grads})
+    equal(*results, 1e-5)
+    (row,) = fp.explain(model)
+    assert row.form == "weight"
+    assert "the weights of its experts are parametrized" in row.why
+
+
+def test_accelerate_leaves_parametrized_experts_to_peft():
+    """PEFT finds no such parameter; it may have wrapped them before they were quantised."""
+    peft = pytest.importorskip("peft")
+    config = {"r": 2, "target_modules": [], "init_lora_weights": False}
+    with pytest.raises(ValueError, match=r"no `target_parameters` found"):
+        peft.get_peft_model(in_4_bits(experts_model(), *STACKS), peft.LoraConfig(**config, target_parameters=STACKS))
+    model = peft.get_peft_model(experts_model(), peft.LoraConfig(**config, target_parameters=["gate_up_proj"]))
+    wrapped = model.base_model.model.experts
+    in_4_bits(SimpleNamespace(experts=wrapped.base_layer), "down_proj")
+    x = torch.randn(6, 32)
+    want = model(x)
+    with pytest.warns(UserWarning, match=r"keep PEFT's forward.*the weights of its experts are parametrized"):
+        fp.accelerate(model)
+    assert torch.equal(model(x), want)
+
+
+class Mxfp4GptOssExperts(nn.Module):
+    """A stand-in of Transformers': two values a byte, or, once loaded on a GPU, its kernels' own tensors."""
+
+    def __init__(self, loaded):
+        super().__init__()
+        self.num_experts = 4
+        for name, N, K in (("gate_up_proj", 64, 16), ("down_proj", 32, 16)):
+            codes = nn.Parameter(torch.zeros(4, N, K, dtype=torch.uint8), requires_grad=False)
+            setattr(self, name, object() if loaded else codes)
+            self.register_parameter(f"{name}_bias", nn.Parameter(torch.zeros(4, N)))
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        return hidden_states
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_mxfp4_experts_are_refused_with_the_reason(loaded):
+    model = nn.ModuleDict({"experts": Mxfp4GptOssExperts(loaded), "q_proj": nn.Linear(32, 32)})
+    what = (
+        "it is a object and no parameter" if loaded else "it is a Parameter of torch.uint8, and values in a quantised"
+    )
+    with pytest.raises(TypeError, match=f"matches 'experts.*_proj', but {what}"):
+        fp.get_peft_model(model, fp.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=STACKS))
+    fp.get_peft_model(model, fp.LoraConfig(r=2, target_modules=["q_proj"]))
+    fp.merge(model)
+
+
+def test_explain_shows_the_format_and_its_size_whatever_the_form():
+    """Codes of 4 bits, an fp32 scale a block of 64; nested, a byte; 16 values in the table."""
+    shown = {}
+    for kind, config in (("nf4", fp.LoraConfig(r=2)), ("nf4+nested", fp.SVDiffConfig()), ("int8", fp.DoraConfig(r=2))):
+        model = nn.Sequential(quantised_layer(kind, 256, 256, dtype=torch.bfloat16, compute_dtype=torch.bfloat16))
+        config.target_modules = ["0"]
+        (shown[kind],) = fp.explain(fp.get_peft_model(model, config))
+    assert shown["nf4"].why.startswith("nf4 with a scale for 64 values (4.51 bits a value in all), decoded once each")
+    assert shown["nf4+nested"].form == "weight"
+    nested = (8 * (256 * 128 + 1024 + 4 * (16 + 256 + 4 + 1))) / 256**2
+    assert f"nf4 with a scale for 64 values ({nested:.3g} bits a value in all)" in shown["nf4+nested"].why
+    assert "int8 with a scale a row (8.12 bits a value in all), decoded once each way" in shown["int8"].why
+    fp.add_adapter(model, "other", fp.LoraConfig(r=2, target_modules=["0"]))
+    fp.set_adapter(model, ["default", "other"])
+    assert "int8 with a scale a row (8.12 bits" in fp.explain(model)[0].why

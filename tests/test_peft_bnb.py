@@ -152,7 +152,8 @@ def test_explain_says_how(name, kind):
     stored = {"nf4": "nf4 with a scale for 64 values", "fp4+nested": "fp4 with a scale for 64 values"}
     for row in fp.explain(model):
         assert (row.form, row.backend) == ("factors", "eager")
-        assert row.why.startswith(f"{stored.get(kind, 'int8 with a scale a row')}, decoded once each way; ")
+        assert row.why.startswith(f"{stored.get(kind, 'int8 with a scale a row')} (")
+        assert "bits a value in all), decoded once each way; " in row.why
 
 
 @pytest.mark.parametrize("kind", KINDS)

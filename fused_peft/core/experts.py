@@ -77,6 +77,8 @@ def why_not(module: nn.Module, kind: type | None = None) -> str | None:
         return f"{kind} does not say what its forward computes, as Transformers' expert modules do by their attributes"
     if reason := class_unread(own):
         return reason
+    if "parametrizations" in module._modules:
+        return "the weights of its experts are parametrized"
     implementation = getattr(module.config, "_experts_implementation", None)
     if implementation not in _IMPLEMENTATIONS:
         return f"the experts implementation {implementation!r} is a forward of its own"

@@ -75,8 +75,6 @@ class ParamWrapper(lora.ParamWrapper):  # by this name PEFT knows its own
                 return f"the wrapper of {w.parameter_name} has hooks or a forward of its own, which would be bypassed"
             if w is not self and w.disable_adapters and w.merged:
                 return f"the wrapper of {w.parameter_name} is disabled but merged, and PEFT unmerges it in its call"
-        if "parametrizations" in base._modules:
-            return "the weights of its experts are parametrized"
         if reason := experts.class_unread(type(base)) or experts.why_not(base) or _unread(base):
             return reason
         if len(set(names)) < len(names) or not set(names) <= set(experts.stacks(base)):

@@ -32,7 +32,7 @@ from ..core.sharded import is_partitioned, is_sharded
 from ..model.adapted import is_adapted
 from ..model.adapter import in_turn
 from ..model.batch import Member, Switch
-from ..model.explain import Row, explain_layer
+from ..model.explain import Row, explain_layer, stored_as
 from ..model.rows import Chosen, length_error, lora_form, mixed
 from .experts import ParamWrapper as FusedParamWrapper
 from .experts import hooked, started_by
@@ -543,7 +543,7 @@ def _explain(layer: nn.Module, by: nn.Module, tokens: int, dtype: torch.dtype | 
     found = layer.fused_factors(layer._used(), weight, bias)
     who = "" if plain else _beside_what(base, kind, dtype)
     if kind.packed and plain:
-        weight, who = torch.empty(N, K, device="meta"), f"{kind.about(base)}, decoded once each way"
+        weight, who = torch.empty(N, K, device="meta"), stored_as(kind, base).removesuffix("; ")
     if not found:
         return method, "plain", "torch", "no adapter of this layer is active", None
     if not plain and found[0].A is None:

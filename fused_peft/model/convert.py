@@ -407,8 +407,9 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, dequantize: boo
             stacklevel=2,
         )
     plain = unload(model, (layer for _, layer in dense))
-    put(model, decoded)
-    plain |= {id(module) for module in decoded.values()}
+    if decoded:
+        put(model, decoded)
+        plain |= {id(module) for module in decoded.values()}
     for root in roots(model):
         state = root.__dict__[STATE]
         for name in state.saved:

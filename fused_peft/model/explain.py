@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import dispatch, experts, operands
-from ..core.frozen import now
+from ..core.frozen import Frozen, now
 from ..core.sharded import is_sharded
 from .adapted import is_pefts
 from .adapter import Bound, factors_of, why_not_foreign
@@ -62,6 +62,15 @@ def explain(model: nn.Module, tokens: int = 2048, dtype: torch.dtype | None = No
     return Explanation(LayerExplanation(name, *row) for name, row in rows)
 
 
+def stored_as(kind: Frozen, module: nn.Module) -> str:
+    """How a weight in parts is stored and read, and how large it is; nothing of another."""
+    if not kind.packed:
+        return ""
+    N, K = kind.shape(module)
+    bits = 8 * sum(part.nbytes for part in kind.matrix(module).parts) / (N * K)
+    return f"{kind.about(module)} ({bits:.3g} bits a value in all), decoded once each way; "
+
+
 def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dtype: torch.dtype | None) -> Row:
     """The row of one layer with these adapters active."""
     names = " + ".join(a.method.name for a in adapters)
@@ -72,7 +81,7 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
     if isinstance(layer, PeftParameter):
         return _explain_parameter(layer, names, adapters, tokens, dtype)
     kind = now(layer)
-    foreign = kind.opaque and not layer.kind.opaque
+    stored, foreign = stored_as(kind, layer.holder()), kind.opaque and not layer.kind.opaque
     if foreign and (reason := why_not_foreign(layer, adapters)):
         return names, "none", "none", reason, None
     if kind.opaque or len(adapters) > 1:
@@ -81,10 +90,10 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
         found = [_problem(a, tokens, dtype or layer.kind.dtype(layer.holder()), beside=True) for a in adapters]
         problem = next((p for p in found if p is not None), None) or _problem(first, tokens, dtype)
         choice = dispatch.choose(problem)
-        return names, "beside", choice.backend.name, f"{who}; {choice.why()}", problem
+        return names, "beside", choice.backend.name, f"{stored}{who}; {choice.why()}", problem
     method = first.method
     if first.forms_weight(tokens):
-        why = "the weight is formed in each call, then one plain GEMM"
+        why = f"{stored}the weight is formed in each call, then one plain GEMM"
         if method.cost:
             factored, formed = (f / 1e9 for f in method.cost(first, tokens))
             why += f": {formed:.3g} GFLOP instead of {factored:.3g} factored"
@@ -94,7 +103,7 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
     choice = dispatch.choose(problem)
     form = "output" if method.output else "product" if problem.hadamard else "factors"
     why = "W * (1 + s*BA) is formed once each way; " if problem.hadamard else ""
-    why += f"{kind.about(layer.holder())}, decoded once each way; " if kind.packed else ""
+    why += stored
     why += f"sharded over {layer.weight.device_mesh.size()} processes; " if sharded else ""
     return names, form, choice.backend.name, why + choice.why(), problem
 

@@ -29,6 +29,8 @@ SUFFIX = "_adapter"  # a PeftParameter's name behind that of its parameter
 
 def why_not(owner: nn.Module, name: str) -> str | None:
     """Why a parameter of a module cannot carry an adapter, or None."""
+    if name not in owner._parameters:
+        return f"{_instead(owner, name)}; keep it out of the quantisation, or load its values dequantised"
     W = owner._parameters[name]
     if W.dim() not in (2, 3):
         return f"it has shape {tuple(W.shape)}; a matrix (out, in) or a stack of them (experts, out, in) is needed"
@@ -43,6 +45,14 @@ def why_not(owner: nn.Module, name: str) -> str | None:
     if hasattr(owner, name + SUFFIX):
         return f"its module has an attribute {name + SUFFIX!r}, which the adapter needs for itself; rename it"
     return None
+
+
+def _instead(owner: nn.Module, name: str) -> str:
+    """What a module has in the place of a parameter."""
+    if "parametrizations" in owner._modules and name in owner.parametrizations:
+        by = ", ".join(type(p).__name__ for p in owner.parametrizations[name])
+        return f"it is parametrized ({by}), and values that are made anew in each call are not read"
+    return f"it is a {type(owner.__dict__.get(name)).__name__} and no parameter, a format that is not read"
 
 
 def why_not_method(method: Method, config: PeftConfig, stacked: bool, routed: bool) -> str | None:

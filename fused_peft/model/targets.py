@@ -164,12 +164,16 @@ def find_targets(
 
 
 def find_parameters(model: nn.Module, config: PeftConfig) -> dict[str, tuple[nn.Module, str]]:
-    """{full name: (the module that holds it, its name there)} of the parameters that target_parameters means."""
+    """{full name: (the module that holds it, its name there)} of the parameters that target_parameters means, among
+    them what a quantiser or a parametrization has put in the place of one: ``check_parameters`` says so."""
     wanted, found = frozenset(config.target_parameters or ()), {}
+    last = {entry.rpartition(".")[2] for entry in wanted}
     for owner_name, owner in model.named_modules() if wanted else ():
-        for key in owner._parameters:
+        replaced = {*owner.__dict__, *owner._modules.get("parametrizations", ())} & last
+        for key in (*owner._parameters, *sorted(replaced)):
             name = f"{owner_name}.{key}" if owner_name else key
-            if owner._parameters[key] is not None and ends_with_any(name, wanted) and not left_out(config, name):
+            held = key in replaced or owner._parameters[key] is not None
+            if held and ends_with_any(name, wanted) and not left_out(config, name):
                 found[name] = owner, key
     return found
 
