@@ -205,7 +205,9 @@ def _like(w: Coded, N: int, K: int) -> Coded:
     if w.scales.dtype.itemsize > 1:
         scales = torch.rand(places, generator=rng, device=device).to(w.scales.dtype)
     else:
-        scales = random(places, 0, 256 if w.nested else 140).to(torch.uint8).view(w.scales.dtype)
+        scales = random(places, 0, 256 if w.nested else 140).to(torch.uint8)
+        scales.view(-1)[0] = 0  # of e8m0, the one that is subnormal
+        scales = scales.view(w.scales.dtype)
     nested = w.nested
     if nested is not None:
         table, _, offset, block = nested
