@@ -71,8 +71,8 @@ def shaken(layer: nn.Module) -> nn.Module:
 
 
 def first() -> list[tuple[dict]]:
-    """The jobs of ``check`` that tell most: the dropout mask, decoded weights, a CUDA graph with each backend, every plan
-    of csrc/."""
+    """The jobs of ``check`` that tell most: the dropout mask, decoded weights, a CUDA graph with each backend, csrc/'s
+    plans."""
     plans = PLANS[3::13] if INTERPRETING else PLANS
     asked = [(case, "triton", "") for case in ("dropout mask", "decode", "replay")]
     asked += [("CUDA graph", name, "") for name in BACKENDS]
