@@ -3,8 +3,8 @@
 A call that is timed is held to the formula as the package's self-test has it, on its very sizes. A case is held to the
 paper formula in fp64 (where it runs in fp64 or fp32 on a small shape: half precision rounds what some formulas start
 from), and to the expression in fp64 on the same rounded inputs, beside plain PyTorch's error. Two runs must be bitwise
-equal. Then the dropout mask, CUDA graph replay and compute-sanitizer. The column ok: "true", "false", "refused" with
-the backend's or the config's reason, or "skipped" with the script's.
+equal. Then the dropout mask, decoded weights, CUDA graph replay and compute-sanitizer. The column ok: "true", "false",
+"refused" with the backend's or the config's reason, or "skipped" with the script's.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from fused_peft.core import dispatch, ops
 from fused_peft.core.dropout import keep_mask, new_seed, threshold
 from fused_peft.core.operands import Problem, foreseen
 from fused_peft.tools import selftest, verify
+from fused_peft.tools.compile_triton import weights
 
 COLUMNS = f"case backend dtype shape tensor against error limit plain ok repeat note {FACTS}"
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,9 +71,11 @@ def shaken(layer: nn.Module) -> nn.Module:
 
 
 def first() -> list[tuple[dict]]:
-    """The jobs of ``check`` that tell most: the dropout mask, a CUDA graph with each backend, every plan of csrc/."""
+    """The jobs of ``check`` that tell most: the dropout mask, decoded weights, a CUDA graph with each backend, csrc/'s
+    plans."""
     plans = PLANS[3::13] if INTERPRETING else PLANS
-    asked = [("dropout mask", "triton", ""), ("replay", "triton", ""), *(("CUDA graph", name, "") for name in BACKENDS)]
+    asked = [(case, "triton", "") for case in ("dropout mask", "decode", "replay")]
+    asked += [("CUDA graph", name, "") for name in BACKENDS]
     asked += [(plan.name, "cuda", plan.dtype) for plan in plans]
     return [({"case": case, "backend": backend, "dtype": dtype, "shape": ""},) for case, backend, dtype in asked]
 
@@ -210,6 +213,22 @@ def masks() -> list[dict]:
     return [{**row, "ok": _word(row["error"] <= row["limit"])} for row in rows]
 
 
+def decoded() -> list[dict]:
+    """Frozen weights of every format, decoded by the kernel, against PyTorch's, bit for bit."""
+    rows, device = [], torch.device(DEVICE)
+    table, more = (torch.randn(n, device=device) for n in (16, 256))
+    for label, w in weights(4096, 4096):
+        dtypes = ("bf16", "fp16", "fp32") if w.nested else ("bf16",)
+        nested = w.nested and (more, None, torch.tensor(0.3, device=device), w.nested[3])
+        w = w._replace(codes=torch.empty(0, dtype=w.codes.dtype, device=device), nested=nested,
+                       table=None if w.table is None else table)  # fmt: skip
+        for dtype in dtypes[1:2] if INTERPRETING else dtypes:
+            wrong = selftest.decoding(w, DTYPES[dtype])
+            rows.append({"tensor": f"{label} {dtype}", "against": "PyTorch's", "error": float(bool(wrong)),
+                         "limit": 0.0, "ok": _word(not wrong), "note": wrong or ""})  # fmt: skip
+    return rows
+
+
 def without_python() -> list[dict]:
     """Calls that csrc/replay.cpp replays against the same ones through Python, bit for bit, by every backend."""
     if ops.host is None:
@@ -246,7 +265,7 @@ def replayed() -> list[dict]:
     return [{**about, "tensor": n, "ok": _word(ok)} for n, ok in zip(("y", "dx", "dA", "dB"), same, strict=True)]
 
 
-EXTRAS = {"dropout mask": masks, "replay": without_python, "CUDA graph": replayed}
+EXTRAS = {"dropout mask": masks, "decode": decoded, "replay": without_python, "CUDA graph": replayed}
 
 
 def planned(plan: Plan) -> list[dict]:

@@ -23,6 +23,7 @@ ELEMENTS, COLUMNS = 4096, 256  # of a tile; at most
 ALL = 1 << 30  # rows or columns of a block that holds them all, however many they are
 E4M3 = torch.float8_e4m3fn
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SCALES = (*DTYPES, torch.uint8, torch.float8_e8m0fnu)
 
 
 @triton.jit
@@ -36,9 +37,7 @@ def _e4m3(byte):
 
 
 @triton.jit
-def _scales(
-    scales_ptr, table2_ptr, scales2_ptr, offset_ptr, by, at, inside, BLOCK2: tl.constexpr
-):  # fmt: skip
+def _scales(scales_ptr, table2_ptr, scales2_ptr, offset_ptr, by, at, inside, BLOCK2: tl.constexpr):
     """The scales at these places, fp32."""
     s = tl.load(scales_ptr + at, mask=inside, other=0)
     if table2_ptr is not None:
@@ -89,9 +88,8 @@ def decode(
         codes = tl.load(codes_ptr + start + i[:, None] * K + j[None, :], mask=inside, other=0)
         value = _e4m3(codes) if E4M3 else codes.to(tl.float32)
     column = k + GROUP * tl.arange(0, BK // GROUP)
-    block = ((n + i) // BLOCK_ROWS).to(tl.int64)[:, None] * tl.cdiv(K, BLOCK_COLUMNS) + (column // BLOCK_COLUMNS)[
-        None, :
-    ]
+    band = ((n + i) // BLOCK_ROWS).to(tl.int64) * tl.cdiv(K, BLOCK_COLUMNS)
+    block = band[:, None] + (column // BLOCK_COLUMNS)[None, :]
     known = (n + i < N)[:, None] & (column < K)[None, :]
     if zeros_ptr is not None:
         value -= _spread(tl.load(zeros_ptr + block, mask=known, other=0).to(tl.float32), GROUP)

@@ -15,7 +15,7 @@ import fused_peft as fp
 from fused_peft.backends import decode as backend
 from fused_peft.core import frozen
 from fused_peft.core.frozen import Coded
-from fused_peft.tools import selftest
+from fused_peft.tools import compile_triton, selftest
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
 from fused_peft.backends.kernel_modules import decode, launch, triton_internals
@@ -24,9 +24,14 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="in the interp
 E4M3 = torch.float8_e4m3fn
 
 
+WEIGHTS = selftest.WEIGHTS
+
+
 @pytest.fixture(autouse=True)
-def _forgotten(monkeypatch):
+def _anew(monkeypatch):
+    """No form was tested yet, and the test of one is short."""
     monkeypatch.setattr(backend, "off", {})
+    monkeypatch.setattr(selftest, "WEIGHTS", WEIGHTS[1:])
 
 
 def same(got, want):
@@ -168,7 +173,7 @@ def test_a_weight_of_more_than_two_to_the_31_values(monkeypatch, tmp_path):
 MUTANTS = {  # what the kernel says, what the mutant says, the form that must notice
     "halves swapped": ("tl.interleave(high, low) if HIGH_FIRST", "tl.interleave(low, high) if HIGH_FIRST", "runs"),
     "low half first always": ("else tl.interleave(low, high)", "else tl.interleave(high, low)", "mxfp4"),
-    "a neighbour's scale": ("column // BLOCK_COLUMNS)", "(column + 8) // BLOCK_COLUMNS)", "int8 zeros"),
+    "a neighbour's scale": ("(column // BLOCK_COLUMNS)", "((column + 8) // BLOCK_COLUMNS)", "int8 zeros"),
     "the scale of the row above": ("(n + i) // BLOCK_ROWS)", "(n + i - 1) // BLOCK_ROWS)", "int8"),
     "blocks counted short": ("tl.cdiv(K, BLOCK_COLUMNS)", "(K // BLOCK_COLUMNS)", "int8 blocks"),
     "offset left out": (" + tl.load(offset_ptr)", "", "nested"),
@@ -208,9 +213,22 @@ def test_a_mutant_is_noticed(name, monkeypatch, tmp_path):
     assert not right()
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_the_self_test_passes_what_is_right(name):
+@pytest.mark.parametrize("name", ["runs", "nested", "int8 zeros", "fp8 large blocks", "mxfp4"])
+def test_the_self_test_passes_what_is_right(name, monkeypatch):
+    monkeypatch.setattr(selftest, "WEIGHTS", WEIGHTS)
     assert selftest.decoding(weight(name), torch.float16) is None
+
+
+@pytest.mark.parametrize("at", range(7))
+def test_the_self_test_runs_the_machine_code_of_large_weights(at):
+    """What is compiled for a weight of a model is what is compiled for the first that is tested."""
+    label, w = [*compile_triton.weights(4096, 4096)][at]
+    tested = (5, 13) if label == "nf4-ragged" else WEIGHTS[0]
+    with launch.record((9, 0)) as found:
+        decode.decoded(*w, dtype=torch.float16)
+        small = w._replace(shape=tested, codes=w.codes if w.table is not None else w.codes[:160, :544])
+        decode.decoded(*small, dtype=torch.float16)
+    assert compile_triton._identity(found[0]) == compile_triton._identity(found[1])
 
 
 @pytest.mark.parametrize("name", [n for n in MUTANTS if n != "written past the end"])
@@ -255,6 +273,7 @@ def test_other_dtypes_and_layouts_are_pytorchs(alone):
     w = weight("int8")
     assert backend.in_one_launch(w._replace(codes=w.codes.t().contiguous().t()), torch.float32) is None
     assert backend.in_one_launch(w._replace(codes=w.codes.int()), torch.float32) is None
+    assert backend.in_one_launch(w._replace(scales=w.scales.to(E4M3)), torch.float32) is None
     assert backend.in_one_launch(weight("mxfp4", 2, 3), torch.float32) is None  # a row begins inside a byte
     assert not backend.off
 

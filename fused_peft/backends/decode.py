@@ -33,7 +33,7 @@ def form(w: Coded) -> tuple:
 def _readable(w: Coded, dtype: torch.dtype) -> bool:
     """Whether the kernel can read the weight and write the dtype."""
     k, own = kernels().decode, (w.codes, w.scales, w.table, w.zeros, *(w.nested or ())[:3])
-    known = w.table is not None or w.codes.dtype in (torch.int8, k.E4M3)
+    known = (w.table is not None or w.codes.dtype in (torch.int8, k.E4M3)) and w.scales.dtype in k.SCALES
     whole = w.table is None or (w.block if isinstance(w.block, int) else w.shape[1]) % 2 == 0
     return dtype in k.DTYPES and known and whole and all(t is None or t.is_contiguous() for t in own)
 
