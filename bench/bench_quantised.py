@@ -72,12 +72,13 @@ def kept(model: torch.nn.Module, x: torch.Tensor) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(x)
-    states = [getattr(m.weight, "quant_state", None) for m in model.modules() if hasattr(m, "weight")]
-    scales = [t for s in states if s is not None for t in (s.absmax, s.code, s.state2.absmax, s.state2.code, s.offset)]
-    scales += [
-        m.state.SCB for m in model.modules() if getattr(m, "state", None) is not None and m.state.SCB is not None
+    layers = [m for m in model.modules() if hasattr(m, "weight")]
+    states = [s for m in layers if (s := getattr(m.weight, "quant_state", None)) is not None]
+    own = [t for s in states for t in (s.absmax, s.code, s.state2.absmax, s.state2.code, s.offset)]
+    own += [
+        t for m in layers for t in (getattr(m.weight, "SCB", None), getattr(getattr(m, "state", None), "SCB", None))
     ]
-    for t in (x, *model.parameters(), *model.buffers(), *scales):
+    for t in (x, *model.parameters(), *model.buffers(), *(t for t in own if t is not None)):
         found.pop(t.untyped_storage().data_ptr(), None)
     return sum(found.values())
 
