@@ -58,6 +58,40 @@ def test_trainer_drives_the_allocator_and_resumes_exactly(tmp_path):
         assert torch.equal(value, resumed[name]), name
 
 
+def test_a_quantised_model_trains_and_resumes(tmp_path):
+    """Trainer refuses quantised models without an adapter of PEFT's; with one of this library's they train."""
+    pytest.importorskip("bitsandbytes")
+    base().save_pretrained(tmp_path / "base")
+
+    def quantised(*but):
+        bits = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+            llm_int8_skip_modules=[*but],
+        )  # fmt: skip
+        kind = transformers.BertForSequenceClassification
+        return kind.from_pretrained(tmp_path / "base", quantization_config=bits, device_map="cpu")
+
+    whole = quantised()
+    with pytest.raises(
+        ValueError, match=r"classifier would train whole, and weight of its Linear4bit is a torch.uint8"
+    ):
+        fp.get_peft_model(whole, fp.SSBConfig(**WHERE))
+    assert not [m for m in whole.modules() if isinstance(m, fp.PeftLinear)]
+
+    with pytest.raises(ValueError, match="purely quantized models"):
+        trainer(tmp_path, quantised(), FusedPeftCallback())
+    runs = []
+    for name, resume in (("whole", None), ("again", str(tmp_path / f"whole/checkpoint-{STEPS // 2}"))):
+        model = fp.get_peft_model(quantised("classifier"), fp.SSBConfig(**WHERE))
+        runs.append(trainer(tmp_path / name, model, FusedPeftCallback()))
+        runs[-1].train(resume_from_checkpoint=resume)
+    first, again = ({n: p for n, p in r.model.named_parameters() if p.requires_grad} for r in runs)
+    assert any((p != 1).any() for n, p in first.items() if n.endswith("d_in"))
+    assert all(torch.equal(p, again[n]) for n, p in first.items())
+    saved = load_file(tmp_path / f"whole/checkpoint-{STEPS}/adapter_model.safetensors")
+    assert not [n for n in saved if "quant" in n or n.endswith("query.weight")]
+
+
 def test_a_model_adapted_in_part_is_refused_before_it_trains_for_nothing(tmp_path):
     model = base()
     fp.get_peft_model(model.bert, fp.LoraConfig(target_modules=["query"]))

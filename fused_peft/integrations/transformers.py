@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 
-from transformers import TrainerCallback
+from torch import nn
+from transformers import TrainerCallback, trainer
 
 from ..model import checks
-from ..model.adapted import unwrap
+from ..model.adapted import is_adapted, unwrap
 from ..model.parts import lost_by_saving
 from ..model.schedule import on_step
 from ..tools.calibrate import ROWS, at_start
@@ -25,7 +27,8 @@ class FusedPeftCallback(TrainerCallback):
 
     Before the first optimizer step ``fused_peft.check_training`` looks at the gradients and the optimizer, and warns of
     adapters that do not train. Adapted layers that have vanished are named when training begins, and when more follow.
-    RuntimeError when training begins where checkpoints would lose the adapter, which is on a part of the model.
+    RuntimeError when training begins where checkpoints would lose the adapter, which is on a part of the model. Trainer
+    takes quantised models that ``fused_peft.get_peft_model`` adapted, once this class is imported.
 
     Steps count from 0, as in PEFT's documentation, and continue on resume. A step that loss scaling skipped is passed
     over: its gradients are not finite. This library's schedules resume exactly, since their state is in ``state_dict``.
@@ -68,6 +71,24 @@ class FusedPeftCallback(TrainerCallback):
             from . import peft as bridge
 
             bridge.restore(model)
+
+
+def _knowing_adapters(validate: Callable) -> Callable:
+    """Trainer's check of quantised models, which lets PEFT's adapters on them train: this library's as well."""
+
+    @wraps(validate)
+    def checked(model: nn.Module) -> None:
+        quantizer = getattr(model, "hf_quantizer", None)
+        if not (is_adapted(model) and getattr(quantizer, "is_trainable", False)):
+            validate(model)
+
+    checked._of_fused_peft = True
+    return checked
+
+
+_own = getattr(trainer, "validate_quantization_for_training", None)
+if _own is not None and not hasattr(_own, "_of_fused_peft"):  # once, though this file is imported anew
+    trainer.validate_quantization_for_training = _knowing_adapters(_own)
 
 
 def _accelerate(model, first: bool = False) -> None:

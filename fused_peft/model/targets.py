@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.frozen import is_linear
+from ..core.frozen import is_foreign, is_linear
 from ..methods import PeftConfig
 from .layer import PeftLinear, why_not_adaptable
 from .moe_names import converted, renamed
@@ -275,7 +275,7 @@ def modules_to_save(model: nn.Module, config: PeftConfig) -> list[str]:
     """Names of the modules trained whole: those whose name ends with an entry of modules_to_save, as PEFT matches. A
     module registered twice has two names, and each that is meant gets a copy of its own, as in PEFT.
 
-    Raises ValueError for an entry that the user gave and that matches nothing.
+    Raises ValueError for an entry that the user gave and that matches nothing, and for quantised modules.
     """
     wanted = config.modules_to_save or []
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name] if wanted else []
@@ -289,7 +289,24 @@ def modules_to_save(model: nn.Module, config: PeftConfig) -> list[str]:
         parent, _, last = name.rpartition(".")
         places.setdefault((id(model.get_submodule(parent)), last), name)
     found = places.values()
-    return [n for n in found if not any(n.startswith(f"{outer}.") for outer in found)]
+    found = [n for n in found if not any(n.startswith(f"{outer}.") for outer in found)]
+    for name in found if not config.inference_mode else ():
+        if how := _quantised(model.get_submodule(name)):
+            raise ValueError(
+                f"modules_to_save={wanted!r}: {name} would train whole, and {how}, which takes no gradient; keep it "
+                f"out of the quantisation (BitsAndBytesConfig: llm_int8_skip_modules=[{name!r}])"
+            )
+    return found
+
+
+def _quantised(module: nn.Module) -> str | None:
+    """Which weight below a module is stored in a quantised format, or None."""
+    for name, m in module.named_modules():
+        for key, p in m._parameters.items():
+            if p is not None and (is_foreign(p) or not p.is_floating_point() or p.itemsize == 1):
+                kind = type(p).__name__ if is_foreign(p) else str(p.dtype)
+                return f"{name}{'.' * bool(name)}{key} of its {type(m).__name__} is a {kind}"
+    return None
 
 
 def experts_asked_for(model: nn.Module, asked: PeftConfig, config: PeftConfig) -> dict[str, list[str]]:
