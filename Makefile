@@ -94,6 +94,7 @@ bench: $(VENV)/dev
 	$(BIN)/python -m pytest bench --benchmark-columns=median --results bench/results/cpu
 	$(BIN)/python bench/estimate.py --out bench/results/estimate.csv
 	$(BIN)/python bench/experts.py --out bench/results/experts_predicted.csv
+	$(BIN)/python bench/packed.py --out bench/results/packed_predicted.csv
 	$(MAKE) report
 
 # in the Python environment of a GPU machine, whose PyTorch has CUDA

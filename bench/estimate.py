@@ -7,9 +7,6 @@ Meta device, bf16 base with fp32 adapters, every linear layer but the output emb
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import tables
 import torch
 
@@ -64,15 +61,5 @@ def rows() -> list[dict[str, str]]:
     return [row(m, name, fp.estimate(built[m], config, TOKENS)) for m in built for name, config in CONFIGS.items()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    found = rows()
-    for line in (list(found[0]), *(r.values() for r in found)):
-        print(" ".join(f"{cell:>12}" for cell in line))
-    tables.write(args.out, found)
-
-
 if __name__ == "__main__":
-    main()
+    tables.command(__doc__, rows)

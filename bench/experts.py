@@ -16,10 +16,8 @@ backward, and there makes the gradient of the whole of W' before those of its fa
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -163,15 +161,5 @@ def rows() -> list[dict[str, str | int]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    found = rows()
-    for line in (list(found[0]), *(r.values() for r in found)):
-        print(" ".join(f"{cell:>15}" for cell in line))
-    tables.write(args.out, found)
-
-
 if __name__ == "__main__":
-    main()
+    tables.command(__doc__, rows)

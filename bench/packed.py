@@ -12,9 +12,7 @@ least that a decode in its K loop could take.
 
 from __future__ import annotations
 
-import argparse
 from itertools import product
-from pathlib import Path
 
 import tables
 import torch
@@ -59,15 +57,5 @@ def rows() -> list[dict[str, str | int]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    found = rows()
-    for line in (list(found[0]), *(r.values() for r in found)):
-        print(" ".join(f"{cell:>15}" for cell in line))
-    tables.write(args.out, found)
-
-
 if __name__ == "__main__":
-    main()
+    tables.command(__doc__, rows)
