@@ -9,7 +9,6 @@ the gradients are in it, x, dy and the layer are not.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 from baselines import Written, our_configs, peft_configs, peft_layer, right
 from clock import environment
+from kept import kept
 from torch import nn
 
 import fused_peft as fp
@@ -37,23 +37,6 @@ def layers(name: str) -> dict[str, nn.Module]:
     return found
 
 
-def kept(layer: nn.Module, x: torch.Tensor) -> int:
-    """Bytes that one forward keeps beyond x and the layer's own tensors."""
-    own = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters(), *layer.buffers())}
-    held: list[weakref.ref[torch.Tensor]] = []  # dead once autograd lets go of the tensor
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        held.append(weakref.ref(alias := t.detach()))
-        return alias
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda alias: alias):
-        y = layer(x)  # holds the graph
-    alive = [t.untyped_storage() for ref in held if (t := ref()) is not None]
-    del y
-    sizes = {storage.data_ptr(): storage.nbytes() for storage in alive}
-    return sum(n for address, n in sizes.items() if address not in own)
-
-
 def peak(run: Callable[[], object]) -> int:
     """The most bytes allocated at once, beyond what was before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -69,7 +52,11 @@ def figures(layer: nn.Module) -> dict[str, int]:
     trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
     step = lambda: torch.autograd.grad(layer(x), trained, dy)  # noqa: E731
     step()
-    return {"x_bytes": x.nbytes, "kept_bytes": kept(layer, x), "peak_bytes": peak(step)}
+    return {
+        "x_bytes": x.nbytes,
+        "kept_bytes": kept(lambda: layer(x), [x, *layer.parameters(), *layer.buffers()]),
+        "peak_bytes": peak(step),
+    }
 
 
 @pytest.mark.parametrize("name", our_configs(R))

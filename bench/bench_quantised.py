@@ -14,6 +14,7 @@ import pytest
 import torch
 from baselines import DTYPES
 from clock import compared, spread
+from kept import held_by, kept
 
 SHAPES = [(512, 1024, 4096), (2048, 2048, 2048)]  # tokens, in, out
 RANK = 16
@@ -62,27 +63,6 @@ def contenders(kind: str, method: str, K: int, N: int, dtype: torch.dtype) -> di
     return {name: model.train() for name, model in models.items()}
 
 
-def kept(model: torch.nn.Module, x: torch.Tensor) -> int:
-    """Bytes kept for backward beside the model's own tensors and x."""
-    found = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(x)
-    layers = [m for m in model.modules() if hasattr(m, "weight")]
-    states = [s for m in layers if (s := getattr(m.weight, "quant_state", None)) is not None]
-    own = [t for s in states for t in (s.absmax, s.code, s.state2.absmax, s.state2.code, s.offset)]
-    own += [
-        t for m in layers for t in (getattr(m.weight, "SCB", None), getattr(getattr(m, "state", None), "SCB", None))
-    ]
-    for t in (x, *model.parameters(), *model.buffers(), *(t for t in own if t is not None)):
-        found.pop(t.untyped_storage().data_ptr(), None)
-    return sum(found.values())
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("method", ["lora", "dora"])
@@ -109,4 +89,10 @@ def test_quantised(benchmark, in_turn, measured, tiny, kind, method, shape, dtyp
     for who, model in models.items():
         about = {"format": kind, "method": method, "tokens": M, "K": K, "N": N, "r": RANK, "dtype": dtype}
         figures = {**spread("ms", [1e3 * s for s in seconds[who]]), **compared(seconds, who)}
-        measured("quantised", **about, contender=who, **figures, kept_bytes=kept(model, x))
+        measured(
+            "quantised",
+            **about,
+            contender=who,
+            **figures,
+            kept_bytes=kept(lambda model=model: model(x), [x, *held_by(model)]),
+        )

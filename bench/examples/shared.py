@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import weakref
+import sys
 from pathlib import Path
 
 import peft
-import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from kept import held_by
+from kept import kept as bytes_kept
 
 import fused_peft as fp
 
@@ -90,18 +93,4 @@ def run(trainer: Trainer, args: argparse.Namespace) -> tuple[dict[str, float], d
 
 def kept(model: nn.Module, **batch: Tensor) -> int:
     """Bytes that a forward keeps for backward beside the batch and what the model itself holds."""
-    states = [p.quant_state for p in model.parameters() if getattr(p, "quant_state", None) is not None]
-    states += [state.state2 for state in states if state.nested]
-    scales = [t for state in states for t in vars(state).values() if isinstance(t, Tensor)]
-    own = {t.untyped_storage().data_ptr() for t in (*batch.values(), *model.parameters(), *model.buffers(), *scales)}
-    held: list[weakref.ref[Tensor]] = []  # dead once autograd lets go of the tensor
-
-    def pack(t: Tensor) -> Tensor:
-        held.append(weakref.ref(alias := t.detach()))
-        return alias
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda alias: alias):
-        loss = model(**batch).loss  # holds the graph
-    alive = [t.untyped_storage() for ref in held if (t := ref()) is not None]
-    del loss
-    return sum({s.data_ptr(): s.nbytes() for s in alive if s.data_ptr() not in own}.values())
+    return bytes_kept(lambda: model(**batch).loss, [*batch.values(), *held_by(model)])
