@@ -38,7 +38,7 @@ from fused_peft.backends.extension import PLANS, Plan
 from fused_peft.core import dispatch, ops
 from fused_peft.core.dropout import keep_mask, new_seed, threshold
 from fused_peft.core.operands import Problem, foreseen
-from fused_peft.tools import selftest, verify
+from fused_peft.tools import selftest, stored, verify
 from fused_peft.tools.compile_triton import weights
 
 COLUMNS = f"case backend dtype shape tensor against error limit plain ok repeat note {FACTS}"
@@ -223,7 +223,7 @@ def decoded() -> list[dict]:
         w = w._replace(codes=torch.empty(0, dtype=w.codes.dtype, device=device), nested=nested,
                        table=None if w.table is None else table)  # fmt: skip
         for dtype in dtypes[1:2] if INTERPRETING else dtypes:
-            wrong = selftest.decoding(w, DTYPES[dtype])
+            wrong = stored.decoding(w, DTYPES[dtype])
             rows.append({"tensor": f"{label} {dtype}", "against": "PyTorch's", "error": float(bool(wrong)),
                          "limit": 0.0, "ok": _word(not wrong), "note": wrong or ""})  # fmt: skip
     return rows

@@ -7,7 +7,7 @@ Launches as ``roofline`` counts them, at the rates of ``backends.rates`` for sm_
 bandwidth). A decode reads codes and scales and writes W in bf16; that a small W may still be in the cache when the
 product reads it is not counted, nor is the host's time. ``ratio``: the step with both decodes over the step on a dense
 weight. ``inside``: the same if each product took codes and scales in place of W and decoded them for nothing, the
-least that a decode in its K loop could take.
+least that ``kernels/coded.py``, which decodes in its loop of at most 64 rows, could take.
 """
 
 from __future__ import annotations

@@ -96,6 +96,7 @@ FLOPS: dict[str, Callable[[dict], int]] = {  # of a kernel's arguments
     "add_up": lambda a: 0,
     "scale": lambda a: 0,
     "decode": lambda a: 0,
+    "coded": lambda a: 2 * a["M"] * a["N"] * a["K"],
     "split": lambda a: 0,
     "keep_mask": lambda a: 0,
     "down_grouped": lambda a: 2 * _rows(a, "rows_ptr", "x_ptr") * a["K"] * a["R"],

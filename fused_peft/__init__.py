@@ -83,7 +83,7 @@ from .model.save import save_pretrained  # noqa: E402
 from .model.schedule import lora_plus_groups, on_step  # noqa: E402
 from .tools.calibrate import calibrate  # noqa: E402
 from .tools.estimate import estimate  # noqa: E402
-from .tools.selftest import decoding as _decoding  # noqa: E402
+from .tools.stored import decoding as _decoding  # noqa: E402
 
 # What knows the floors above it by these lines alone: nothing below imports upwards.
 _backends.decode.failure = _decoding

@@ -60,15 +60,14 @@ def _spread(s, GROUP: tl.constexpr):
 
 
 @triton.jit
-def decode(
-    codes_ptr, table_ptr, scales_ptr, zeros_ptr, table2_ptr, scales2_ptr, offset_ptr, out_ptr, by,
+def values(
+    codes_ptr, table_ptr, scales_ptr, zeros_ptr, table2_ptr, scales2_ptr, offset_ptr, by, i_n, i_k,
     N, K, half, elements,
     E4M3: tl.constexpr, HIGH_FIRST: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, BLOCK2: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out (N, K); half = K // 2. RAGGED: its last row ends after ``elements`` in all. GROUP columns of a tile have one
-    scale."""
-    i_n, i_k = place(tl.program_id(0), N, K, BN, BK, 1)
+    """The i_n-th, i_k-th tile (BN, BK) of W in fp32, finite outside of W where W is; which places lie inside; and where
+    it starts. half = K // 2. RAGGED: the last row ends after ``elements`` in all. GROUP columns have one scale."""
     n, k = i_n * BN, i_k * BK
     i, j = tl.arange(0, BN), tl.arange(0, BK)
     start = (tl.full((), 0, tl.int64) + n) * K + k
@@ -94,8 +93,42 @@ def decode(
     if zeros_ptr is not None:
         value -= _spread(tl.load(zeros_ptr + block, mask=known, other=0).to(tl.float32), GROUP)
     scale = _scales(scales_ptr, table2_ptr, scales2_ptr, offset_ptr, by, block, known, BLOCK2)
-    value *= _spread(scale, GROUP)
-    tl.store(out_ptr + start + i[:, None] * K + j[None, :], value.to(out_ptr.dtype.element_ty), mask=inside)
+    return value * _spread(scale, GROUP), inside, start
+
+
+@triton.jit
+def decode(
+    codes_ptr, table_ptr, scales_ptr, zeros_ptr, table2_ptr, scales2_ptr, offset_ptr, out_ptr, by,
+    N, K, half, elements,
+    E4M3: tl.constexpr, HIGH_FIRST: tl.constexpr, RAGGED: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, BLOCK2: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out (N, K)."""
+    i_n, i_k = place(tl.program_id(0), N, K, BN, BK, 1)
+    value, inside, start = values(
+        codes_ptr, table_ptr, scales_ptr, zeros_ptr, table2_ptr, scales2_ptr, offset_ptr, by, i_n, i_k,
+        N, K, half, elements, E4M3, HIGH_FIRST, RAGGED, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK2, GROUP, BN, BK,
+    )  # fmt: skip
+    at = tl.arange(0, BN)[:, None] * K + tl.arange(0, BK)[None, :]
+    tl.store(out_ptr + start + at, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def read_as(
+    codes: Tensor, scales: Tensor, shape: tuple[int, int], block: tuple[int, int] | int, table: Tensor | None,
+    high_first: bool, zeros: Tensor | None, nested: tuple[Tensor, Tensor, Tensor, int] | None, by: float,
+    BN: int, BK: int,
+) -> dict:  # fmt: skip
+    """The arguments by which ``values`` reads tiles (BN, BK)."""
+    (N, K), block = shape, tuple(ALL if size >= n else size for size, n in zip(block, shape, strict=True))
+    table2, scales2, offset, block2 = (None, None, None, 1) if nested is None else nested
+    byte = lambda t: t.view(torch.uint8) if t.dtype.itemsize == 1 and t.dtype != torch.int8 else t  # noqa: E731
+    return {
+        "codes_ptr": codes.view(torch.uint8) if table is not None else byte(codes), "table_ptr": table,
+        "scales_ptr": byte(scales), "zeros_ptr": zeros, "table2_ptr": table2, "scales2_ptr": scales2,
+        "offset_ptr": offset, "by": by, "N": N, "K": K, "half": K // 2, "E4M3": codes.dtype == E4M3,
+        "HIGH_FIRST": high_first, "BLOCK_ROWS": block[0], "BLOCK_COLUMNS": block[1], "BLOCK2": block2,
+        "GROUP": min(BK, block[1] & -block[1]), "BN": BN, "BK": BK,
+    }  # fmt: skip
 
 
 def decoded(
@@ -120,18 +153,10 @@ def decoded(
         block = 1, block
     else:
         rows, columns = shape
-    block = tuple(ALL if size >= n else size for size, n in zip(block, (rows, columns), strict=True))
     BK = min(COLUMNS, max(16, 1 << (columns - 1).bit_length()))
-    BN, GROUP = ELEMENTS // BK, min(BK, block[1] & -block[1])
-    table2, scales2, offset, block2 = (None, None, None, 1) if nested is None else nested
-    byte = lambda t: t.view(torch.uint8) if t.dtype.itemsize == 1 and t.dtype != torch.int8 else t  # noqa: E731
-    args = {
-        "codes_ptr": codes.view(torch.uint8) if table is not None else byte(codes), "table_ptr": table,
-        "scales_ptr": byte(scales), "zeros_ptr": zeros, "table2_ptr": table2, "scales2_ptr": scales2,
-        "offset_ptr": offset, "out_ptr": out, "by": by, "N": rows, "K": columns, "half": columns // 2,
-        "elements": N * K, "E4M3": codes.dtype == E4M3, "HIGH_FIRST": high_first, "RAGGED": rows * columns > N * K,
-        "BLOCK_ROWS": block[0], "BLOCK_COLUMNS": block[1], "BLOCK2": block2, "GROUP": GROUP, "BN": BN, "BK": BK,
-    }  # fmt: skip
+    BN = ELEMENTS // BK
+    args = read_as(codes, scales, (rows, columns), block, table, high_first, zeros, nested, by, BN, BK)
+    args |= {"out_ptr": out, "elements": N * K, "RAGGED": rows * columns > N * K}
     grid = (configs.tiles(rows, BN) * configs.tiles(columns, BK),)
     launch.submit(decode, grid, args, Config(BN, BK, 0, 4, 1, fuse=False), out.device)
     return out

@@ -15,7 +15,8 @@ import fused_peft as fp
 from fused_peft.backends import decode as backend
 from fused_peft.core import frozen
 from fused_peft.core.frozen import Coded
-from fused_peft.tools import compile_triton, selftest
+from fused_peft.tools import compile_triton
+from fused_peft.tools import stored as judge
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
 from fused_peft.backends.kernel_modules import decode, launch, triton_internals
@@ -24,14 +25,14 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="in the interp
 E4M3 = torch.float8_e4m3fn
 
 
-WEIGHTS = selftest.WEIGHTS
+WEIGHTS = judge.WEIGHTS
 
 
 @pytest.fixture(autouse=True)
 def _anew(monkeypatch):
     """No form was tested yet, and the test of one is short."""
     monkeypatch.setattr(backend, "off", {})
-    monkeypatch.setattr(selftest, "WEIGHTS", WEIGHTS[1:])
+    monkeypatch.setattr(judge, "WEIGHTS", WEIGHTS[1:])
 
 
 def same(got, want):
@@ -135,7 +136,7 @@ def test_every_value_as_the_format_says(name, poison):
             assert got.dtype == dtype
             assert got.shape == w.shape
             assert same(got, want), dtype
-            assert torch.equal(selftest.plainly(w, dtype).nan_to_num(), want.nan_to_num())  # what a GPU tests against
+            assert torch.equal(judge.plainly(w, dtype).nan_to_num(), want.nan_to_num())  # what a GPU tests against
 
 
 def test_every_byte_of_e4m3_is_pytorchs():
@@ -167,7 +168,7 @@ def test_a_weight_of_more_than_two_to_the_31_values(monkeypatch, tmp_path):
         got = backend.kernels().decode.decoded(*w, dtype=torch.float16)[-last:]
         end = w.codes[-last:] if w.table is None else halves[-last * block // 2 :]
         want = w._replace(codes=end, scales=scales[-last:, None], shape=(last, block))
-        assert torch.equal(got, selftest.plainly(want, torch.float16))
+        assert torch.equal(got, judge.plainly(want, torch.float16))
 
 
 MUTANTS = {  # what the kernel says, what the mutant says, the form that must notice
@@ -215,8 +216,8 @@ def test_a_mutant_is_noticed(name, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["runs", "nested", "int8 zeros", "fp8 large blocks", "mxfp4"])
 def test_the_self_test_passes_what_is_right(name, monkeypatch):
-    monkeypatch.setattr(selftest, "WEIGHTS", WEIGHTS)
-    assert selftest.decoding(weight(name), torch.float16) is None
+    monkeypatch.setattr(judge, "WEIGHTS", WEIGHTS)
+    assert judge.decoding(weight(name), torch.float16) is None
 
 
 @pytest.mark.parametrize("at", range(7))
@@ -235,7 +236,7 @@ def test_the_self_test_runs_the_machine_code_of_large_weights(at):
 def test_the_self_test_refuses_what_is_wrong(name, monkeypatch, tmp_path):
     before, after, form = MUTANTS[name]
     mutated("decode", before, after, monkeypatch, tmp_path)
-    assert "values of a" in selftest.decoding(weight("runs" if form == "ragged" else form), torch.float32)
+    assert "values of a" in judge.decoding(weight("runs" if form == "ragged" else form), torch.float32)
 
 
 # Who uses it, and when
@@ -262,14 +263,14 @@ def test_a_format_says_what_its_decoder_does(kind, dtype, monkeypatch, poison):
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     if dtype == torch.bfloat16:
         monkeypatch.setattr(backend, "failure", lambda w, dtype: None)
-    got = frozen._launched(name, parts, rest, dtype)
+    got = frozen._launched(f"{name}:{rest}", parts, dtype)
     assert same(got, frozen._DECODERS[name](parts, rest, dtype))
     assert [*backend.off.values()] == [None]
 
 
 def test_other_dtypes_and_layouts_are_pytorchs(alone):
     name, parts, rest = parts_of("stand-in")
-    assert frozen._launched(name, parts, rest, torch.float64) is None
+    assert frozen._launched(f"{name}:{rest}", parts, torch.float64) is None
     w = weight("int8")
     assert backend.in_one_launch(w._replace(codes=w.codes.t().contiguous().t()), torch.float32) is None
     assert backend.in_one_launch(w._replace(codes=w.codes.int()), torch.float32) is None
@@ -282,7 +283,7 @@ def test_other_dtypes_and_layouts_are_pytorchs(alone):
 def test_bitsandbytes_own_kernel_comes_first(K, block, whose, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", torch)
     parts = random(12 * K, 1), torch.rand(-(-24 * K // block)), torch.rand(16)
-    assert (frozen._launched("bnb4", parts, f"nf4,{block},0,24,{K}", torch.float32) is not None) == whose
+    assert (frozen._launched(f"bnb4:nf4,{block},0,24,{K}", parts, torch.float32) is not None) == whose
 
 
 def test_what_fails_its_test_is_off_and_says_so(monkeypatch):
@@ -305,7 +306,7 @@ def test_what_it_raises_is_a_failure(monkeypatch):
         raise RuntimeError("no such instruction")
 
     monkeypatch.setattr(decode, "decoded", broken)
-    assert selftest.decoding(weight("int8"), torch.float32) == "RuntimeError: no such instruction"
+    assert judge.decoding(weight("int8"), torch.float32) == "RuntimeError: no such instruction"
 
 
 def test_no_test_while_a_graph_is_captured(monkeypatch):
@@ -323,7 +324,11 @@ def test_a_layer_trains_to_the_same_bits(kind, monkeypatch):
     x, dy = (t.float() for t in inputs(SMALL))
     want = layer_results(layer, x, dy)
     launched = []
-    monkeypatch.setitem(frozen._DECODERS, name, lambda *a: launched.append(a[2]) or frozen._launched(name, *a))
+    monkeypatch.setitem(
+        frozen._DECODERS,
+        name,
+        lambda parts, rest, dtype: launched.append(dtype) or frozen._launched(f"{name}:{rest}", parts, dtype),
+    )
     got = layer_results(layer, x, dy)
     assert len(launched) == 2  # one each way
     assert all(torch.equal(got[n], t) for n, t in want.items())
@@ -341,11 +346,11 @@ def test_on_paper_it_is_one_launch(alone):
 
 def test_fake_tensors_are_decoded_by_pytorch(monkeypatch):
     name, parts, rest = parts_of("int8")
-    assert frozen._launched(name, parts, rest, torch.float32) is not None
+    assert frozen._launched(f"{name}:{rest}", parts, torch.float32) is not None
     monkeypatch.setattr(frozen, "in_one_launch", lambda *a: pytest.fail("launched"))
     with FakeTensorMode() as mode:
-        assert frozen._launched(name, [*map(mode.from_tensor, parts)], rest, torch.float32) is None
-    traced = torch.func.vmap(lambda s: s if frozen._launched(name, parts, rest, torch.float32) is None else None)
+        assert frozen._launched(f"{name}:{rest}", [*map(mode.from_tensor, parts)], torch.float32) is None
+    traced = torch.func.vmap(lambda s: s if frozen._launched(f"{name}:{rest}", parts, torch.float32) is None else None)
     assert traced(torch.ones(2)) is not None
 
 

@@ -1,4 +1,5 @@
-"""A quantised frozen weight decoded by one Triton launch, on GPUs where that was seen to make PyTorch's bits.
+"""A quantised frozen weight decoded by one Triton launch, on GPUs where that was seen to make PyTorch's bits; or of few
+rows in the loop of the product, on GPUs where ``fused_peft.calibrate`` saw it right, and faster.
 
 A form (how codes and scales are read) is tested when a weight of it is first decoded to a dtype on a GPU. What fails is
 off for the process, with a warning that says why, and PyTorch decodes as before.
@@ -7,27 +8,23 @@ off for the process, with a warning that says why, and PyTorch decodes as before
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from ..core import frozen
+from ..core import dispatch, frozen, records
 from ..core.frozen import Coded
+from ..core.operands import Problem, place
 from .triton import _missing, kernels
 
+NAME = "triton"  # of the product that decodes in its loop, in records; eager's decodes first
 off: dict[tuple, str | None] = {}  # (device, dtype, form) -> why it is off; None: it passed
 
 
 def failure(w: Coded, dtype: torch.dtype) -> str | None:
     """Why weights of w's form must not be decoded by the kernel on w's device; the package replaces this function."""
     return "nothing tests it, since fused_peft itself is not imported"
-
-
-def form(w: Coded) -> tuple:
-    """What decides about the machine code; a block as large as the weight is as large as any."""
-    kinds = (None if t is None else t.dtype for t in (w.codes, w.scales, w.table, w.zeros))
-    block = w.block if isinstance(w.block, int) else tuple(b * (b < n) for b, n in zip(w.block, w.shape, strict=True))
-    return *kinds, block, w.high_first, w.nested and w.nested[3]
 
 
 def _readable(w: Coded, dtype: torch.dtype) -> bool:
@@ -60,7 +57,7 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _passed(w: Coded, dtype: torch.dtype) -> bool:
-    key = (w.codes.device, dtype, *form(w))
+    key = (w.codes.device, dtype, w.form)
     if key not in off:
         if _capturing(w.codes.device):
             return False  # the test waits for the GPU
@@ -71,4 +68,38 @@ def _passed(w: Coded, dtype: torch.dtype) -> bool:
     return off[key] is None
 
 
-frozen.in_one_launch = in_one_launch
+def product_of(w: Coded, M: int, dtype: torch.dtype) -> Problem:
+    """The product of M rows with a weight, as records know it: an operand w of its codes."""
+    N, K = w.shape
+    return Problem(**place(w.codes.device), dtype=dtype, adapter_dtype=None, M=M, K=K, N=N, r=0,
+                   present=frozenset({"x", "w"}), stored=w.form)  # fmt: skip
+
+
+def multiplies(w: Coded, M: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel that decodes in its loop can take M rows of a dtype."""
+    if not (_runs(w.codes.device) and _readable(w, dtype) and dtype.itemsize == 2):
+        return False
+    return M <= kernels().coded.ROWS and not (isinstance(w.block, int) and w.shape[1] % w.block)
+
+
+def in_loop(w: Coded, x: Tensor, back: bool) -> Tensor | None:
+    """For ``core.frozen``: x Wᵀ or x W, or None where W is to be decoded first."""
+    if multiplies(w, x.shape[0], x.dtype) and _chosen(product_of(w, x.shape[0], x.dtype)):
+        return kernels().coded.multiplied(x, back, *w)
+    return None
+
+
+def _chosen(p: Problem) -> bool:
+    forced = dispatch.forced()
+    return _faster(p) if forced is None else forced == NAME
+
+
+@cache
+def _faster(p: Problem) -> bool:
+    """Whether it was seen right and faster on this GPU, forward and backward; unmeasured it is not used."""
+    found = records.measured(p, NAME)
+    return records.tested(p, NAME) and found is not None and found[0] < 1
+
+
+records.ON_FORGET.append(_faster)
+frozen.in_one_launch, frozen.in_loop = in_one_launch, in_loop

@@ -6,6 +6,7 @@ reads TRITON_INTERPRET when they are imported.
 
 from ..core import records
 from ..kernels import (
+    coded,
     configs,
     decode,
     down,
@@ -26,6 +27,7 @@ else:
     gemm_gluon = None
 
 __all__ = [
+    "coded",
     "configs",
     "decode",
     "down",

@@ -39,6 +39,26 @@ class Stored(NamedTuple):
     values: Tensor | None = None  # what it was decoded to (``ops.read``)
 
 
+class Form(NamedTuple):
+    """How a ``Coded`` weight is read, its size and values left out: what decides about a kernel's machine code. Blocks
+    as large as the weight, which are as large as any, have 0 there."""
+
+    codes: torch.dtype
+    scales: torch.dtype
+    table: bool
+    zeros: torch.dtype | None
+    block: tuple[int, int] | int
+    high_first: bool
+    nested: int  # elements of a block of scales; 0: scales have none
+
+    def __str__(self) -> str:
+        block = self.block if isinstance(self.block, int) else "x".join(str(b) if b else "all" for b in self.block)
+        said = ["4 bits" if self.table else str(self.codes), f"scales {self.scales} a {block}"]
+        said += ["nested"] * bool(self.nested) + [f"zeros {self.zeros}"] * (self.zeros is not None)
+        said += ["low first"] * (self.table and not self.high_first)
+        return ", ".join(said).replace("torch.", "")
+
+
 class Coded(NamedTuple):
     """A weight that one kernel can decode: W (N, K) = (value of the code - zero) * scale, in fp32, rounded once.
 
@@ -57,27 +77,37 @@ class Coded(NamedTuple):
     nested: tuple[Tensor, Tensor, Tensor, int] | None = None  # scale = table (256,)[code] * its block's + offset; block
     by: float = 1.0  # scales that are floats are times this
 
+    @property
+    def form(self) -> Form:
+        t, block, zeros = self.table is not None, self.block, None if self.zeros is None else self.zeros.dtype
+        if not isinstance(block, int):
+            block = tuple(b * (b < n) for b, n in zip(block, self.shape, strict=True))
+        codes = torch.uint8 if t else self.codes.dtype
+        nested = 0 if self.nested is None else self.nested[3]
+        return Form(codes, self.scales.dtype, t, zeros, block, self.high_first, nested)
+
     @classmethod
-    def blocks(cls, parts: Sequence[Tensor], rest: str) -> Coded:
+    def blocks(cls, parts: Sequence[Tensor], rest: str, whole: bool = True) -> Coded:
         """Of codes (N, K), scales (ceil(N / rows), ceil(K / columns)) and maybe zeros; ``rest``: "rows,columns"."""
         codes, scales, *zeros = parts
         rows, columns = map(int, rest.split(","))
         return cls(codes, scales, tuple(codes.shape), (rows, columns), zeros=zeros[0] if zeros else None)
 
 
-# format -> (parts, the rest of the spec, dtype) -> W (N, K) in that dtype; and (parts, rest) -> Coded
+# format -> (parts, the rest of the spec, dtype) -> W (N, K) in that dtype; and (parts, rest, whole) -> Coded
 _DECODERS: dict[str, Callable[[Sequence[Tensor], str, torch.dtype], Tensor]] = {}
-_CODED: dict[str, Callable[[Sequence[Tensor], str], Coded | None]] = {}
+_CODED: dict[str, Callable[[Sequence[Tensor], str, bool], Coded | None]] = {}
 
 
 def register_decoder(
     name: str,
     decoder: Callable[[Sequence[Tensor], str, torch.dtype], Tensor],
-    coded: Callable[[Sequence[Tensor], str], Coded | None] | None = None,
+    coded: Callable[[Sequence[Tensor], str, bool], Coded | None] | None = None,
 ) -> None:
     """Say how weights of a format are decoded: ``decoder(parts, rest, dtype)`` -> W (N, K), for the specs "name" and
-    "name:rest". It must run on fake tensors too. ``coded(parts, rest)``: the same weight for a kernel to decode in its
-    place, to the same bits, or None where the decoder has one of its own. Raises ValueError for a name that is taken.
+    "name:rest". It must run on fake tensors too. ``coded(parts, rest, whole)``: the same weight for a kernel to decode
+    to the same bits, or None; ``whole``: in the decoder's place, which may have a kernel of its own, else in the loop
+    of a product. Raises ValueError for a name that is taken.
     """
     if name in _DECODERS:
         raise ValueError(f"name={name!r} has a decoder already; choose another name")
@@ -100,20 +130,41 @@ def register_kinds(*kinds: Frozen, **formats: tuple[Callable, Callable]) -> None
 def decode(spec: str, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """W (N, K) in a dtype from the parts that a spec describes. KeyError for a format that nobody registered."""
     name, _, rest = spec.partition(":")
-    W = None if parts[0].is_cpu else _launched(name, parts, rest, dtype)
+    W = None if parts[0].is_cpu else _launched(spec, parts, dtype)
     return _DECODERS[name](parts, rest, dtype) if W is None else W
 
 
-def _launched(name: str, parts: Sequence[Tensor], rest: str, dtype: torch.dtype) -> Tensor | None:
-    """What ``in_one_launch`` makes of the parts, if they are tensors with a memory of their own."""
+def coded(spec: str, parts: Sequence[Tensor], whole: bool) -> Coded | None:
+    """The weight for a kernel to decode, if it can and the parts are tensors with a memory of their own."""
+    name, _, rest = spec.partition(":")
     if name not in _CODED or is_compiling() or tracing() or transforming():
         return None
-    coded = _CODED[name](parts, rest) if all(type(t) in (Tensor, nn.Parameter) for t in parts) else None
-    return None if coded is None else in_one_launch(coded, dtype)
+    return _CODED[name](parts, rest, whole) if all(type(t) in (Tensor, nn.Parameter) for t in parts) else None
+
+
+def _launched(spec: str, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """What ``in_one_launch`` makes of the parts."""
+    w = coded(spec, parts, whole=True)
+    return None if w is None else in_one_launch(w, dtype)
+
+
+def multiplied(x: Tensor, spec: str, parts: Sequence[Tensor], back: bool) -> Tensor:
+    """x Wᵀ (M, N), or ``back`` x W (M, K), in x's dtype, of a few rows."""
+    w = coded(spec, parts, whole=False)
+    product = None if w is None else in_loop(w, x, back)
+    if product is None:
+        W = decode(spec, parts, x.dtype)
+        product = torch.mm(x, W if back else W.mT)
+    return product
 
 
 def in_one_launch(w: Coded, dtype: torch.dtype) -> Tensor | None:
     """W in a dtype from a kernel, or None; a backend that has kernels replaces this function."""
+    return None
+
+
+def in_loop(w: Coded, x: Tensor, back: bool) -> Tensor | None:
+    """``multiplied`` by a kernel that decodes in its loop, or None; replaced likewise."""
     return None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .factors import Factors
-from .frozen import decode
+from .frozen import Form, decode
 
 
 class Operands(NamedTuple):
@@ -97,6 +97,7 @@ class Problem:
     elsewhere: frozenset[str] = frozenset()  # operands on another device than x
     groups: int = 0  # of which each has a weight and factors of its own; 0: one for all rows
     subclasses: frozenset[str] = frozenset()  # operands that are no plain tensors (DTensor, quantised weights)
+    stored: Form | None = None  # x times a weight in parts, of few rows, and nothing else
 
     @classmethod
     def of(cls, o: Operands) -> Problem:

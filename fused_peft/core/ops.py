@@ -3,7 +3,8 @@
 This file alone owns what is kept for backward: x where A, d_in or W trains, T (M, r) where the low-rank path trains,
 z (M, N) where d_out trains, and a dropout seed of two words (of the bias only an empty tensor, for its dtype). One
 functional pair, ``fused_peft::linear`` and ``fused_peft::linear_backward``, serves torch.compile and export; eager
-calls take the same pair through a bare autograd.Function, which costs a third of a registered op's host time.
+calls take the same pair through a bare autograd.Function, which costs a third of a registered op's host time. Of few
+rows the product with a weight in parts is a call of its own, ``fused_peft::product``, and the rest one beside it.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from . import eager
 from .dispatch import backend_for, is_eager
 from .dropout import keep_mask, new_seed
 from .factors import ACTIVATIONS, Factors
-from .frozen import Stored, decode
+from .frozen import Stored, decode, multiplied
 from .operands import SCHEMA, TENSORS, Operands, call_of
 from .torch_internals import autocast_is_on, function_apply, tracing, transforming
 
 host: ModuleType | None = None  # csrc/replay.cpp, once ``backends.replay`` has loaded it
 ACTIVATION_NAMES = tuple(ACTIVATIONS)
+FEW = 64  # rows up to which a product with a weight in parts is a call of its own
 FORWARD, BACKWARD, NORM, OP_FORWARD, OP_BACKWARD = range(5)  # kinds of calls that it replays
 
 
@@ -88,7 +90,14 @@ def linear(
             x, c, out = x.to(w.compute), None if c is None else c.to(w.compute), x.dtype
             return linear(x, w, f, bias, c, training, seed).to(out)
         values = w.values if w.values is not None and w.values.dtype == x.dtype else None
-        w, parts, spec = None, w.parts, w.spec
+        if values is None and _apart(x, f, training):
+            c = _times_stored(x if f.d_in is None else (x * f.d_in).to(x.dtype), w.spec, w.parts)
+            if f.A is None and f.d_out is None:
+                return c if bias is None else c + bias.to(c.dtype)
+            f = f if f.A is not None else replace(f, d_in=None)
+        else:
+            parts, spec = w.parts, w.spec
+        w = None
     if f.d_in is not None and x.shape[-1:] != f.d_in.shape:
         _check(x, w)  # would broadcast
     if f.A is None and w is not None and _native(x, f, bias):
@@ -131,6 +140,66 @@ def linear(
     except (RuntimeError, IndexError):
         _check(x, w)  # the clear error, looked for only once something failed
         raise
+
+
+def _apart(x: Tensor, f: Factors, training: bool) -> bool:
+    """Whether the product with a weight in parts is taken by itself: of few rows a kernel can decode in its loop, and
+    the rest of the call is as beside any product, so that it is replayed."""
+    on_the_weight = f.hadamard or (f.drop_base and f.p and training)
+    few = 0 < x.numel() <= FEW * x.shape[-1]
+    return few and not (is_eager(x) or on_the_weight or transforming() or (not is_compiling() and tracing()))
+
+
+def _times_stored(x: Tensor, spec: str, parts: tuple[Tensor, ...]) -> Tensor:
+    """x Wᵀ (..., N) of x (..., K) and a weight in parts, which alone are kept."""
+    rows = x.reshape(-1, x.shape[-1])
+    if is_compiling():
+        z = torch.ops.fused_peft.product(rows, parts, spec, False)
+    elif torch.is_grad_enabled():
+        z = _product(spec, rows, *parts)
+    else:
+        z = multiplied(rows, spec, parts, False)
+    return z.view(*x.shape[:-1], z.shape[-1])
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, spec, x, *parts):
+        ctx.save_for_backward(*parts)
+        ctx.spec = spec
+        return multiplied(x, spec, parts, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz):
+        parts = ctx.saved_tensors
+        return None, multiplied(dz, ctx.spec, parts, True), *(None for _ in parts)
+
+
+_product = function_apply(_Product)
+
+
+@torch.library.custom_op("fused_peft::product", mutates_args=())
+def _product_op(x: Tensor, parts: list[Tensor], spec: str, back: bool) -> Tensor:
+    return multiplied(x, spec, parts, back)
+
+
+@_product_op.register_fake
+def _(x, parts, spec, back):
+    return x.new_empty(x.shape[0], decode(spec, parts, x.dtype).shape[back])
+
+
+def _keep_parts(ctx, inputs, output):
+    _, parts, ctx.spec, ctx.back = inputs
+    ctx.save_for_backward(*parts)
+
+
+def _product_backward(ctx, dz):
+    parts = list(ctx.saved_tensors)
+    return torch.ops.fused_peft.product(dz, parts, ctx.spec, not ctx.back), [None] * len(parts), None, None
+
+
+_product_op.register_autograd(_product_backward, setup_context=_keep_parts)
 
 
 def _native(x: Tensor, f: Factors, bias: Tensor | None) -> bool:

@@ -82,6 +82,8 @@ def place(call: dict) -> tuple:
 
 def kind(p: Problem) -> str:
     """The call's operands in words, sizes left out: what decides which kernels and passes run."""
+    if p.stored is not None:
+        return f"stored in {p.stored}"
     if p.hadamard:
         return "groups+hadamard" if p.groups else "hadamard"
     there = {

@@ -162,11 +162,11 @@ def decode_4bit(parts: Sequence[Tensor], rest: str, dtype: torch.dtype) -> Tenso
     return _looked_up(codes, absmax, table.float(), block, N * K, dtype).view(N, K)
 
 
-def coded_4bit(parts: Sequence[Tensor], rest: str) -> Coded | None:
-    """The weight of ``decode_4bit``; None where bitsandbytes' own kernel decodes it."""
+def coded_4bit(parts: Sequence[Tensor], rest: str, whole: bool) -> Coded | None:
+    """The weight of ``decode_4bit``; None where bitsandbytes' own kernel decodes it whole."""
     codes, absmax, table, *nested = parts
     _, block, block2, N, K = _of_4bit(rest)
-    if "bitsandbytes" in sys.modules and _kernel_takes(block, K):
+    if whole and "bitsandbytes" in sys.modules and _kernel_takes(block, K):
         return None
     return Coded(codes, absmax, (N, K), block, table.float(), nested=(*nested, block2) if nested else None)
 
@@ -203,7 +203,7 @@ def decode_8bit(parts: Sequence[Tensor], rest: str, dtype: torch.dtype) -> Tenso
     return codes.to(dtype).mul_(scales[:, None].mul(1.0 / 127.0))
 
 
-def coded_8bit(parts: Sequence[Tensor], rest: str) -> Coded:
+def coded_8bit(parts: Sequence[Tensor], rest: str, whole: bool) -> Coded:
     """The weight of ``decode_8bit``."""
     codes, scales = parts
     return Coded(codes, scales, tuple(codes.shape), (1, codes.shape[1]), by=1.0 / 127.0)

@@ -26,7 +26,7 @@ def plain_layers(model: nn.Module, safe_merge: bool) -> dict[int, nn.Linear]:
 
     Raises NotMergeableError where one has no plain layer, or something else in the model is quantised.
     """
-    kinds = {name: (m, _packed_kind(m)) for name, m in model.named_modules()}
+    kinds = {name: (m, packed_kind(m)) for name, m in model.named_modules()}
     if left := [f"{name} ({why})" for name, (m, kind) in kinds.items() if (why := _why_not(m, kind))]:
         raise NotMergeableError(
             f"dequantize=True would leave parts of the model quantised: {few(left, between='; ')}; merge into the "
@@ -52,7 +52,7 @@ def plain_layers(model: nn.Module, safe_merge: bool) -> dict[int, nn.Linear]:
     return plain
 
 
-def _packed_kind(m: nn.Module) -> Frozen | str | None:
+def packed_kind(m: nn.Module) -> Frozen | str | None:
     """The kind by which a quantised layer is decoded, why it cannot be, or None for another module."""
     if isinstance(m, PeftLinear):
         if not m.kind.opaque:

@@ -4,7 +4,8 @@
     python -m fused_peft calibrate
 
 Every kind of call that the model makes is tested in each backend (``selftest``), and what passes is timed, forward and
-backward with the host's time, on the model's own sizes. Both run in processes of their own (``isolated``): a kernel
+backward with the host's time, on the model's own sizes; so are, of few rows, products with weights in parts
+(``stored``). Both run in processes of their own (``isolated``): a kernel
 that crashes the GPU's context is off, and the caller goes on.
 """
 
@@ -25,11 +26,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..backends import replay
+from ..backends import decode, replay
 from ..core import dispatch, ops, records
 from ..core.operands import Problem
 from ..model.explain import explain
-from . import isolated, selftest, timing
+from . import isolated, selftest, stored, timing
 from .isolated import Failure
 
 log = logging.getLogger("fused_peft")
@@ -122,6 +123,7 @@ def _asked(model: nn.Module, rows, seconds, dtype) -> tuple[torch.device, list[P
         asked = (row.problem for M in rows for row in explain(model, M, dtype))
         # rows in groups are computed in one way on each device
         problems = list(dict.fromkeys(p for p in asked if p is not None and not p.groups))
+        problems += stored.problems(model, dtype)
     device = next((p.device for p in (*model.parameters(), *model.buffers()) if p.device.type == "cuda"), None)
     triton = dispatch.backends()["triton"]
     if device is None:
@@ -155,6 +157,9 @@ def _known(p: Problem) -> bool:
 
 def _candidates(p: Problem) -> list[str]:
     """The backends that can compute a call, and have not failed on one like it, in dispatch's order."""
+    if p.stored is not None:
+        failed = records.failed(p, decode.NAME)
+        return ["eager"] if failed else [decode.NAME, "eager"]
     found = []
     for name in records.ORDER:
         backend = dispatch.backends().get(name)
@@ -175,7 +180,7 @@ class _Session:
         self.made, self.device, self.seconds, self.left = made, device, seconds, []
         self.tests = [(name, p, device) for p in problems for name in _candidates(p) if name != "eager"]
         if device.type == "cuda" and replay.expected():
-            self.tests += [("replay", p, device) for p in problems]
+            self.tests += [("replay", p, device) for p in problems if p.stored is None]
         self.passing: dict[Problem, list[str]] = {p: [] for p in problems}
         self.begin, self.done, self.total = time.time(), 0, len(self.tests) + len(problems)
         self.progress = progress
@@ -249,7 +254,7 @@ def test(name: str, p: Problem, device: torch.device) -> str | None:
     """``selftest.failure``; leaves no memory behind."""
     replay.ready()
     try:
-        return selftest.failure(name, p, device)
+        return selftest.failure(name, p, device) if p.stored is None else stored.failure(p, device)
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -257,6 +262,8 @@ def test(name: str, p: Problem, device: torch.device) -> str | None:
 
 def step_of(p: Problem, device: torch.device, seed: int) -> Callable[[], object]:
     """Forward and backward of the call through autograd, as a layer makes it."""
+    if p.stored is not None:
+        return stored.step_of(p, device)
     o, dy = selftest.draw(p, device, seed)
     names = selftest.trained(o)
     leaves = {n: getattr(o, n).requires_grad_() for n in names}
@@ -272,7 +279,7 @@ def step_of(p: Problem, device: torch.device, seed: int) -> Callable[[], object]
 def timed(p: Problem, names: list[str], device: torch.device) -> dict[str, float]:
     """{backend: seconds} of a call's forward and backward, the median of rounds in which each has its turn."""
     replay.ready()
-    size = p.dtype.itemsize * (p.M * (p.K + p.N) + p.N * p.K)
+    size = p.dtype.itemsize * (p.M * (p.K + p.N) + p.N * p.K) if p.stored is None else stored.nbytes(p)
     runs = [step_of(p, device, seed) for seed in range(timing.copies_of(size, device))]
     before = dispatch.forced()
     try:

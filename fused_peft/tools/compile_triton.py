@@ -206,6 +206,17 @@ def decodings(arch: str) -> Iterator[tuple[str, object]]:
             yield from ((label, launch) for launch in found)
 
 
+def coded_products(arch: str) -> Iterator[tuple[str, object]]:
+    """(label, Launch) of the products of few rows that decode in their loop, in bf16; on sm_90 in fp16 too."""
+    for (label, w), M, dtype in product(weights(4096, 14336), (1, 32, 64), (torch.bfloat16, torch.float16)):
+        if label == "nf4-ragged" or (arch != "sm_90" and dtype == torch.float16):
+            continue
+        for back, width in ((False, 14336), (True, 4096)):
+            with kernels().launch.record(ARCHES[arch]) as found:
+                kernels().coded.multiplied(torch.empty(M, width, device="meta", dtype=dtype), back, *w)
+            yield from ((f"{label}-{'backward' if back else 'forward'}", launch) for launch in found)
+
+
 def launches(arch: str) -> dict[str, object]:
     """{name: Launch} of every distinct kernel that the problems' forward and backward start, named
     kernel-config-dtype-variant."""
@@ -218,7 +229,7 @@ def launches(arch: str) -> dict[str, object]:
                   for n, r in (("dora", 16), ("lora-bias-dropout", 16), ("lora", 64), ("adapter", 16))]  # fmt: skip
     made = ((f"{label}-{phase}", launch) for label, backend, o, groups in asked
             for phase, launch in _recorded(backend, o, ARCHES[arch], "tf32" in label, groups))  # fmt: skip
-    for label, launch in chain(made, decodings(arch)):
+    for label, launch in chain(made, decodings(arch), coded_products(arch)):
         if launch.kernel is GEMM:
             continue  # csrc/'s: ``extension`` compiles it
         if (identity := _identity(launch)) in seen:

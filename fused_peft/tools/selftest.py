@@ -1,8 +1,6 @@
-"""Whether a backend computes a kind of call right on the device at hand, and decodes a frozen weight: against the
-formula in plain PyTorch.
+"""Whether a backend computes a kind of call right on the device at hand: against the formula in plain PyTorch.
 
-Run before a backend is used on a GPU (``tools.calibrate``); for a weight, before its first is decoded there, and then
-each bit has to be PyTorch's. A result is wrong where its error against the formula in
+Run before a backend is used on a GPU (``tools.calibrate``). A result is wrong where its error against the formula in
 fp64 exceeds ``verify``'s limit and twice plain PyTorch's own error in the same dtype: over all of a tensor, or five
 times that in any square of 64 x 64 of it, so that one wrong tile shows.
 """
@@ -16,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.triton import kernels
 from ..core import dispatch, ops
 from ..core.dropout import keep_mask, new_seed
-from ..core.frozen import Coded
 from ..core.operands import TENSORS, Operands, Problem
 from . import verify
 
@@ -28,9 +24,6 @@ ROWS = (13, 101, 16389)
 SQUARE, SQUARE_FACTOR = 64, 5.0
 EXACT = 1 << 34  # M·N·K up to which the reference is in fp64; above it, for 16-bit calls, in fp32
 NORM_LIMIT = 1e-3  # of a norm that is summed in fp32 from what the weight's dtype holds
-# N, K of weights that are decoded: the first by the machine code of any whose sizes are multiples of 32, the last where
-# a row may begin inside a byte
-WEIGHTS = ((160, 544), (37, 130), (7, 9))
 FP64_LIMIT = 1e-6  # in the interpreter, where scalars reach a kernel in fp32
 
 
@@ -88,7 +81,7 @@ def _of_formula(o: Operands, dy: Tensor, names: list[str], dtype: torch.dtype) -
     return {"y": y.detach(), **found}
 
 
-def _errors(value: Tensor, exact: Tensor) -> tuple[float, float]:
+def errors(value: Tensor, exact: Tensor) -> tuple[float, float]:
     """Relative Frobenius error, and the largest of a square's rms error over the whole tensor's rms."""
     value, exact = value.to(exact.dtype), exact.reshape(value.shape)
     if not exact.numel():
@@ -115,10 +108,10 @@ def disagreement(backend: dispatch.Backend, o: Operands, dy: Tensor, bias: bool 
         torch.backends.cuda.matmul.fp32_precision = before
     plain = _of_formula(o, dy, names, o.x.dtype)
     for name, reference in exact.items():
-        errors, plains = _errors(got[name], reference), _errors(plain[name], reference)
+        found, plains = errors(got[name], reference), errors(plain[name], reference)
         limit = verify.LIMITS.get(o.x.dtype, FP64_LIMIT)
         for error, own, allowed, where in zip(
-            errors, plains, (limit, SQUARE_FACTOR * limit), ("", f" in one square of {SQUARE}"), strict=True
+            found, plains, (limit, SQUARE_FACTOR * limit), ("", f" in one square of {SQUARE}"), strict=True
         ):
             if error > max(allowed, PLAIN_FACTOR * own):
                 return f"{name} is off by {error:.1e}{where} (plain PyTorch: {own:.1e})"
@@ -130,7 +123,7 @@ def _norms(backend: dispatch.Backend, p: Problem, device: torch.device) -> str |
     o, _ = draw(replace(p, present=frozenset({"w", "A", "B"})), device)
     got = backend.row_norm(o.w, o.w.double().square().sum(1).float(), o.A, o.B, o.s).double()
     exact = (o.w.double() + o.s * (o.B.double() @ o.A.double())).norm(dim=1)
-    error, worst = _errors(got, exact)
+    error, worst = errors(got, exact)
     return None if worst <= NORM_LIMIT else f"the norm of rows is off by {error:.1e}"
 
 
@@ -189,73 +182,4 @@ def failure(name: str, p: Problem, device: torch.device) -> str | None:
             wrong = f"{type(e).__name__}: {e}".splitlines()[0][:300]
         if wrong:
             return f"{wrong}, on {shape.M} x {shape.K} x {shape.N}, r={shape.r}"
-    return None
-
-
-def _like(w: Coded, N: int, K: int) -> Coded:
-    """Random codes and scales of w's form for a weight (N, K)."""
-    device, flat = w.codes.device, isinstance(w.block, int)
-    rng = torch.Generator(device).manual_seed(N)
-    random = lambda shape, low, high: torch.randint(low, high, shape, generator=rng, device=device)  # noqa: E731
-    places = (-(-N * K // w.block),) if flat else tuple(-(-n // b) for n, b in zip((N, K), w.block, strict=True))
-    if w.table is None:
-        codes = random((N, K), 0, 256).to(torch.uint8).view(w.codes.dtype)
-    else:
-        codes = random(((N * K + 1) // 2,), 0, 256).to(torch.uint8)
-    if w.scales.dtype.itemsize > 1:
-        scales = torch.rand(places, generator=rng, device=device).to(w.scales.dtype)
-    else:
-        scales = random(places, 0, 256 if w.nested else 140).to(torch.uint8)
-        scales.view(-1)[0] = 0  # of e8m0, the one that is subnormal
-        scales = scales.view(w.scales.dtype)
-    nested = w.nested
-    if nested is not None:
-        table, _, offset, block = nested
-        nested = table, torch.rand(-(-places[0] // block), generator=rng, device=device), offset, block
-    zeros = None if w.zeros is None else random(places, 0, 16).to(w.zeros.dtype)
-    return w._replace(codes=codes, scales=scales, shape=(N, K), zeros=zeros, nested=nested)
-
-
-def plainly(w: Coded, dtype: torch.dtype) -> Tensor:
-    """W (N, K) by its formula, a value at a time."""
-    (N, K), device = w.shape, w.codes.device
-    if w.table is None:
-        values = w.codes.float().flatten()
-    else:
-        byte = w.codes.view(torch.uint8).flatten().int()
-        halves = (byte >> 4, byte & 15) if w.high_first else (byte & 15, byte >> 4)
-        values = w.table[torch.stack(halves, 1).flatten()[: N * K]]
-    at = torch.arange(N * K, device=device)
-    if isinstance(w.block, int):
-        at = at // w.block
-    else:
-        rows, columns = w.block
-        at = at // K // rows * -(-K // columns) + at % K // columns
-    scales = w.scales.flatten()
-    if w.nested is not None:
-        table, own, offset, block = w.nested
-        scale = table[scales.int()] * own.repeat_interleave(block)[: scales.numel()] + offset
-    elif scales.dtype.itemsize == 1:  # in fp64, where no power of two is subnormal
-        scale = torch.exp2(scales.view(torch.uint8).double() - 127).float()
-    else:
-        scale = scales.float() * w.by
-    zero = 0 if w.zeros is None else w.zeros.flatten().float()[at]
-    return ((values - zero) * scale[at]).to(dtype).view(N, K)
-
-
-def decoding(w: Coded, dtype: torch.dtype) -> str | None:
-    """Why ``kernels.decode`` must not decode weights of w's form to a dtype on w's device: what it gets wrong, or what
-    it raises; None when each bit of random ones, of odd sizes too, is PyTorch's."""
-    odd = w.table is None or isinstance(w.block, int)
-    for N, K in WEIGHTS if odd else WEIGHTS[:-1]:
-        drawn = _like(w, N, K)
-        try:
-            got, want = kernels().decode.decoded(*drawn, dtype=dtype), plainly(drawn, dtype)
-            wrong = int(((got != want) & ~(got.isnan() & want.isnan())).sum())
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as e:
-            return f"{type(e).__name__}: {e}".splitlines()[0][:300]
-        if wrong:
-            return f"{wrong} of {N * K} values of a {N} x {K} weight are not PyTorch's"
     return None
