@@ -57,8 +57,10 @@ def coded(
 
 @configs.closed_form("coded")
 def config_of_coded(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> Config:
-    """Tiles of W of 8192 values, 64 a thread; no product and sum of a value's fused, or its bits are not PyTorch's."""
-    return Config(configs.bucket(M), 64, 128, 4, 2, fuse=False)
+    """Tiles of W of 8192 values, 64 a thread; half as many beside 64 rows, and on sm_120, whose registers spill. No
+    product and sum of a value's fused, or its bits are not PyTorch's."""
+    BM, spills = configs.bucket(M), arch >= (12, 0)
+    return Config(BM, 64, 64 if spills or BM == 64 else 128, *((8, 3) if spills else (4, 2)), fuse=False)
 
 
 def multiplied(
