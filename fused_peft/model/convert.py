@@ -321,6 +321,22 @@ def merge(model: nn.Module, safe_merge: bool = False) -> None:
 def _merge(model: nn.Module, found: list[tuple[str, Holder]], safe_merge: bool) -> None:
     """Merge these layers, all or none; NotMergeableError where another module holds the same weight."""
     checks.warn_vanished(model)
+    refuse_shared(model, found)
+    done = []
+    try:
+        for name, layer in found:
+            layer.merge(safe_merge)
+            done.append(layer)
+    except BaseException as e:
+        for layer in done:
+            layer.unmerge()
+        if isinstance(e, ValueError):
+            raise type(e)(f"{name}: {e}") from e
+        raise
+
+
+def refuse_shared(model: nn.Module, found: list[tuple[str, Holder]]) -> None:
+    """NotMergeableError where another module holds the weight or bias of one of these layers."""
     holders = Holders(unwrap(model))
     for name, layer in found:
         if (tied := holders.others(layer.bias, holder_of(layer, name))) and layer.changes_bias():
@@ -334,17 +350,6 @@ def _merge(model: nn.Module, found: list[tuple[str, Holder]], safe_merge: bool) 
                 f"{name}.weight is shared with {', '.join(tied)}, which merging would change too; untie them first: "
                 f"{setting}give {name} a weight of its own, torch.nn.Parameter(layer.weight.detach().clone())"
             )
-    done = []
-    try:
-        for name, layer in found:
-            layer.merge(safe_merge)
-            done.append(layer)
-    except BaseException as e:
-        for layer in done:
-            layer.unmerge()
-        if isinstance(e, ValueError):
-            raise type(e)(f"{name}: {e}") from e
-        raise
 
 
 def unmerge(model: nn.Module) -> None:
