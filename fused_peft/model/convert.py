@@ -30,7 +30,7 @@ from .adapted import STATE, is_adapted, is_pefts, layers, roots, unwrap
 from .adapter import refuse_inference
 from .holder import Holder
 from .layer import PeftLinear
-from .parameter import PeftParameter
+from .parameter import PeftParameter, matrix_shape
 from .parts import adapted_parts
 from .plain import plain_layers, unmark
 from .state import AdapterState, by_keyword, refuse_pefts, refuse_while_disabled
@@ -100,7 +100,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
             f"modules_to_save={resolved.modules_to_save!r} also means {both[0]!r}, by the end of its name, and that is "
             f"a target; a module is adapted or trained whole: add {both[0]!r} to exclude_modules"
         )
-    matrices = (owner._parameters[key].shape[-2:] for owner, key in parameters.values())
+    matrices = (matrix_shape(owner, key) for owner, key in parameters.values())
     resolved = resolved.for_targets([*(shape(module) for module in targets.values()), *matrices])
     with _frozen_as_before(model):
         for name, module in shown(targets, method_of(resolved)):
