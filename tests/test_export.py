@@ -374,3 +374,5 @@ def test_the_page_names_what_exports():
     assert exact == EXACT
     assert set(re.findall(r"`(\w+)`", can)) & set(METHODS) == exact
     assert set(re.findall(r"`(\w+)`", cannot)) & set(METHODS) == set(METHODS) - exact
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    assert f"Adapters of {len(exact)} methods become plain LoRA exactly" in readme

@@ -276,7 +276,7 @@ def test_what_the_command_refuses(folders, capsys):
         ("is no folder here", (), {"adapter": "nowhere"}),
         ("holds no adapter_config.json", (), {"adapter": "base"}),
         ("--base='nowhere' is no folder with a config.json", ("--base", "nowhere"), {}),
-        ("does not fit model=BertModel", ("--base", folder / "bert"), {}),
+        ("does not fit model=Bert", ("--base", folder / "bert"), {}),
         ("has no lm_head.weight, and the adapter neither", ("--base", folder / "headless"), {}),
         ("names no base model; give --base", (), {"adapter": "unnamed"}),
         ("is there and not an empty folder", (), {"out": "base"}),

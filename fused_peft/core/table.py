@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from html import escape
 
 
-def text(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Aligned columns, two spaces apart; those in ``right`` to the right."""
+def text(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = (), least: int = 0) -> str:
+    """Aligned columns, two spaces apart; those in ``right`` to the right, and at least ``least`` wide."""
     lines = [[str(cell) for cell in row] for row in (head, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    widths = [max(least if i in right else 0, *(len(line[i]) for line in lines)) for i in range(len(head))]
 
     def cells(line: list[str]) -> list[str]:
         return [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]

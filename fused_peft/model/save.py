@@ -266,7 +266,7 @@ def _warn_residual(layers: dict[str, Bound], config: PeftConfig) -> None:
     if found and in_peft(config):
         warnings.warn(
             f"lora_A and lora_B of {', '.join(sorted(found))} add to a residual of the base weight; a program that "
-            "reads them as plain LoRA computes another model",
+            "reads them as plain LoRA computes another model (fused_peft.export_lora writes what it can read)",
             stacklevel=3,
         )
 

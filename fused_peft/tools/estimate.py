@@ -104,7 +104,7 @@ class Estimate:
         return head, [(name, _size(ours), _size(peft) if known else "-") for name, ours, peft in rows]
 
     def __str__(self) -> str:
-        return table.text(*self._rows(), right=(1, 2))
+        return table.text(*self._rows(), right=(1, 2), least=12)
 
     __repr__ = __str__
 
