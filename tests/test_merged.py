@@ -190,6 +190,11 @@ def test_folders_that_from_pretrained_would_read_otherwise_are_refused(tmp_path)
     path = tmp_path / "no"
     with pytest.raises(TypeError, match=r"model=Net is no Transformers model.*torch.save\(merged_state_dict"):
         fp.save_merged(trained(fp.LoraConfig(r=2)), path)
+    peft = pytest.importorskip("peft")
+    with pytest.raises(
+        ValueError, match=r"is Hugging Face PEFT's, .* call merge_and_unload\(\).save_pretrained\(path\)"
+    ):
+        fp.save_merged(peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"])), path)
     with pytest.raises(fp.NotMergeableError, match=r"q_proj.bias.*: a bias that the architecture lacks"):
         fp.save_merged(adapted(config=fp.BitFitConfig(target_modules=["q_proj"])), path)
     with pytest.raises(

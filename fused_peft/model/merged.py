@@ -15,7 +15,7 @@ from .convert import adapted_layers, refuse_shared
 from .holder import Holder
 from .parameter import SUFFIX, PeftParameter
 from .save import folder
-from .state import refuse_while_disabled
+from .state import refuse_pefts, refuse_while_disabled
 from .wide import narrowed
 
 
@@ -90,6 +90,7 @@ def save_merged(
     ``save_pretrained`` raises of ``path``; each before anything is written.
     """
     model = unwrap(model)
+    refuse_pefts(model, "save_merged")
     write = getattr(type(model), "save_pretrained", None)
     if write is None or "state_dict" not in inspect.signature(write).parameters:
         raise TypeError(
