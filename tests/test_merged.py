@@ -220,6 +220,13 @@ def test_a_quantised_layer_is_refused_and_its_plain_one_named():
         fp.merged_state_dict(model)
 
 
+def test_an_offloaded_weight_is_refused():
+    model = trained(fp.LoraConfig(r=2))
+    model.head.to("meta")
+    with pytest.raises(fp.NotMergeableError, match=r"head.weight, head.bias: on the meta device \(offloaded\?\)"):
+        fp.merged_state_dict(model)
+
+
 def test_every_kind_of_sharding_is_refused(monkeypatch):
     monkeypatch.setattr(merged, "is_spread", lambda t: True)
     with pytest.raises(RuntimeError, match="sharded over several processes; call save_pretrained"):
@@ -260,12 +267,13 @@ def test_the_command_takes_a_head_and_its_task(tmp_path):
     transformers.BertModel(config).save_pretrained(tmp_path / "base")
     auto = transformers.AutoModelForSequenceClassification
     model = adapted(
-        auto.from_pretrained(tmp_path / "base").eval(),
+        auto.from_pretrained(tmp_path / "base", num_labels=5).eval(),
         fp.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"),
     )
     fp.save_pretrained(model, tmp_path / "adapter")
     assert run(tmp_path, "--merged") == 0
     back = auto.from_pretrained(tmp_path / "out").eval()
+    assert back.config.num_labels == 5
     torch.testing.assert_close(back(IDS).logits, model(IDS).logits, rtol=0, atol=1e-6)
 
 

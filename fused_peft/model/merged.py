@@ -71,6 +71,8 @@ def _merged(model: nn.Module, what: str, safe_merge: bool) -> tuple[dict[str, Te
         if bias is not None:
             new += [bias_key] if bias_key not in state else []
             state[bias_key] = bias.to(weight.dtype)
+    if absent := [key for key, t in state.items() if t.is_meta]:
+        raise NotMergeableError(f"{few(absent)}: on the meta device (offloaded?); load the model without")
     return state, new
 
 

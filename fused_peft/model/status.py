@@ -68,7 +68,8 @@ class LayerStatuses(table.Table):
 def get_layer_status(model: nn.Module) -> LayerStatuses:
     """Where each adapted layer of a model stands, of this library or of Hugging Face PEFT; shows as a table.
 
-    Collective where parameters are sharded. Raises ValueError for a model without adapted layers.
+    Collective where parameters are sharded. Raises ValueError for a model without adapted layers, and in strict mode
+    StrictError as ``explain`` does.
     """
     if is_pefts(model):
         for of_peft in OF_PEFT:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..methods import PeftConfig
 from ..model.adapted import STATE, few
-from ..model.adapter_config import CONFIG_NAME, load_config
+from ..model.adapter_config import CONFIG_NAME, WEIGHTS_NAME, load_config
 from ..model.export import export_lora
 from ..model.load import load_adapter
 from ..model.merged import save_merged
+from ..model.targets import HEADS
 
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -49,7 +52,7 @@ def export(adapter: Path, base: str | None, out: Path, rank: int | None, merged:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out={str(out)!r} is there and not an empty folder; give another, or empty it")
     config = load_config(adapter)
-    model, missing = base_model(config, base)
+    model, missing = base_model(config, base, adapter)
     load_adapter(model, adapter, is_trainable=False)
     trained = tuple(f"{name}." for name in getattr(model, STATE).saved)
     if lost := [key for key in missing if not key.startswith(trained or ("\0",))]:
@@ -65,9 +68,9 @@ def export(adapter: Path, base: str | None, out: Path, rank: int | None, merged:
         return export_lora(model, out, rank=rank)
 
 
-def base_model(config: PeftConfig, base: str | None) -> tuple[nn.Module, list[str]]:
-    """The base that an adapter's config names, or ``base``, by its task or its architecture, and the keys of weights
-    that its folder lacks. Raises FileNotFoundError or ValueError."""
+def base_model(config: PeftConfig, base: str | None, adapter: Path) -> tuple[nn.Module, list[str]]:
+    """The base that an adapter's config names, or ``base``, by its task or its architecture, with as many labels as the
+    adapter's head has, and the keys of weights that its folder lacks. Raises FileNotFoundError or ValueError."""
     name = base or config.base_model_name_or_path
     if not name:
         raise ValueError(f"{CONFIG_NAME} names no base model; give --base, the folder of the model that was adapted")
@@ -85,5 +88,19 @@ def base_model(config: PeftConfig, base: str | None) -> tuple[nn.Module, list[st
     kind = getattr(transformers, AUTO.get(config.task_type, ""), None)
     if kind is None or type(own) not in kind._model_mapping:
         kind = getattr(transformers, next(iter(own.architectures or ()), "AutoModel"), transformers.AutoModel)
-    model, info = kind.from_pretrained(name, dtype="auto", output_loading_info=True, **revision)
+    if labels := _labels(adapter, HEADS.get(config.task_type, ())):
+        own.num_labels = labels
+    model, info = kind.from_pretrained(name, config=own, dtype="auto", output_loading_info=True, **revision)
     return model, sorted(info["missing_keys"])
+
+
+def _labels(adapter: Path, heads: Collection[str]) -> int | None:
+    """The rows of the head that an adapter has trained."""
+    ends = tuple(f".{head}{part}.weight" for head in heads for part in ("", ".out_proj"))
+    try:
+        with safe_open(adapter / WEIGHTS_NAME, framework="pt") as f:
+            shapes = [f.get_slice(key).get_shape() for key in f.keys() if key.endswith(ends)]
+    except (OSError, SafetensorError):  # loading says what is wrong
+        return None
+    rows = {shape[0] for shape in shapes if len(shape) == 2}
+    return rows.pop() if len(rows) == 1 else None
