@@ -61,7 +61,9 @@ from .methods import (  # noqa: E402
 from .methods import base as _base  # noqa: E402
 from .model import batch as _batch  # noqa: E402
 from .model import explain as _explain  # noqa: E402
+from .model import export as _export  # noqa: E402
 from .model import schedule as _schedule  # noqa: E402
+from .model import status as _status  # noqa: E402
 from .model.adapter_config import AdapterFormatError, load_config  # noqa: E402
 from .model.batch import adapter_batch  # noqa: E402
 from .model.checks import check_training  # noqa: E402
@@ -74,13 +76,16 @@ from .model.convert import (  # noqa: E402
     unmerge,
 )
 from .model.explain import explain  # noqa: E402
+from .model.export import export_lora  # noqa: E402
 from .model.layer import PeftLinear  # noqa: E402
 from .model.load import load_adapter  # noqa: E402
+from .model.merged import merged_state_dict, save_merged  # noqa: E402
 from .model.named import add_adapter, delete_adapter, set_adapter  # noqa: E402
 from .model.penalties import mpc_penalty, orthogonality_penalty  # noqa: E402
 from .model.prompt import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig  # noqa: E402
 from .model.save import save_pretrained  # noqa: E402
 from .model.schedule import lora_plus_groups, on_step  # noqa: E402
+from .model.status import get_layer_status  # noqa: E402
 from .tools.calibrate import calibrate  # noqa: E402
 from .tools.estimate import estimate  # noqa: E402
 from .tools.stored import decoding as _decoding  # noqa: E402
@@ -113,10 +118,28 @@ def _members_in_peft(model):
     return _bridge("adapter_batch").members(model) if "peft" in _sys.modules else []
 
 
+def _exported_from_peft(model, adapter_name):
+    """What export_lora reads of a Hugging Face PEFT model."""
+    if "peft" in _sys.modules and hasattr(model, "peft_config"):
+        _bridge("export_lora")
+        return _importlib.import_module("fused_peft.integrations.peft_read").exported(model, adapter_name)
+    return None
+
+
+def _peft_statuses(model):
+    """get_layer_status's entries of a Hugging Face PEFT model."""
+    if "peft" not in _sys.modules:
+        return []
+    _bridge("get_layer_status")
+    return _importlib.import_module("fused_peft.integrations.peft_read").statuses(model)
+
+
 _base.ON_USE.append(_register_with_peft)
 _batch.OF_PEFT.append(_members_in_peft)
 _explain.OF_PEFT.append(_peft_rows)
+_export.OF_PEFT.append(_exported_from_peft)
 _schedule.OF_PEFT.append(_allocate_in_peft)
+_status.OF_PEFT.append(_peft_statuses)
 
 
 def _bridge(what: str):
@@ -187,17 +210,21 @@ __all__ = [
     "disable_adapter",
     "estimate",
     "explain",
+    "export_lora",
+    "get_layer_status",
     "get_peft_model",
     "load_adapter",
     "load_config",
     "lora_plus_groups",
     "merge",
     "merge_and_unload",
+    "merged_state_dict",
     "mpc_penalty",
     "on_step",
     "orthogonality_penalty",
     "print_trainable_parameters",
     "restore",
+    "save_merged",
     "save_pretrained",
     "set_adapter",
     "set_backend",

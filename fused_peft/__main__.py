@@ -1,4 +1,4 @@
-"""python -m fused_peft info | calibrate | verify | methods | compile, or --version"""
+"""python -m fused_peft info | calibrate | verify | methods | export | compile, or --version"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .backends import replay
 from .core import dispatch, records
 from .methods import METHODS
 from .model.layer import PeftLinear
-from .tools import calibrate, compile_csrc, compile_triton, verify
+from .tools import calibrate, compile_csrc, compile_triton, export, verify
 
 LLAMA_3_8B = ["4096x4096", "4096x1024", "4096x14336", "14336x4096"]
 
@@ -156,6 +156,19 @@ def main(argv: list[str] | None = None) -> int:
     table.add_argument("--in", dest="in_features", type=int, default=768)
     table.add_argument("--out", dest="out_features", type=int, default=768)
     table.add_argument("--r", type=int, default=8)
+    served = commands.add_parser(
+        "export",
+        help="an adapter's folder as plain LoRA, or merged into its base, to serve from",
+        description="Read an adapter saved by this library or by Hugging Face PEFT, and write plain LoRA, which vLLM, "
+        "SGLang, llama.cpp and PEFT read; with --merged the merged model. Methods that are no low-rank product need "
+        "--rank or --merged. The base model is loaded by the adapter's task_type, else by its own architecture.",
+    )
+    served.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="folder with adapter_config.json")
+    served.add_argument("--base", metavar="MODEL_DIR", help="the base model's folder, if not the config's")
+    served.add_argument("--out", type=Path, required=True, metavar="DIR", help="a folder that is new or empty")
+    how = served.add_mutually_exclusive_group()
+    how.add_argument("--rank", type=int, help="best approximation of this rank; prints each layer's relative error")
+    how.add_argument("--merged", action="store_true", help="the whole model with the adapter folded in")
     ahead = commands.add_parser("compile", help="compile every kernel without a GPU; fails on spills and the like")
     ahead.add_argument(
         "--arch", choices=[*compile_triton.ARCHES, "sm_90a"], required=True, help="sm_90a: csrc/, others: Triton"
@@ -178,6 +191,8 @@ def main(argv: list[str] | None = None) -> int:
         return compile_triton.run(args.arch, args.out, args.json, args.jobs, args.only, args.cover, args.beside)
     if args.command == "calibrate":
         return run_calibrate(args)
+    if args.command == "export":
+        return export.run(args.adapter, args.base, args.out, args.rank, args.merged)
     if args.command == "methods":
         return methods(args.in_features, args.out_features, args.r)
     return info() if args.command == "info" else run_verify(args.device)

@@ -105,6 +105,26 @@ class Factors:
         BG = self.B if self.G is None else self.B * self.G if self.G.dim() == 1 else self.B @ self.G
         return self.s * (BG @ self.A)
 
+    def product(self) -> tuple[Tensor, Tensor]:
+        """A (r, K) and s · B G (N, r) of the low-rank term, without the parts of it that are exactly zero."""
+        BG = self.B if self.G is None else self.B * self.G if self.G.dim() == 1 else self.B @ self.G
+        acts = (self.A != 0).any(1) & (BG != 0).any(0)
+        return self.A[acts], self.s * BG[:, acts]
+
+    def beyond_product(self) -> str | None:
+        """What it does to inputs, outside training, besides adding a low-rank product to the weight; None: nothing."""
+        scaled = (("input", self.d_in), ("output", self.d_out))
+        found = [f"a scale of the layer's {what}" for what, t in scaled if t is not None]
+        if self.h != "identity":
+            found.append(f"a non-linearity ({self.h}) between its factors")
+        if self.a is not None:
+            found.append("a bias between its factors")
+        if self.hadamard:
+            found.append("a product that multiplies the weight entry by entry")
+        if self.bias is not None:
+            found.append("a bias of the layer")
+        return " and ".join(found) or None
+
     def merged(self, weight: Tensor) -> Tensor:
         """d_out ⊙ (W + s·B G A) ⊙ d_in, shape (N, K), in the widest dtype among W and the factors.
 

@@ -56,6 +56,11 @@ def in_peft(config: PeftConfig) -> bool:
     )
 
 
+def reads_in_peft(config: PeftConfig) -> bool:
+    """Whether stock PEFT loads what is saved with this config, and computes the same."""
+    return in_peft(config) and not _document(config)[1]
+
+
 def write_config(config: PeftConfig, path: Path) -> None:
     """Write the config into the folder ``path``, made if need be, marked for inference as PEFT does.
 

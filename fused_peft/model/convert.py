@@ -30,7 +30,7 @@ from .adapted import STATE, is_adapted, is_pefts, layers, roots, unwrap
 from .adapter import refuse_inference
 from .holder import Holder
 from .layer import PeftLinear
-from .parameter import PeftParameter
+from .parameter import PeftParameter, matrix_shape
 from .parts import adapted_parts
 from .plain import plain_layers, unmark
 from .state import AdapterState, by_keyword, refuse_pefts, refuse_while_disabled
@@ -100,7 +100,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
             f"modules_to_save={resolved.modules_to_save!r} also means {both[0]!r}, by the end of its name, and that is "
             f"a target; a module is adapted or trained whole: add {both[0]!r} to exclude_modules"
         )
-    matrices = (owner._parameters[key].shape[-2:] for owner, key in parameters.values())
+    matrices = (matrix_shape(owner, key) for owner, key in parameters.values())
     resolved = resolved.for_targets([*(shape(module) for module in targets.values()), *matrices])
     with _frozen_as_before(model):
         for name, module in shown(targets, method_of(resolved)):
@@ -321,6 +321,22 @@ def merge(model: nn.Module, safe_merge: bool = False) -> None:
 def _merge(model: nn.Module, found: list[tuple[str, Holder]], safe_merge: bool) -> None:
     """Merge these layers, all or none; NotMergeableError where another module holds the same weight."""
     checks.warn_vanished(model)
+    refuse_shared(model, found)
+    done = []
+    try:
+        for name, layer in found:
+            layer.merge(safe_merge)
+            done.append(layer)
+    except BaseException as e:
+        for layer in done:
+            layer.unmerge()
+        if isinstance(e, ValueError):
+            raise type(e)(f"{name}: {e}") from e
+        raise
+
+
+def refuse_shared(model: nn.Module, found: list[tuple[str, Holder]]) -> None:
+    """NotMergeableError where another module holds the weight or bias of one of these layers."""
     holders = Holders(unwrap(model))
     for name, layer in found:
         if (tied := holders.others(layer.bias, holder_of(layer, name))) and layer.changes_bias():
@@ -334,17 +350,6 @@ def _merge(model: nn.Module, found: list[tuple[str, Holder]], safe_merge: bool) 
                 f"{name}.weight is shared with {', '.join(tied)}, which merging would change too; untie them first: "
                 f"{setting}give {name} a weight of its own, torch.nn.Parameter(layer.weight.detach().clone())"
             )
-    done = []
-    try:
-        for name, layer in found:
-            layer.merge(safe_merge)
-            done.append(layer)
-    except BaseException as e:
-        for layer in done:
-            layer.unmerge()
-        if isinstance(e, ValueError):
-            raise type(e)(f"{name}: {e}") from e
-        raise
 
 
 def unmerge(model: nn.Module) -> None:

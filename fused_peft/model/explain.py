@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..core import dispatch, experts, operands
+from ..core import dispatch, experts, operands, table
 from ..core.frozen import Frozen, now
 from ..core.sharded import is_sharded
 from .adapted import is_pefts
@@ -37,14 +37,13 @@ class LayerExplanation:
     problem: operands.Problem | None = None
 
 
-class Explanation(list):
-    """One LayerExplanation a layer; prints as a table."""
+class Explanation(table.Table):
+    """One LayerExplanation a layer; shows as a table."""
 
-    def __str__(self) -> str:
-        rows = [("layer", "method", "form", "backend", "why")]
-        rows += [(e.name, e.method, e.form, e.backend, e.why) for e in self]
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[4]]) for row in rows)
+    head = ("layer", "method", "form", "backend", "why")
+
+    def row(self, e: LayerExplanation) -> tuple[str, ...]:
+        return e.name, e.method, e.form, e.backend, e.why
 
 
 def explain(model: nn.Module, tokens: int = 2048, dtype: torch.dtype | None = None) -> Explanation:

@@ -20,7 +20,7 @@ from .adapter import Adapter, why_not_together
 from .convert import adapted_parameter, install, shape, shown, unload, warn_tied
 from .holder import DEFAULT
 from .layer import PeftLinear
-from .parameter import SUFFIX, PeftParameter
+from .parameter import SUFFIX, PeftParameter, matrix_shape
 from .state import AdapterState, refuse_while_disabled, state_of
 from .targets import check_parameters, find_parameters, find_targets, resolve
 from .unmet import warn_of_unmet
@@ -83,7 +83,7 @@ def addition(model: nn.Module, name: str, config: PeftConfig, adapter_dtype: tor
     check_parameters(parameters, asked, again=True)
     if heads := [n for n in (*targets, *parameters) for s in state.saved if n == s or n.startswith(f"{s}.")]:
         raise ValueError(f"target_modules means {few(heads)}, which the first adapter trains whole; exclude it")
-    matrices = (owner._parameters[key].shape[-2:] for owner, key in parameters.values())
+    matrices = (matrix_shape(owner, key) for owner, key in parameters.values())
     config = config.for_targets([*(shape(m) for m in targets.values()), *matrices])
     around, new, adapters = {}, {}, {}
     for layer_name, module in shown(targets, method):

@@ -27,6 +27,13 @@ from .holder import Holder
 SUFFIX = "_adapter"  # a PeftParameter's name behind that of its parameter
 
 
+def matrix_shape(owner: nn.Module, name: str) -> tuple[int, int]:
+    """(out, in) of a parameter that can carry an adapter, or of each matrix of a stack."""
+    N, K = owner._parameters[name].shape[-2:]
+    stacked_in_out = owner._parameters[name].dim() == 3 and getattr(owner, "is_transposed", False)
+    return (K, N) if stacked_in_out else (N, K)
+
+
 def why_not(owner: nn.Module, name: str) -> str | None:
     """Why a parameter of a module cannot carry an adapter, or None."""
     if name not in owner._parameters:

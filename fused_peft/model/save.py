@@ -61,13 +61,18 @@ class Slot(NamedTuple):
         return value.reshape(out, r, E).permute(2, 0, 1)
 
 
+def stacked_slot(tensor: Tensor, is_B: bool) -> Slot:
+    """The slot of A (E, r, in) or B (E, out, r) of experts."""
+    E, rows, columns = shape_of(tensor)
+    return Slot(tensor, (rows, columns * E), True) if is_B else Slot(tensor, (E * rows, columns))
+
+
 def _slot(layer: Bound, name: str) -> Slot:
     """The slot of one of an adapter's tensors."""
     tensor, method = getattr(layer, name), layer.method
     shape = shape_of(tensor)
     if layer.kind.stacked and name in (method.A, method.B):
-        E, rows, columns = shape
-        return Slot(tensor, (rows, columns * E), True) if name == method.B else Slot(tensor, (E * rows, columns))
+        return stacked_slot(tensor, name == method.B)
     if name in method.disk and len(shape) == 1:
         shape = tuple(method.disk_shape(shape, layer.config))
     return Slot(tensor, shape)
@@ -90,8 +95,6 @@ def slots_of(layers: dict[str, Bound], state: AdapterState, find: Callable[[str]
 
     ``find`` looks a parameter up by its name in the adapted model.
     """
-    soft = isinstance(state.config, prompt.SoftPromptConfig)
-    prefix = "base_model." if soft else PREFIX
     slots = {}
     for name, layer in layers.items():
         stored = disk_name(name, layers)
@@ -100,6 +103,13 @@ def slots_of(layers: dict[str, Bound], state: AdapterState, find: Callable[[str]
         for buffer in layer.method.disk_buffers:
             tensor = getattr(layer, buffer)
             slots[f"{PREFIX}{stored}.{layer.method.disk_key(buffer)}"] = Slot(tensor, tuple(tensor.shape))
+    return slots | slots_beside(layers, state, find)
+
+
+def slots_beside(layers: dict[str, Bound], state: AdapterState, find: Callable[[str], Tensor]) -> dict[str, Slot]:
+    """The same of what a checkpoint holds beside the adapters' own tensors: biases, embeddings, modules_to_save."""
+    slots = {}
+    prefix = "base_model." if isinstance(state.config, prompt.SoftPromptConfig) else PREFIX
     for name in (*state.biases, *state.embeddings):
         owner, _, last = name.rpartition(".")
         # of a merged layer the values that are kept beside the merged ones
@@ -174,7 +184,7 @@ def save_pretrained(
     state = state_of(model).of(adapter_name)
     refuse_while_disabled(model, "save_pretrained")
     refuse_vanished(model, "save_pretrained")
-    path = _folder(path)
+    path = folder(path)
     reshard(model)
     layers = layers_of(model, adapter_name)
     slots = slots_of(layers, state, finder(model))
@@ -192,15 +202,20 @@ def save_pretrained(
     try:
         if not together or torch.distributed.get_rank() == 0:
             _warn_residual(layers, state.config)
-            config = config_text(state.config)  # all that can be refused comes before the first file
-            path.mkdir(parents=True, exist_ok=True)
-            aside = path / f".{WEIGHTS_NAME}.{os.getpid()}"
-            save_file(apart(tensors), aside, metadata={"format": "pt", NOTE: json.dumps(note(state.config))})
-            os.replace(aside, path / WEIGHTS_NAME)
-            put_config(config, path)
+            write(path, state.config, tensors)
     finally:
         if together:
             torch.distributed.barrier()  # nobody reads the files before they are there
+
+
+def write(path: Path, config: PeftConfig, tensors: dict[str, Tensor]) -> None:
+    """Both files, into a folder that is made if need be; each is written aside and renamed."""
+    text = config_text(config)  # all that can be refused comes before the first file
+    path.mkdir(parents=True, exist_ok=True)
+    aside = path / f".{WEIGHTS_NAME}.{os.getpid()}"
+    save_file(apart(tensors), aside, metadata={"format": "pt", NOTE: json.dumps(note(config))})
+    os.replace(aside, path / WEIGHTS_NAME)
+    put_config(text, path)
 
 
 def _taken_from(state_dict: dict[str, Tensor], slots: dict, model: nn.Module) -> dict:
@@ -214,7 +229,7 @@ def _taken_from(state_dict: dict[str, Tensor], slots: dict, model: nn.Module) ->
     return {key: slot._replace(tensor=taken(slot.tensor)) for key, slot in slots.items()}
 
 
-def _folder(path: str | os.PathLike) -> Path:
+def folder(path: str | os.PathLike) -> Path:
     """The folder to write into; FileExistsError or PermissionError where that cannot be."""
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -251,7 +266,7 @@ def _warn_residual(layers: dict[str, Bound], config: PeftConfig) -> None:
     if found and in_peft(config):
         warnings.warn(
             f"lora_A and lora_B of {', '.join(sorted(found))} add to a residual of the base weight; a program that "
-            "reads them as plain LoRA computes another model",
+            "reads them as plain LoRA computes another model (fused_peft.export_lora writes what it can read)",
             stacklevel=3,
         )
 

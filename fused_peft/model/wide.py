@@ -94,6 +94,17 @@ def widen(module: nn.Module, dtype: torch.dtype, like: nn.Parameter | None, name
             m._replicate_for_data_parallel = m.forward.replica
 
 
+def narrowed(module: nn.Module) -> dict[str, torch.dtype]:
+    """{parameter: the dtype that it had and computes in} of everything that ``widen`` made wider."""
+    wrappers = ((name, m.__dict__.get("forward")) for name, m in module.named_modules())
+    return {
+        f"{name}.{below}" if name else below: wrapper.like.dtype
+        for name, wrapper in wrappers
+        if isinstance(wrapper, _Narrowed)
+        for below in wrapper.names
+    }
+
+
 def narrow(module: nn.Module) -> None:
     """Undo ``widen``: the parameters are rounded to the dtype that the module computes in."""
     for m in module.modules():

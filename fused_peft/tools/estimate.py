@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..core import experts
+from ..core import experts, table
 from ..core.frozen import Frozen, Stored, is_foreign, kind_of
 from ..methods import PeftConfig
 from ..model.adapter import factors_of
@@ -39,7 +39,7 @@ class LayerEstimate:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one training step on one device; prints as a table. peft_*: Hugging Face PEFT's, None where it lacks
+    """Bytes of one training step on one device; shows as a table. peft_*: Hugging Face PEFT's, None where it lacks
     the method.
 
     base: frozen parameters, among them the originals of modules_to_save and of trained biases, and the scales and
@@ -86,7 +86,7 @@ class Estimate:
     def _trained(self) -> int:
         return self.base + self.adapter + self.gradients + self.optimizer
 
-    def __str__(self) -> str:
+    def _rows(self) -> tuple[tuple[str, str, str], list[tuple[str, str, str]]]:
         rows = (
             ("frozen parameters", self.base, self.base),
             ("trainable parameters", self.adapter, self.adapter),
@@ -100,10 +100,16 @@ class Estimate:
         if self.decoded:
             rows += (("for a moment: a decoded weight", self.decoded, self.decoded),)
         known, title = self.peft_x is not None, f"{self.method}, {self.tokens} tokens, {len(self.layers)} layers"
-        lines = [(title, "fused_peft", "HF PEFT")]
-        lines += [(name, _size(ours), _size(peft) if known else "-") for name, ours, peft in rows]
-        width = max(len(line[0]) for line in lines)
-        return "\n".join(f"{name:<{width}}  {ours:>12}  {peft:>12}" for name, ours, peft in lines)
+        head = (title, "fused_peft", "HF PEFT")
+        return head, [(name, _size(ours), _size(peft) if known else "-") for name, ours, peft in rows]
+
+    def __str__(self) -> str:
+        return table.text(*self._rows(), right=(1, 2), least=12)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return table.html(*self._rows(), right=(1, 2))
 
 
 def _size(n: int) -> str:
