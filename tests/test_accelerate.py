@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 import fused_peft as fp  # noqa: E402
 from fused_peft.core import dropout, ops, versions  # noqa: E402
 from fused_peft.integrations import peft as bridge  # noqa: E402
+from fused_peft.integrations import peft_layers  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 R = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
@@ -516,7 +517,7 @@ def test_only_accelerated_models_are_fused_further():
         model.add_adapter("second", config)
         assert {row.why for row in fp.explain(model)} == {"accelerate has not run on it"}
     after = fp.restore(fp.accelerate(never))  # undoes what was accelerated by itself too
-    assert not any(isinstance(m, bridge._Fused) for m in after.modules())
+    assert not any(isinstance(m, bridge.Fused) for m in after.modules())
 
 
 def test_adapters_added_later_are_named_where_they_are_not_fused():
@@ -552,8 +553,8 @@ def test_dora_keeps_the_norm_of_a_weight_that_stays(monkeypatch):
     )
     stock = copy.deepcopy(fp.restore(copy.deepcopy(model)))
     layer, counted = model.base_model.model[0], []
-    norm2 = bridge._row_norm2
-    monkeypatch.setattr(bridge, "_row_norm2", lambda w: (counted.append(1), norm2(w))[1])
+    norm2 = peft_layers._row_norm2
+    monkeypatch.setattr(peft_layers, "_row_norm2", lambda w: (counted.append(1), norm2(w))[1])
     x = torch.randn(3, 8)
 
     def agrees(made):

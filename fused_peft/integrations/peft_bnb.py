@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core import ops
 from ..core.frozen import kind_of
-from .peft import FUSED, FusedAdaLora, FusedIA3, FusedLora, replaceable
+from .peft_layers import FUSED, FusedAdaLora, FusedIA3, FusedLora, replaceable
 
 
 class _OnPacked:
