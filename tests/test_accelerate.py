@@ -35,15 +35,42 @@ CONFIGS = {
     "adalora-dropout": lambda **k: peft.AdaLoraConfig(**ADA, lora_dropout=0.3, **k),
     "ia3": lambda **k: peft.IA3Config(**{"feedforward_modules": ["2"], "init_ia3_weights": False, **k}),
 }
+DELORA = {"r": 3, "init_weights": False}
+GRALORA = {"r": 6, "alpha": 5, "init_weights": False}
+MORE = {  # the methods that fewer use: test_accelerate_methods.py
+    "vera": lambda **k: peft.VeraConfig(r=5, init_weights=False, **k),
+    "vera-dropout": lambda **k: peft.VeraConfig(r=5, init_weights=False, vera_dropout=0.3, **k),
+    "delora": lambda **k: peft.DeloraConfig(**DELORA, **k),
+    "delora-dropout": lambda **k: peft.DeloraConfig(**DELORA, module_dropout=0.3, **k),
+    "hira": lambda **k: peft.HiraConfig(r=3, init_weights=False, **k),
+    "miss": lambda **k: peft.MissConfig(r=3, init_weights=False, **k),
+    "miss-dropout": lambda **k: peft.MissConfig(r=4, init_weights=False, miss_dropout=0.3, **k),
+    "miss-mini": lambda **k: peft.MissConfig(r=4, mini_r=3, init_weights="mini", **k),
+    "gralora": lambda **k: peft.GraloraConfig(**GRALORA, gralora_k=2, **k),
+    "gralora-dropout": lambda **k: peft.GraloraConfig(**GRALORA, gralora_k=2, gralora_dropout=0.3, **k),
+    "gralora-hybrid": lambda **k: peft.GraloraConfig(**GRALORA, gralora_k=2, hybrid_r=2, gralora_dropout=0.3, **k),
+    "mica": lambda **k: peft.LoraConfig(r=3, lora_alpha=5, init_lora_weights="mica", **k),
+    "kasa": lambda **k: peft.LoraConfig(**R, kasa_config=peft.KasaConfig(), **k),
+    "kasa-dropout": lambda **k: peft.LoraConfig(**R, kasa_config=peft.KasaConfig(), lora_dropout=0.3, **k),
+}
+ALL = CONFIGS | MORE
 
 
 class Net(nn.Module):
+    N = 5
+
     def __init__(self):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5, bias=False))
+        self.layers = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, self.N, bias=False))
 
     def forward(self, x):
         return self.layers(x)
+
+
+class Even(Net):
+    """Of sizes that divide into blocks."""
+
+    N = 6
 
 
 def build(name, dtype=torch.float32, seed=0, **options):
@@ -51,7 +78,8 @@ def build(name, dtype=torch.float32, seed=0, **options):
     options = {"target_modules": ["layers.0", "layers.2"], **options}
     if name == "ia3":  # PEFT looks for feedforward_modules among these, letter by letter
         options["target_modules"] = [n.rpartition(".")[2] for n in options["target_modules"]]
-    model = peft.get_peft_model(Net().to(dtype), CONFIGS[name](**options))
+    net = Net() if name in CONFIGS else Even()
+    model = peft.get_peft_model(net.to(dtype), ALL[name](**options))
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
@@ -679,7 +707,7 @@ def beside(kind, name, dtype=torch.float32, second=False):
     def make():
         if name.startswith("ia3"):
             return peft.IA3Config(**on, feedforward_modules=["1"] * (name == "ia3-in"), init_ia3_weights=False)
-        return CONFIGS[name](**on)
+        return ALL[name](**on)
 
     model = peft.get_peft_model(net, make())
     if second:

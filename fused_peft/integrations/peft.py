@@ -26,7 +26,7 @@ from ..core.frozen import Frozen, is_foreign, kind_of, own_forward
 from ..model.adapted import is_adapted
 from ..model.batch import Member, Switch
 from ..model.explain import Row, explain_layer, stored_as
-from . import peft_layers
+from . import peft_layers, peft_methods  # noqa: F401 the second registers its layers
 from .experts import ParamWrapper as FusedParamWrapper
 from .experts import started_by
 from .peft_layers import FUSED, KEPT, TRIED, Fused, peft_class, replaceable

@@ -16,7 +16,7 @@ from weakref import ref
 import torch
 from peft.tuners import adalora, ia3, lora
 from peft.tuners.lora import dora, torchao
-from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.lora.variants import DoraLinearVariant, KasaLinearVariant, MiCALinearVariant
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -31,6 +31,7 @@ from .experts import hooked
 
 KEPT = "_fused_peft_norm2"  # where an accelerated DoRA layer keeps its ‖W‖², and of which weight
 TRIED = "_fused_peft_tried"  # and how a base with a forward of its own holds W, of which base
+_VARIANTS = (DoraLinearVariant, KasaLinearVariant, MiCALinearVariant)
 
 
 def called(module: nn.Module, kinds: tuple[type, ...], what: str) -> str | None:
@@ -53,6 +54,8 @@ def _with_base(weight: Tensor | Stored, f: Factors, bias: Tensor | None, x: Tens
 
 class Fused:
     """PEFT's layer with a fused forward. Subclasses say what the active adapters are in terms of ``Factors``."""
+
+    dropouts = "lora_dropout"  # where PEFT keeps the dropout modules by adapter
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if args or kwargs or self.disable_adapters or self.merged:
@@ -154,6 +157,10 @@ class Fused:
             return f"x has dtype {x.dtype}, the weight {dtype}"
         return self._adapters_unfused(used, kind)
 
+    def _adapters_unfused(self, used: list[str], kind: Frozen) -> str | None:
+        """Why these adapters are more than the expression, or None."""
+        return next(filter(None, map(self._dropout_unfused, used)), None)
+
     def _readable(self, kind: Frozen) -> Frozen | str:
         """The kind by which W's values are read, or why they cannot be; found by a trial that is made once a base."""
         base = self.base_layer
@@ -177,11 +184,11 @@ class Fused:
 
     def _dropped(self, name: str) -> float:
         """The dropout probability in force: PEFT goes by the mode of the dropout module, not of the layer."""
-        drop = self.lora_dropout[name]
+        drop = getattr(self, self.dropouts)[name]
         return drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
 
     def _dropout_unfused(self, name: str) -> str | None:
-        drop = self.lora_dropout[name]
+        drop = getattr(self, self.dropouts)[name]
         if isinstance(drop, nn.Dropout) and drop.training and drop.p == 1:
             return "its dropout drops everything"
         return called(drop, (nn.Identity, nn.Dropout), "dropout")
@@ -197,15 +204,28 @@ class Fused:
         return peft_class(self).__name__  # the repr is PEFT's
 
 
+class OnPacked:
+    """On a layer whose weight may be stored in parts."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        base = self.base_layer
+        if self.disable_adapters and not (self.merged or args or kwargs):
+            kind = kind_of(base)
+            if isinstance(kind, Frozen) and kind.packed and replaceable(kind, base):
+                # the base's own forward would repack its weight on some CPUs, and no gradient pass from then on
+                return ops.plain_linear(x, kind.matrix(base), base.bias)
+        return super().forward(x, *args, **kwargs)
+
+
 class FusedLora(Fused):
-    """LoRA, rsLoRA, lora_bias and DoRA."""
+    """LoRA, rsLoRA, lora_bias, DoRA, MiCA (whose B does not train) and KaSA (with a diagonal between A and B)."""
 
     def _adapters_unfused(self, used: list[str], kind: Frozen) -> str | None:
         for name in used:
             variant = self.lora_variant.get(name)
-            if variant is not None and not isinstance(variant, DoraLinearVariant):
+            if variant is not None and not isinstance(variant, _VARIANTS):
                 return f"adapter {name!r} is a variant of LoRA ({type(variant).__name__})"
-            if variant is not None:
+            if isinstance(variant, DoraLinearVariant):
                 if len(used) > 1 or self.ephemeral_gpu_offload or self.lora_bias[name]:
                     return f"adapter {name!r} is DoRA with other adapters, a bias or offloading beside it"
                 if dora.ENABLE_DORA_CACHING and not self.training:
@@ -217,6 +237,8 @@ class FusedLora(Fused):
                         return f"adapter {name!r} is DoRA, which reads the weight, and {reason}"
                     if self.training and self._dropped(name):
                         return f"adapter {name!r} is DoRA with dropout, which multiplies by the weight once more"
+            if isinstance(variant, KasaLinearVariant) and name in self._lora_kasa_truncation_deferred:
+                return f"adapter {name!r} is KaSA, and PEFT's next call is to truncate the weight first"
             A = self.lora_A[name]
             if A.bias is not None:
                 return f"the A of adapter {name!r} has a bias"
@@ -228,7 +250,10 @@ class FusedLora(Fused):
         return None
 
     def _reads_weight(self, used: list[str]) -> bool:
-        return any(name in self.lora_variant for name in used)
+        return any(map(self._is_dora, used))
+
+    def _is_dora(self, name: str) -> bool:
+        return isinstance(self.lora_variant.get(name), DoraLinearVariant)
 
     def fused_factors(self, used: list[str], weight: Tensor | Stored | None, bias: Tensor | None) -> list[Factors]:
         found = []
@@ -245,8 +270,9 @@ class FusedLora(Fused):
         p, B = self._dropped(name), B.weight
         if isinstance(s, Tensor):  # PEFT makes it one for hot-swapping in a compiled model
             B, s = B * s, 1.0
-        if name not in self.lora_variant:
-            return Factors(A=A, B=B, bias=bias, s=s, p=p)
+        if not self._is_dora(name):
+            G = self.lora_diag[name] if isinstance(self.lora_variant.get(name), KasaLinearVariant) else None
+            return Factors(A=A, B=B, G=G, bias=bias, s=s, p=p)
         if type(weight) is Stored:
             weight = weight.values
         if weight is None:
@@ -308,9 +334,6 @@ class FusedLoraTorchao(FusedLora, torchao.TorchaoLoraLinear):
 
 class FusedAdaLora(Fused):
     """AdaLoRA."""
-
-    def _adapters_unfused(self, used: list[str], kind: Frozen) -> str | None:
-        return next(filter(None, map(self._dropout_unfused, used)), None)
 
     def fused_factors(self, used: list[str], weight: Tensor | None, bias: Tensor | None) -> list[Factors]:
         found = []
