@@ -26,15 +26,17 @@ from ..core.frozen import Frozen, is_foreign, kind_of, own_forward
 from ..model.adapted import is_adapted
 from ..model.batch import Member, Switch
 from ..model.explain import Row, explain_layer, stored_as
-from . import peft_layers, peft_methods  # noqa: F401 the second registers its layers
+from . import peft_layers, peft_methods  # noqa: F401 which registers its layers
 from .experts import ParamWrapper as FusedParamWrapper
 from .experts import started_by
+from .peft_embedding import FusedEmbedding
 from .peft_layers import FUSED, KEPT, TRIED, Fused, peft_class, replaceable
+from .peft_unfused import why_unfused
 from .tuners import FusedTunerLayer
 
 _HOOKS = "_fused_peft_hooks"  # of adapter_batch, while it is on
 _NAMED = 3  # reasons that a warning spells out
-_ANY = (Fused, FusedParamWrapper)
+_ANY = (Fused, FusedEmbedding, FusedParamWrapper)
 
 
 def __getattr__(name: str):
@@ -118,8 +120,10 @@ def _keeps_peft_s(layer: nn.Module, adapters: list[str] | None = None) -> str | 
     if isinstance(layer, FusedTunerLayer):
         return None
     if not isinstance(layer, _ANY):
-        kind = f"{type(layer).__module__}.{type(layer).__name__}"
-        return "accelerate has not run on it" if type(layer) in FUSED else f"{kind} has no fused form"
+        if type(layer) in FUSED:
+            return "accelerate has not run on it"
+        why = why_unfused(type(layer))
+        return f"{type(layer).__module__}.{type(layer).__name__} has no fused form{f': {why}' if why else ''}"
     if "forward" in layer.__dict__:
         return "its forward is replaced on the instance, as X-LoRA and device_map hooks do"
     return layer.unfused(adapters=adapters)
@@ -214,6 +218,8 @@ def _explain(layer: nn.Module, by: nn.Module, tokens: int, dtype: torch.dtype | 
         return method, "PEFT's", "peft", reason, None
     if isinstance(layer, FusedParamWrapper):
         return layer.explained(tokens, dtype)
+    if isinstance(layer, FusedEmbedding):
+        return method, "lookup", "torch", "rows of the table, and of A by one product with B", None
     base, kind = layer.base_layer, kind_of(layer.base_layer)
     like, plain = kind.like(base), replaceable(kind, base)
     N, K = kind.shape(base)

@@ -1,5 +1,5 @@
-"""PEFT's LoRA, AdaLoRA and (IA)³ on bitsandbytes' layers on the fused call, which decodes W once in forward and once in
-backward.
+"""PEFT's LoRA, AdaLoRA, (IA)³ and HiRA on bitsandbytes' layers on the fused call, which decodes W once in forward and
+once in backward.
 
 PEFT has a class for each of them beside the one on linear layers, so each has a fused one. To be imported once PEFT has
 made such layers, since it imports bitsandbytes.
@@ -11,12 +11,14 @@ from functools import reduce
 
 import torch
 from peft.tuners.adalora import bnb as adalora
+from peft.tuners.hira import bnb as hira
 from peft.tuners.ia3 import bnb as ia3
 from peft.tuners.lora import bnb as lora
 from torch import Tensor
 
 from ..core import ops
 from .peft_layers import FUSED, FusedAdaLora, FusedIA3, FusedLora, OnPacked
+from .peft_methods import FusedHira
 
 
 class FusedLora4bit(OnPacked, FusedLora, lora.Linear4bit):
@@ -60,6 +62,14 @@ class FusedIA38bit(_IA3OnPacked, ia3.Linear8bitLt):
     """On Linear8bitLt."""
 
 
+class FusedHira4bit(OnPacked, FusedHira, hira.Linear4bit):
+    """On Linear4bit."""
+
+
+class FusedHira8bit(OnPacked, FusedHira, hira.Linear8bitLt):
+    """On Linear8bitLt."""
+
+
 FUSED.update(
     {
         lora.Linear4bit: FusedLora4bit,
@@ -68,5 +78,7 @@ FUSED.update(
         adalora.SVDLinear8bitLt: FusedAdaLora8bit,
         ia3.Linear4bit: FusedIA34bit,
         ia3.Linear8bitLt: FusedIA38bit,
+        hira.Linear4bit: FusedHira4bit,
+        hira.Linear8bitLt: FusedHira8bit,
     }
 )

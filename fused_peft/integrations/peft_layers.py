@@ -52,7 +52,18 @@ def _with_base(weight: Tensor | Stored, f: Factors, bias: Tensor | None, x: Tens
     return ops.linear(x, weight, f, bias)
 
 
-class Fused:
+class Accelerated:
+    """A class that has taken the place of PEFT's."""
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        import_module("fused_peft.integrations.peft")  # what is added to a model from a pickle is to be fused too
+
+    def _get_name(self) -> str:
+        return peft_class(self).__name__  # the repr is PEFT's
+
+
+class Fused(Accelerated):
     """PEFT's layer with a fused forward. Subclasses say what the active adapters are in terms of ``Factors``."""
 
     dropouts = "lora_dropout"  # where PEFT keeps the dropout modules by adapter
@@ -195,13 +206,6 @@ class Fused:
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name not in (KEPT, TRIED)}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        import_module("fused_peft.integrations.peft")  # what is added to a model from a pickle is to be fused too
-
-    def _get_name(self) -> str:
-        return peft_class(self).__name__  # the repr is PEFT's
 
 
 class OnPacked:

@@ -27,8 +27,17 @@ class _LikeX(Fused):
         return super().forward(x, *args, **kwargs).to(x.dtype)
 
 
+WIDE = 128  # the rank above which VeRA's dB, a product that PEFT does without, costs a CPU more than PEFT's passes
+
+
 class FusedVera(OnPacked, _LikeX, vera.layer.Linear):
     dropouts = "vera_dropout"
+
+    def _adapters_unfused(self, used: list[str], kind: Frozen) -> str | None:
+        for name in used:
+            if self.r[name] > WIDE and self.vera_lambda_b[name].is_cpu:
+                return f"adapter {name!r} is VeRA of rank {self.r[name]}, on a CPU faster in PEFT's way above {WIDE}"
+        return super()._adapters_unfused(used, kind)
 
     def fused_factors(self, used: list[str], weight: Tensor | Stored | None, bias: Tensor | None) -> list[Factors]:
         return [self._one(name) for name in used]
@@ -105,8 +114,13 @@ class FusedGralora(_LikeX, gralora.layer.Linear):
 
     def _adapters_unfused(self, used: list[str], kind: Frozen) -> str | None:
         for name in used:
-            if self.r[name] % self.gralora_k[name]:
-                return f"r={self.r[name]} of adapter {name!r} is no multiple of gralora_k={self.gralora_k[name]}"
+            k, r, A = self.gralora_k[name], self.r[name], self.gralora_A[name]
+            if r % k:
+                return f"r={r} of adapter {name!r} is no multiple of gralora_k={k}"
+            if k > 2:
+                return f"adapter {name!r} is GraLoRA of {k} x {k} blocks, which as one product cost {k} times PEFT's"
+            if not self._dropped(name) and A.dtype == getattr(self.base_layer.weight, "dtype", None):
+                return f"adapter {name!r} is GraLoRA without dropout in the weight's dtype, of which PEFT keeps less"
             for part in (self.gralora_A_general[name], self.gralora_B_general[name]):
                 if reason := called(part, (nn.Linear, nn.Identity), "hybrid A or B"):
                     return reason
