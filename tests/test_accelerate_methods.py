@@ -35,7 +35,10 @@ def made(name, dtype=torch.float32, **options):
 
 
 def fuses(name, dtype=torch.float32, training=False):
-    return not name.startswith("gralora") or dtype == torch.bfloat16 or (name != "gralora" and training)
+    method, _, kind = name.partition("-")
+    if method not in ("gralora", "miss") or dtype == torch.bfloat16:
+        return True
+    return training and kind in ("dropout", "hybrid")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -66,7 +69,7 @@ def test_the_same_numbers_as_peft(name, dtype, training, same_masks, monkeypatch
 
 
 @pytest.mark.parametrize("mutant", ["doubled dB", "scale"])
-@pytest.mark.parametrize("name", [name for name in MORE if name != "gralora"])
+@pytest.mark.parametrize("name", [name for name in MORE if fuses(name, training=True)])
 def test_the_comparison_sees_a_mutant(name, mutant, same_masks, monkeypatch):
     backward, forward = Eager.backward, Eager.forward
     if mutant == "scale":
@@ -178,7 +181,7 @@ def test_adapters_act_beside_a_product_of_its_own(name, kind, second, same_masks
     calls = fused_calls(monkeypatch)
     close(results(fp.accelerate(model), x), want, 1e-5)
     (row,) = fp.explain(model)
-    assert row.form == ("PEFT's" if name in ("hira", "gralora") else "beside")
+    assert row.form == ("PEFT's" if name == "hira" or not fuses(name, training=True) else "beside")
     assert bool(calls) == (row.form == "beside")
     if name == "hira":
         assert "HiRA multiplies the weight" in row.why
@@ -219,6 +222,7 @@ UNFUSED = {
     "HiRA with dropout": (lambda: peft.HiraConfig(r=3, hira_dropout=0.2, init_weights=False), "HiRA with dropout"),
     "MiSS, bat": (lambda: peft.MissConfig(r=2, init_weights="bat"), "multiplies blocks of the weight"),
     "GraLoRA, one dtype": (lambda: peft.GraloraConfig(**GRALORA), "without dropout in the weight's dtype"),
+    "MiSS, one dtype": (lambda: peft.MissConfig(r=2, init_weights=False), "without dropout in the weight's dtype"),
     "GraLoRA, 4 x 4": (
         lambda: peft.GraloraConfig(r=4, gralora_k=4, gralora_dropout=0.1, init_weights=False),
         "4 x 4 blocks",

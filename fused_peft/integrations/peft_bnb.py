@@ -11,7 +11,8 @@ from functools import reduce
 
 import torch
 from peft.tuners.adalora import bnb as adalora
-from peft.tuners.hira import bnb as hira
+from peft.tuners.hira.bnb import Linear4bit as Hira4bit
+from peft.tuners.hira.bnb import Linear8bitLt as Hira8bit
 from peft.tuners.ia3 import bnb as ia3
 from peft.tuners.lora import bnb as lora
 from torch import Tensor
@@ -62,11 +63,11 @@ class FusedIA38bit(_IA3OnPacked, ia3.Linear8bitLt):
     """On Linear8bitLt."""
 
 
-class FusedHira4bit(OnPacked, FusedHira, hira.Linear4bit):
+class FusedHira4bit(OnPacked, FusedHira, Hira4bit):
     """On Linear4bit."""
 
 
-class FusedHira8bit(OnPacked, FusedHira, hira.Linear8bitLt):
+class FusedHira8bit(OnPacked, FusedHira, Hira8bit):
     """On Linear8bitLt."""
 
 
@@ -78,7 +79,7 @@ FUSED.update(
         adalora.SVDLinear8bitLt: FusedAdaLora8bit,
         ia3.Linear4bit: FusedIA34bit,
         ia3.Linear8bitLt: FusedIA38bit,
-        hira.Linear4bit: FusedHira4bit,
-        hira.Linear8bitLt: FusedHira8bit,
+        Hira4bit: FusedHira4bit,
+        Hira8bit: FusedHira8bit,
     }
 )

@@ -26,6 +26,10 @@ class _LikeX(Fused):
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         return super().forward(x, *args, **kwargs).to(x.dtype)
 
+    def _keeps_less(self, name: str, t: Tensor) -> bool:
+        """Whether PEFT's call has neither a mask nor an x in another dtype to keep."""
+        return not self._dropped(name) and t.dtype == getattr(getattr(self.base_layer, "weight", None), "dtype", None)
+
 
 WIDE = 128  # the rank above which VeRA's dB, a product that PEFT does without, costs a CPU more than PEFT's passes
 
@@ -89,6 +93,9 @@ class FusedMiss(OnPacked, _LikeX, miss.layer.MissLinear):
     def _adapters_unfused(self, used: list[str], kind: Frozen) -> str | None:
         if self.miss_fn == "bat" and used:
             return "MiSS with init_weights='bat' multiplies blocks of the weight"
+        for name in used:
+            if self._keeps_less(name, self.miss_block[name]):
+                return f"adapter {name!r} is MiSS without dropout in the weight's dtype, of which PEFT keeps less"
         return super()._adapters_unfused(used, kind)
 
     def fused_factors(self, used: list[str], weight: Tensor | Stored | None, bias: Tensor | None) -> list[Factors]:
@@ -114,12 +121,12 @@ class FusedGralora(_LikeX, gralora.layer.Linear):
 
     def _adapters_unfused(self, used: list[str], kind: Frozen) -> str | None:
         for name in used:
-            k, r, A = self.gralora_k[name], self.r[name], self.gralora_A[name]
+            k, r = self.gralora_k[name], self.r[name]
             if r % k:
                 return f"r={r} of adapter {name!r} is no multiple of gralora_k={k}"
             if k > 2:
                 return f"adapter {name!r} is GraLoRA of {k} x {k} blocks, which as one product cost {k} times PEFT's"
-            if not self._dropped(name) and A.dtype == getattr(self.base_layer.weight, "dtype", None):
+            if self._keeps_less(name, self.gralora_A[name]):
                 return f"adapter {name!r} is GraLoRA without dropout in the weight's dtype, of which PEFT keeps less"
             for part in (self.gralora_A_general[name], self.gralora_B_general[name]):
                 if reason := called(part, (nn.Linear, nn.Identity), "hybrid A or B"):
