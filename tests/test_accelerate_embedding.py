@@ -149,6 +149,15 @@ def test_several_adapters_mixed_batches_merging_and_none(tmp_path):
     assert type(fast.merge_and_unload().emb) is nn.Embedding
 
 
+def test_a_scaling_that_is_a_tensor():
+    """As PEFT makes it for hot-swapping in a compiled model."""
+    model = build()
+    layer = model.base_model.model.emb
+    layer.scaling["default"] = torch.tensor(layer.scaling["default"])
+    want = results(model, IDS)
+    close(results(fp.accelerate(model), IDS), want, 1e-5)
+
+
 def test_autocast_and_compiled():
     model = build()
     with torch.autocast("cpu", dtype=torch.bfloat16):

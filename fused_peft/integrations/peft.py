@@ -45,8 +45,8 @@ def __getattr__(name: str):
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Put the LoRA, DoRA, AdaLoRA and (IA)³ layers of a PEFT model, and its LoRA on stacks of experts, on the fused
-    call, in place; returns the model.
+    """Put the layers of a PEFT model (LoRA on linear layers, embeddings and stacks of experts, AdaLoRA, (IA)³, VeRA,
+    DeLoRA, HiRA, MiSS, GraLoRA) on the fused call, in place; returns the model.
 
     Keys, checkpoints and the whole of PEFT's interface stay as they are; results differ from PEFT's by rounding,
     dropout draws other masks, and gradients of gradients are refused. Layers that cannot be fused keep PEFT's forward:
@@ -237,7 +237,8 @@ def _explain(layer: nn.Module, by: nn.Module, tokens: int, dtype: torch.dtype | 
     problem = operands.foreseen(found[0], x, weight, bias, c, True, like.device)
     choice = dispatch.choose(problem)
     why = f"{who}{'; ' * bool(who)}{choice.why()}"
-    return method, "factors" if plain else "beside", choice.backend.name, why, problem
+    form = "beside" if not plain else "product" if problem.hadamard else "factors"
+    return method, form, choice.backend.name, why, problem
 
 
 def _beside_what(base: nn.Module, kind: Frozen, dtype: torch.dtype | None) -> str:
