@@ -5,6 +5,7 @@ import importlib
 import pickle
 import pkgutil
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ peft = pytest.importorskip("peft")
 
 import test_accelerate  # noqa: E402
 from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: E402
-from test_accelerate import DELORA, GRALORA, MORE, Even, R, agree, beside, build, close, fused_calls, results  # noqa: E402
+from test_accelerate import ALL, DELORA, GRALORA, MORE, Even, R, agree, beside, build, close, fused_calls, results  # noqa: E402
 
 import fused_peft as fp  # noqa: E402
 from fused_peft.core.eager import Eager  # noqa: E402
-from fused_peft.integrations import peft_unfused  # noqa: E402
+from fused_peft.integrations import peft_methods, peft_unfused  # noqa: E402
 from fused_peft.integrations.peft import FUSED  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -218,6 +219,21 @@ def test_on_layers_of_bitsandbytes(name, kind, same_masks, monkeypatch):
     assert all("decoded once each way" in row.why for row in fp.explain(model))
 
 
+def test_a_trace_leaves_nothing_behind():
+    """MiSS keeps its A for all layers of a width, but not the stand-in of one that a trace makes, nor inference's."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, x = fp.accelerate(made("miss-dropout")), torch.randn(3, 8)
+    peft_methods._SUMS.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model(torch.randn(3, 8))
+    assert not peft_methods._SUMS
+    with torch.inference_mode():
+        model(x)
+    assert len(peft_methods._SUMS) == 2
+    results(model, x)
+
+
 UNFUSED = {
     "HiRA with dropout": (lambda: peft.HiraConfig(r=3, hira_dropout=0.2, init_weights=False), "HiRA with dropout"),
     "MiSS, bat": (lambda: peft.MissConfig(r=2, init_weights="bat"), "multiplies blocks of the weight"),
@@ -292,6 +308,18 @@ def test_every_layer_of_peft_is_fused_or_says_why_not():
     assert not [name for name, reason in reasons.items() if reason is None]
     assert len(fused) >= 12
     assert not [kind for kind in fused if peft_unfused.why_unfused(kind)]
+
+
+ELSEWHERE = {"Embedding": "accelerate_embedding", "ParamWrapper": "experts_peft", "TorchaoLoraLinear": "peft_packed"}
+
+
+def test_every_fused_class_is_compared():
+    """Here, in test_accelerate.py, or in the file that is named; bitsandbytes': test_peft_bnb.py and above."""
+    reached = {type(layer) for name in ALL for layer in build(name).modules() if isinstance(layer, BaseTunerLayer)}
+    left = {kind for kind in FUSED if kind not in reached and not kind.__module__.endswith(".bnb")}
+    assert {kind.__name__ for kind in left} == set(ELSEWHERE)
+    for file in ELSEWHERE.values():
+        assert (Path(__file__).parent / f"test_{file}.py").exists()
 
 
 def test_no_reason_is_of_a_layer_that_is_gone():

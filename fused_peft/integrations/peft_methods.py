@@ -9,8 +9,6 @@ GraLoRA   k x k blocks of rank r/k: A block by block on the diagonal, and B wher
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from peft.tuners import delora, gralora, hira, miss, vera
 from torch import Tensor, nn
@@ -109,11 +107,23 @@ class FusedMiss(OnPacked, _LikeX, miss.layer.MissLinear):
         return Factors(A=A, B=B.t(), p=self._dropped(name))
 
 
-@lru_cache(maxsize=64)
+_SUMS: dict[tuple, Tensor] = {}  # one for all layers of a width
+
+
 def _sums(r: int, K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A (r, K): 1 where k mod r is the row."""
-    with torch.inference_mode(False):  # kept: a call that trains saves it
-        return (torch.arange(K, device=device) % r == torch.arange(r, device=device)[:, None]).to(dtype)
+    if torch.compiler.is_compiling():
+        return _made_sums(r, K, dtype, device)
+    if (A := _SUMS.get((r, K, dtype, device))) is None:
+        with torch.inference_mode(False):  # kept: a call that trains saves it
+            A = _made_sums(r, K, dtype, device)
+        if type(A) is Tensor:  # no stand-in of a trace
+            _SUMS[r, K, dtype, device] = A
+    return A
+
+
+def _made_sums(r: int, K: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return (torch.arange(K, device=device) % r == torch.arange(r, device=device)[:, None]).to(dtype)
 
 
 class FusedGralora(_LikeX, gralora.layer.Linear):
