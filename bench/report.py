@@ -295,6 +295,22 @@ def cpu_batch() -> str:
     )
 
 
+def cpu_accelerate() -> str:
+    """PEFT's layers over the frozen one, stock and accelerated; bytes kept over x's."""
+    found: dict[str, dict[str, dict[str, str]]] = defaultdict(dict)
+    for r in rows("cpu/accelerate.csv"):
+        found[r["method"]][r["contender"]] = r
+    who = ("accelerated", "peft")
+    header = ["forward + backward", "accelerated / HF PEFT", "accelerated / frozen", "HF PEFT / frozen"]
+    header += ["kept / x: accelerated", "kept / x: HF PEFT"]
+    body = []
+    for method, of in found.items():
+        times = [f"{float(of[w]['ratio_p50']):.2f}" for w in who]
+        kept = [f"{int(of[w]['kept_bytes']) / int(of[w]['x_bytes']):.2f}" for w in who]
+        body.append([method, f"{float(of['accelerated']['vs_peft_p50']):.2f}", *times, *kept])
+    return markdown(header, body)
+
+
 def cpu_quantised() -> str:
     """Layers of bitsandbytes: ours over HF PEFT's and the frozen layer; what is kept over the dense layer's."""
     found: dict[tuple, dict[str, dict]] = defaultdict(dict)
@@ -378,6 +394,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "behind": behind,
     "checkpoint": checkpoint,
     "choices": choices,
+    "cpu-accelerate": cpu_accelerate,
     "cpu-batch": cpu_batch,
     "cpu-experts": cpu_experts,
     "cpu-layers": cpu_layers,

@@ -151,7 +151,9 @@ def _bridge(what: str):
             f"fused_peft.{what} works on models of Hugging Face PEFT, which does not import here ({e}); pip install "
             '"fused_peft[peft]"'
         ) from e
-    if any(f"peft.tuners.{m}.bnb" in _sys.modules for m in ("lora", "adalora", "ia3")):  # PEFT made layers on it
+    if any(
+        f"peft.tuners.{m}.bnb" in _sys.modules for m in ("lora", "adalora", "ia3", "hira")
+    ):  # PEFT made layers on it
         _importlib.import_module("fused_peft.integrations.peft_bnb")
     return peft
 

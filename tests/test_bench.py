@@ -86,6 +86,15 @@ def test_no_committed_method_is_slower_than_hf_peft():
             assert float(r["vs_peft_p50"]) <= 1.02, r
 
 
+def test_no_committed_layer_of_peft_s_is_slower_or_keeps_more_once_accelerated():
+    """A busy machine's rounds: the median to 3 %."""
+    by = {(r["method"], r["contender"]): r for r in tables.read(BENCH / "results/cpu/accelerate.csv")}
+    for (method, who), r in by.items():
+        if who == "accelerated":
+            assert float(r["vs_peft_p50"]) <= 1.03, r
+            assert int(r["kept_bytes"]) <= int(by[method, "peft"]["kept_bytes"]), r
+
+
 def test_training_models_agree_before_they_are_timed(suites):
     rows = {(r["model"], r["method"], r["contender"]): r for r in suites["training"]}
     assert {key[2] for key in rows if key[0] == "small Llama"} == {"frozen", "ours", "peft", "accelerated"}

@@ -22,11 +22,13 @@ from test_accelerate import CONFIGS, agree, fused_calls, results  # noqa: E402
 import fused_peft as fp  # noqa: E402
 from fused_peft.core import frozen  # noqa: E402
 from fused_peft.core.eager import Eager  # noqa: E402
+from fused_peft.integrations.peft_unfused import why_unfused  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 same_masks = test_accelerate.same_masks
 KINDS = ["nf4", "fp4+nested", "int8"]
 FEW = ["lora", "adalora", "ia3"]
+FUSED = {*FEW, "hira"}
 K, H, N = 64, 48, 32
 
 
@@ -288,12 +290,12 @@ def test_every_method_of_peft_on_them(method, kind):
     x, was = torch.randn(3, K), type(layers[0])
     want = model(x)
     said = test_accelerate.warned(fp.accelerate, model)
-    if FEW.count(method):
+    if method in FUSED:
         assert not said
         assert type(layers[0]) is not was
         torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
         return
-    reason = f"peft.tuners.{method}.bnb.{was.__name__} has no fused form"
+    reason = f"peft.tuners.{method}.bnb.{was.__name__} has no fused form: {why_unfused(was)}"
     (said,) = said
     assert said.startswith(f"accelerate fused 0 of 2 PEFT layers; 2 keep PEFT's forward: {reason} (2, e.g. ")
     assert [type(layer) for layer in layers] == [was] * 2
@@ -344,7 +346,8 @@ def test_peft_s_other_quantised_layers_keep_its_forward(file, monkeypatch):
     layer._active_adapter = "default"
     model = nn.Sequential(layer)
     model.peft_config = {}
-    reason = f"peft.tuners.{file}.{kind.__name__} has no fused form"
+    kind.__module__ = f"peft.tuners.{file}"
+    reason = f"peft.tuners.{file}.{kind.__name__} has no fused form: {why_unfused(kind)}"
     (said,) = test_accelerate.warned(fp.accelerate, model)
     assert f"accelerate fused 0 of 1 PEFT layers; 1 keep PEFT's forward: {reason} (1, e.g. 0)" in said
     assert [(row.backend, row.why) for row in fp.explain(model)] == [("peft", reason)]

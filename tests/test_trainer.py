@@ -318,7 +318,7 @@ def test_layers_that_are_peft_s_again_are_accelerated_in_the_next_epoch():
 
 
 def test_a_model_of_which_nothing_can_be_fused_is_named_when_training_begins_and_not_in_every_epoch():
-    model, callback = adapted(False, base(), target_modules=["word_embeddings"]), FusedPeftCallback()
+    model, callback = adapted(False, base(), target_modules=["word_embeddings"], use_dora=True), FusedPeftCallback()
     (text,) = told(callback.on_train_begin, None, None, None, model=model)
     assert "fused 0 of 1" in text
     assert told(callback.on_epoch_begin, None, None, None, model=model) == []

@@ -423,4 +423,9 @@ def kind_of(module: nn.Module) -> Frozen | str:
         if found := kind.reads(module):
             return found if isinstance(found, str) else kind
     name = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return (
+            f"{name} is not a linear layer but looks up rows; exclude it, or adapt the model by Hugging Face PEFT's "
+            "LoraConfig and call fused_peft.accelerate, which has LoRA on embeddings too"
+        )
     return f"{name} is not a linear layer (torch.nn.Linear, Transformers' Conv1D, or one with in_features); exclude it"
