@@ -245,6 +245,7 @@ def test_it_is_used_where_it_was_right_and_faster(passed, ms, used, record, monk
 def test_calibrate_tests_and_times_it(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     monkeypatch.setenv("FUSED_PEFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(records, "_held", {})
     records.forget()
     model = nn.Sequential(quantised_layer("stand-in", K=24, N=40, dtype=torch.float16, compute_dtype=torch.float16))
     model = fp.get_peft_model(model, fp.LoraConfig(r=2, target_modules=["0"]))
@@ -267,6 +268,7 @@ def test_calibrate_tests_and_times_it(tmp_path, monkeypatch):
 
 def test_a_kernel_that_fails_its_test_is_off(monkeypatch, tmp_path):
     monkeypatch.setenv("FUSED_PEFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(records, "_held", {})
     monkeypatch.setattr(coded, "multiplied", lambda x, back, *w: x.new_zeros(len(x), w[2][back]))
     records.forget()
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
