@@ -8,7 +8,7 @@ Methods and notation: arXiv 2407.05417. ``python -m fused_peft info`` shows what
 
 import importlib as _importlib
 import sys as _sys
-from contextlib import suppress as _suppress
+import warnings as _warnings
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ from .core.paths import source_dir
 _provide_kernels()
 _provide_moved()
 
+from .core.imports import after_import as _after_import  # noqa: E402
 from .core.versions import warn_outside as _warn_outside  # noqa: E402
 
 _warn_outside("torch")  # before anything that an untried version could break
@@ -58,7 +59,6 @@ from .methods import (  # noqa: E402
     VeraConfig,
     bottleneck,
 )
-from .methods import base as _base  # noqa: E402
 from .model import batch as _batch  # noqa: E402
 from .model import explain as _explain  # noqa: E402
 from .model import schedule as _schedule  # noqa: E402
@@ -90,13 +90,6 @@ _backends.decode.failure = _decoding
 _ops.on_dtensors = lambda: _importlib.import_module("fused_peft.distributed.parallel")  # imports torch.distributed
 
 
-def _register_with_peft() -> None:
-    """Where Hugging Face PEFT is in use, make it know the methods that it lacks."""
-    if "peft" in _sys.modules and "fused_peft.integrations.tuners" not in _sys.modules:
-        with _suppress(ImportError):  # a PEFT too old for it
-            _importlib.import_module("fused_peft.integrations.tuners")
-
-
 def _peft_rows(model, tokens, dtype):
     """explain's rows of a Hugging Face PEFT model."""
     return _bridge("explain").explanations(model, tokens, dtype) if "peft" in _sys.modules else []
@@ -113,7 +106,6 @@ def _members_in_peft(model):
     return _bridge("adapter_batch").members(model) if "peft" in _sys.modules else []
 
 
-_base.ON_USE.append(_register_with_peft)
 _batch.OF_PEFT.append(_members_in_peft)
 _explain.OF_PEFT.append(_peft_rows)
 _schedule.OF_PEFT.append(_allocate_in_peft)
@@ -128,9 +120,19 @@ def _bridge(what: str):
             f"fused_peft.{what} works on models of Hugging Face PEFT, which does not import here ({e}); pip install "
             '"fused_peft[peft]"'
         ) from e
-    if any(f"peft.tuners.{m}.bnb" in _sys.modules for m in ("lora", "adalora", "ia3")):  # PEFT made layers on it
-        _importlib.import_module("fused_peft.integrations.peft_bnb")
+    peft.know_bitsandbytes()
     return peft
+
+
+def _meet_peft():
+    """Make the configs PEFT's, and the methods that it lacks known to it."""
+    try:
+        _importlib.import_module("fused_peft.integrations.peft")
+    except Exception as e:  # importing PEFT must not fail for it
+        _warnings.warn(f"Hugging Face PEFT will not take this library's configs: {e}", stacklevel=2)
+
+
+_after_import("peft", _meet_peft)
 
 
 def accelerate(model):

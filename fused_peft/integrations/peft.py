@@ -8,10 +8,12 @@ model later are accelerated as they come: PEFT makes them all in ``BaseTuner.inj
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial, reduce, wraps
+from importlib import import_module
 from operator import mul
 from weakref import ref
 
@@ -34,6 +36,7 @@ from ..model.adapter import in_turn
 from ..model.batch import Member, Switch
 from ..model.explain import Row, explain_layer, stored_as
 from ..model.rows import Chosen, length_error, lora_form, mixed
+from .configs import is_ours
 from .experts import ParamWrapper as FusedParamWrapper
 from .experts import hooked, started_by
 from .tuners import FusedTunerLayer
@@ -428,6 +431,12 @@ def _nothing_to_fuse(model: nn.Module) -> str:
     )
 
 
+def know_bitsandbytes() -> None:
+    """Where PEFT made layers on bitsandbytes', their fused forms."""
+    if any(f"peft.tuners.{method}.bnb" in sys.modules for method in ("lora", "adalora", "ia3")):
+        import_module(f"{__package__}.peft_bnb")
+
+
 def _fuse(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
         if type(layer) in FUSED:
@@ -491,15 +500,17 @@ def _accelerate_what_is_added(inject_adapter):
     """BaseTuner.inject_adapter that goes on, where the model is accelerated, to accelerate the layers it made.
 
     It is PEFT's one door for add_adapter, load_adapter, add_weighted_adapter and inject_adapter_in_model. That a model
-    is accelerated shows by the classes of its layers alone, so copies and pickles keep it and ``restore`` ends it.
+    is accelerated shows by the classes of its layers alone, so copies and pickles keep it and ``restore`` ends it. What
+    a config of this library adds is accelerated on any model.
     """
 
     @wraps(inject_adapter)
     def inject(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         before = [layer for _, layer in _layers(model)]
-        accelerated = any(isinstance(layer, _ANY) for layer in before)
+        accelerated = is_ours(self.peft_config[adapter_name]) or any(isinstance(layer, _ANY) for layer in before)
         inject_adapter(self, model, adapter_name, *args, **kwargs)
         if accelerated:
+            know_bitsandbytes()
             layers, known = _layers(model), {id(layer) for layer in before}
             _fuse(layer for _, layer in layers if id(layer) not in known)
             _report([(name, layer) for name, layer in layers if _has(layer, adapter_name)], adapter_name)
