@@ -132,7 +132,16 @@ def _meet_peft():
         _warnings.warn(f"Hugging Face PEFT will not take this library's configs: {e}", stacklevel=2)
 
 
+def _meet_trl(module):
+    """Let the trainer of one of TRL's modules know this library's adapters."""
+    _importlib.import_module("fused_peft.integrations.trl").meet(module)
+
+
 _after_import("peft", _meet_peft)
+for _module in ("dpo", "kto", "grpo", "rloo"):
+    _module = f"trl.trainer.{_module}_trainer"
+    _after_import(_module, lambda module=_module: _meet_trl(module))
+del _module
 
 
 def accelerate(model):

@@ -22,7 +22,7 @@ from test_accelerate import warned  # noqa: E402
 from test_register import Net, configured, shaken  # noqa: E402
 
 import fused_peft as fp  # noqa: E402
-from fused_peft.core.imports import after_import  # noqa: E402
+from fused_peft.core import imports  # noqa: E402
 from fused_peft.integrations import tuners  # noqa: E402
 from fused_peft.integrations.peft import FUSED  # noqa: E402
 from fused_peft.methods import METHODS, method_of  # noqa: E402
@@ -256,7 +256,6 @@ from peft.utils import PeftType  # a submodule
 assert isinstance(configs[1].to_peft(), sys.modules["peft"].LoraConfig)
 assert pickle.loads(stored) == configs
 assert fp.SSBConfig.peft_type is PeftType.SSB
-assert not [f for f in sys.meta_path if type(f).__module__ == "fused_peft.core.imports"]
 assert "exec_module" not in vars(sys.modules["peft"].__spec__.loader)
 """,
     "no config made": "",
@@ -311,10 +310,12 @@ def test_acting_after_an_import(tmp_path, monkeypatch):
     root, part = tmp_path / "awaited/__init__.py", tmp_path / "awaited/part.py"
     root.write_text("raise RuntimeError('half way')")
     part.write_text("x = 1")
-    seen, before = [], [*sys.meta_path]
+    seen = []
     for name in ("first", "second"):
-        after_import("awaited", lambda name=name: seen.append((name, sys.modules["awaited"].__dict__.get("done"))))
-    after_import("awaited.never", lambda: seen.append("never"))
+        imports.after_import(
+            "awaited", lambda name=name: seen.append((name, sys.modules["awaited"].__dict__.get("done")))
+        )
+    imports.after_import("awaited.never", lambda: seen.append("never"))
     assert importlib.util.find_spec("awaited") is not None
     with pytest.raises(RuntimeError, match="half way"):
         importlib.import_module("awaited")
@@ -324,10 +325,9 @@ def test_acting_after_an_import(tmp_path, monkeypatch):
     importlib.import_module("awaited.part")
     assert sorted(seen) == [("first", "done"), ("second", "done")]
     importlib.reload(sys.modules["awaited"])
-    after_import("awaited", lambda: seen.append("at once"))
+    imports.after_import("awaited", lambda: seen.append("at once"))
     assert seen[2:] == ["at once"]
-    (left,) = [f for f in sys.meta_path if f not in before]
-    sys.meta_path.remove(left)
+    del imports._WAITING.acts["awaited.never"]
     assert "exec_module" not in vars(sys.modules["awaited"].__spec__.loader)
     for name in ("awaited", "awaited.part"):
         del sys.modules[name]
