@@ -244,6 +244,30 @@ def test_soft_prompts_become_peft_s(tmp_path):
         torch.testing.assert_close(logits(ours), logits(model), rtol=0, atol=1e-5)
 
 
+def test_kasa_is_peft_s_update_on_a_weight_that_is_not_truncated(tmp_path):
+    """One name, two weights: PEFT's KaSA takes the r smallest singular values out of W, ours leaves W alone."""
+    lower = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["layers.0"], kasa_config=peft.KasaConfig())
+    theirs = shaken(peft.get_peft_model(Net(), lower)).double()
+    layer, W = theirs.base_model.model.layers[0], Net().layers[0].weight.double()
+    U, S, Vh = torch.linalg.svd(W)
+    torch.testing.assert_close(layer.base_layer.weight, U[:, :6] * S[:6] @ Vh[:6], rtol=0, atol=1e-6)
+    base = Net().double()
+    base.layers[0].weight.data.copy_(layer.base_layer.weight)
+    ours = fp.get_peft_model(base, fp.KasaConfig(r=2, lora_alpha=6, target_modules=["layers.0"]))
+    parts = {
+        "lora_A": layer.lora_A.default.weight,
+        "lora_B": layer.lora_B.default.weight,
+        "lora_diag": layer.lora_diag.default,
+    }
+    ours.layers[0].load_state_dict({k: v.detach() for k, v in parts.items()}, strict=False)
+    x = torch.randn(3, 8, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
+    assert fp.KasaConfig.peft_type not in ("LORA", *{m.value for m in peft.PeftType} - tuners.REGISTERED)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(fp.AdapterFormatError, match=r"kasa_config.*load this adapter with PEFT"):
+        fp.load_adapter(Net(), tmp_path)
+
+
 # --- whichever is imported first --------------------------------------------------------------------------------------
 
 IMPORTS = {
