@@ -126,6 +126,9 @@ def _bridge(what: str):
 
 def _meet_peft():
     """Make the configs PEFT's, and the methods that it lacks known to it."""
+    begun = _sys.modules.get("fused_peft.integrations.tuners")
+    if begun is not None and not hasattr(begun, "REGISTERED"):  # PEFT is imported by it, and the rest will be
+        return
     try:
         _importlib.import_module("fused_peft.integrations.peft")
     except Exception as e:  # importing PEFT must not fail for it

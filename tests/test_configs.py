@@ -283,6 +283,7 @@ assert fp.SSBConfig.peft_type is PeftType.SSB
 assert "exec_module" not in vars(sys.modules["peft"].__spec__.loader)
 """,
     "no config made": "",
+    "the file that registers": "from fused_peft.integrations import tuners",
     "peft before": None,
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -272,3 +273,4 @@ def _register() -> frozenset[str]:
 
 
 REGISTERED = _register()
+import_module(f"{__package__}.peft")  # the rest of what PEFT needs, where this file is the first to be imported
