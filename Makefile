@@ -44,6 +44,12 @@ $(VENV)/deepspeed: $(VENV)/dev
 $(VENV)/torchao: $(VENV)/torch
 	$(BIN)/pip install --quiet --no-deps --target $@ "torchao==0.18.0"
 
+# TRL and what it imports; where they do not install the tests of its trainers are skipped, and this says so
+$(VENV)/trl: $(VENV)/dev
+	$(BIN)/pip install --quiet --no-deps --target $@ "trl==1.16.0" "datasets==5.2.0" "dill==0.4.1" \
+	  "multiprocess==0.70.19" "xxhash==4.1.0" "pandas==3.1.1" "pyarrow==23.0.1" \
+	  || { rm -rf $@; echo "NOT CHECKED: TRL's trainers, since TRL does not install"; }
+
 .PHONY: lint check test bare gate cuda-check without-nvcc demo bench bench-gpu report clean
 
 lint: $(VENV)/dev
@@ -58,7 +64,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest --numproces
 check: lint
 	$(PYTEST) -m "not slow"
 
-test: lint bare gate $(if $(NVCC),cuda-check,without-nvcc) $(VENV)/cutlass $(VENV)/deepspeed $(VENV)/torchao
+test: lint bare gate $(if $(NVCC),cuda-check,without-nvcc) $(VENV)/cutlass $(VENV)/deepspeed $(VENV)/torchao $(VENV)/trl
 	$(PYTEST)
 
 bare: $(VENV)/bare/torch

@@ -8,7 +8,7 @@ Methods and notation: arXiv 2407.05417. ``python -m fused_peft info`` shows what
 
 import importlib as _importlib
 import sys as _sys
-from contextlib import suppress as _suppress
+import warnings as _warnings
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ from .core.paths import source_dir
 _provide_kernels()
 _provide_moved()
 
+from .core.imports import after_import as _after_import  # noqa: E402
 from .core.versions import warn_outside as _warn_outside  # noqa: E402
 
 _warn_outside("torch")  # before anything that an untried version could break
@@ -58,7 +59,6 @@ from .methods import (  # noqa: E402
     VeraConfig,
     bottleneck,
 )
-from .methods import base as _base  # noqa: E402
 from .model import batch as _batch  # noqa: E402
 from .model import explain as _explain  # noqa: E402
 from .model import export as _export  # noqa: E402
@@ -95,13 +95,6 @@ _backends.decode.failure = _decoding
 _ops.on_dtensors = lambda: _importlib.import_module("fused_peft.distributed.parallel")  # imports torch.distributed
 
 
-def _register_with_peft() -> None:
-    """Where Hugging Face PEFT is in use, make it know the methods that it lacks."""
-    if "peft" in _sys.modules and "fused_peft.integrations.tuners" not in _sys.modules:
-        with _suppress(ImportError):  # a PEFT too old for it
-            _importlib.import_module("fused_peft.integrations.tuners")
-
-
 def _peft_rows(model, tokens, dtype):
     """explain's rows of a Hugging Face PEFT model."""
     return _bridge("explain").explanations(model, tokens, dtype) if "peft" in _sys.modules else []
@@ -134,7 +127,6 @@ def _peft_statuses(model):
     return _importlib.import_module("fused_peft.integrations.peft_read").statuses(model)
 
 
-_base.ON_USE.append(_register_with_peft)
 _batch.OF_PEFT.append(_members_in_peft)
 _explain.OF_PEFT.append(_peft_rows)
 _export.OF_PEFT.append(_exported_from_peft)
@@ -151,11 +143,31 @@ def _bridge(what: str):
             f"fused_peft.{what} works on models of Hugging Face PEFT, which does not import here ({e}); pip install "
             '"fused_peft[peft]"'
         ) from e
-    if any(
-        f"peft.tuners.{m}.bnb" in _sys.modules for m in ("lora", "adalora", "ia3", "hira")
-    ):  # PEFT made layers on it
-        _importlib.import_module("fused_peft.integrations.peft_bnb")
+    peft.know_bitsandbytes()
     return peft
+
+
+def _meet_peft():
+    """Make the configs PEFT's, and the methods that it lacks known to it."""
+    begun = _sys.modules.get("fused_peft.integrations.tuners")
+    if begun is not None and not hasattr(begun, "REGISTERED"):  # PEFT is imported by it, and the rest will be
+        return
+    try:
+        _importlib.import_module("fused_peft.integrations.peft")
+    except Exception as e:  # importing PEFT must not fail for it
+        _warnings.warn(f"Hugging Face PEFT will not take this library's configs: {e}", stacklevel=2)
+
+
+def _meet_trl(module):
+    """Let the trainer of one of TRL's modules know this library's adapters."""
+    _importlib.import_module("fused_peft.integrations.trl").meet(module)
+
+
+_after_import("peft", _meet_peft)
+for _module in ("dpo", "kto", "grpo", "rloo"):
+    _module = f"trl.trainer.{_module}_trainer"
+    _after_import(_module, lambda module=_module: _meet_trl(module))
+del _module
 
 
 def accelerate(model):

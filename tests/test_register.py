@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -169,16 +167,6 @@ def test_a_merge_that_fails_changes_nothing_and_unmerge_survives_a_cast():
     torch.testing.assert_close(layer.weight, before.double(), rtol=0, atol=0)
 
 
-def test_a_config_made_before_peft_was_imported():
-    script = """
-import fused_peft as fp
-config = fp.FloraConfig(r=2, target_modules=["0"])
-import peft, torch
-peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), config)
-"""
-    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True, capture_output=True)
-
-
 def test_schedules_penalties_and_explanations_see_the_active_adapter():
     dash = next(c for c in OWN if c.name == "lora_dash")
     model, _ = both(dash)
@@ -275,17 +263,6 @@ def test_a_weight_in_another_format_is_not_merged(call):
     with pytest.raises(fp.NotMergeableError, match=r"the weight of layers\.2 is a Packed"):
         getattr(model, call)()
     assert torch.equal(model.base_model.model.layers[0].weight, before)
-
-
-def test_peft_is_not_given_a_config_whose_method_it_has():
-    """It would take it for one of its own and fail on a field that it lacks."""
-    had = [c for c in CASES if c.make(3).peft_type not in tuners.REGISTERED]
-    assert len(had) > 5
-    for case in had:
-        model = Net()
-        with pytest.raises(TypeError, match=r"PEFT has \w+ itself; give PEFT a peft\.\w+ and call"):
-            peft.get_peft_model(model, configured(case))
-        assert type(model.layers[0]) is nn.Linear
 
 
 def test_nothing_is_said_of_layers_that_run_fused_already():

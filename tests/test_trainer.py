@@ -322,3 +322,129 @@ def test_a_model_of_which_nothing_can_be_fused_is_named_when_training_begins_and
     (text,) = told(callback.on_train_begin, None, None, None, model=model)
     assert "fused 0 of 1" in text
     assert told(callback.on_epoch_begin, None, None, None, model=model) == []
+
+
+# --- five methods, through either library, on a small Llama -----------------------------------------------------------
+
+ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
+# the budget of PEFT's AdaLoRA, which does not resume after that, is not to fall
+LATE = {"init_r": 4, "target_r": 2, "tinit": STEPS, "tfinal": STEPS, "total_step": 3 * STEPS}
+FIVE = {
+    "lora": fp.LoraConfig(r=4, **ATTENTION),
+    "dora": fp.DoraConfig(r=4, **ATTENTION),
+    "ssb": fp.SSBConfig(**ATTENTION),
+    "adalora": fp.AdaLoraConfig(**LATE, **ATTENTION),
+    "flora": fp.FloraConfig(r=4, **ATTENTION),
+}
+five = pytest.mark.parametrize("name", FIVE)
+doors = pytest.mark.parametrize("door", [fp.get_peft_model, peft.get_peft_model], ids=["fp", "peft"])
+
+
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=40))
+
+
+def through(door, config):
+    torch.manual_seed(1)
+    return door(llama(), config)
+
+
+ROWS = torch.randint(1, 40, (4 * STEPS, 7), generator=torch.Generator().manual_seed(1))
+
+
+class Losses(transformers.TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen += [logs["loss"]] if "loss" in logs else []
+
+
+def language_model(folder, model, *callbacks, **kwargs):
+    args = transformers.TrainingArguments(
+        str(folder), per_device_train_batch_size=4, max_steps=STEPS, learning_rate=1e-2, report_to=[], seed=0,
+        save_steps=STEPS // 2, logging_steps=1, use_cpu=True, disable_tqdm=True, **kwargs,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in ROWS]
+    return transformers.Trainer(model, args, train_dataset=data, eval_dataset=data[:4], callbacks=[*callbacks])
+
+
+def trained_tensors(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+@five
+@doors
+def test_trainer_stores_the_adapter_alone_and_resumes(tmp_path, name, door):
+    config, losses = FIVE[name], Losses()
+    whole = language_model(tmp_path / "whole", through(door, config), FusedPeftCallback(), losses)
+    whole.train()
+    assert losses.seen[-1] != losses.seen[0]
+    assert not any(type(m) in FUSED for m in whole.model.modules())
+    half = tmp_path / f"whole/checkpoint-{STEPS // 2}"
+    again = language_model(tmp_path / "again", through(door, config), FusedPeftCallback())
+    again.train(resume_from_checkpoint=str(half))
+    resumed = trained_tensors(again.model)
+    assert all(torch.equal(p, resumed[n]) for n, p in trained_tensors(whole.model).items())
+    weights = {f.name: load_file(f) for f in half.glob("*.safetensors")}
+    assert "adapter_model.safetensors" in weights
+    assert not [key for stored in weights.values() for key in stored if re.search(r"embed_tokens|_proj\.weight", key)]
+    assert (half / "adapter_config.json").is_file()
+    assert not (half / "config.json").exists()
+    loaded = fp.load_adapter(llama(), tmp_path / f"whole/checkpoint-{STEPS}").eval()
+    want = whole.model.eval()(input_ids=ROWS[:2]).logits
+    torch.testing.assert_close(loaded(input_ids=ROWS[:2]).logits, want, rtol=0, atol=1e-5)
+    own = config.to_peft()
+    if door is peft.get_peft_model and own is not config:  # PEFT as it is
+        stock = Losses()
+        language_model(tmp_path / "stock", through(door, own), stock).train()
+        assert losses.seen == pytest.approx(stock.seen, rel=1e-5)
+
+
+@doors
+def test_trainer_loads_the_best_adapter(tmp_path, door):
+    """The one of the highest loss, which is not the last."""
+    run = language_model(
+        tmp_path, through(door, FIVE["flora"]), FusedPeftCallback(), eval_strategy="steps", eval_steps=STEPS // 2,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True,
+    )  # fmt: skip
+    run.train()
+    assert run.state.best_model_checkpoint.endswith(f"checkpoint-{STEPS // 2}")
+    assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric, abs=1e-6)
+
+
+def accelerated_loop(model, folder, load=None):
+    """Losses and trained tensors of six steps of Accelerate's plain loop, with its state stored after three of them."""
+    import accelerate
+
+    accelerator = accelerate.Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    if load is not None:
+        accelerator.load_state(load)
+    losses = []
+    for step in range(0 if load is None else 3, 6):
+        if step == 3 and load is None:
+            accelerator.save_state(folder)
+        loss = model(input_ids=ROWS[4 * step :][:4], labels=ROWS[4 * step :][:4]).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, trained_tensors(accelerator.unwrap_model(model))
+
+
+@five
+@doors
+def test_a_plain_loop_of_accelerate_resumes(tmp_path, name, door):
+    config = FIVE[name]
+    losses, want = accelerated_loop(through(door, config), tmp_path / "state")
+    again, found = accelerated_loop(through(door, config), None, load=tmp_path / "state")
+    assert again == losses[3:]
+    assert all(torch.equal(t, found[n]) for n, t in want.items())
+    own = config.to_peft()
+    if door is peft.get_peft_model and own is not config:
+        assert accelerated_loop(through(door, own), tmp_path / "stock")[0] == pytest.approx(losses, rel=1e-5)

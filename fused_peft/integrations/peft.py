@@ -9,10 +9,12 @@ which this file wraps.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial, wraps
+from importlib import import_module
 
 import torch
 from peft.tuners import adalora, lora
@@ -27,6 +29,7 @@ from ..model.adapted import is_adapted
 from ..model.batch import Member, Switch
 from ..model.explain import Row, explain_layer, stored_as
 from . import peft_layers, peft_methods  # noqa: F401 which registers its layers
+from .configs import is_ours
 from .experts import ParamWrapper as FusedParamWrapper
 from .experts import started_by
 from .peft_embedding import FusedEmbedding
@@ -108,6 +111,12 @@ def _nothing_to_fuse(model: nn.Module) -> str:
     )
 
 
+def know_bitsandbytes() -> None:
+    """Where PEFT made layers on bitsandbytes', their fused forms."""
+    if any(f"peft.tuners.{method}.bnb" in sys.modules for method in ("lora", "adalora", "ia3", "hira")):
+        import_module(f"{__package__}.peft_bnb")
+
+
 def _fuse(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
         if type(layer) in FUSED:
@@ -173,15 +182,17 @@ def _accelerate_what_is_added(inject_adapter):
     """BaseTuner.inject_adapter that goes on, where the model is accelerated, to accelerate the layers it made.
 
     It is PEFT's one door for add_adapter, load_adapter, add_weighted_adapter and inject_adapter_in_model. That a model
-    is accelerated shows by the classes of its layers alone, so copies and pickles keep it and ``restore`` ends it.
+    is accelerated shows by the classes of its layers alone, so copies and pickles keep it and ``restore`` ends it. What
+    a config of this library adds is accelerated on any model.
     """
 
     @wraps(inject_adapter)
     def inject(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         before = [layer for _, layer in _layers(model)]
-        accelerated = any(isinstance(layer, _ANY) for layer in before)
+        accelerated = is_ours(self.peft_config[adapter_name]) or any(isinstance(layer, _ANY) for layer in before)
         inject_adapter(self, model, adapter_name, *args, **kwargs)
         if accelerated:
+            know_bitsandbytes()
             layers, known = _layers(model), {id(layer) for layer in before}
             _fuse(layer for _, layer in layers if id(layer) not in known)
             _report([(name, layer) for name, layer in layers if _has(layer, adapter_name)], adapter_name)

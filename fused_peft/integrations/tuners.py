@@ -1,8 +1,7 @@
 """This library's methods inside Hugging Face PEFT: ``peft.get_peft_model(model, fp.SSBConfig(...))``.
 
-Importing this file registers every method that PEFT lacks with ``peft.utils.register_peft_method``; making a config
-imports it where PEFT is in use. Adapters, checkpoints, switching, merging and Trainer are then PEFT's; each layer
-computes through ``compose``.
+Importing this file registers every method that PEFT lacks with ``peft.utils.register_peft_method``. Adapters,
+checkpoints, switching, merging and Trainer are then PEFT's; each layer computes through ``compose``.
 """
 
 from __future__ import annotations
@@ -10,10 +9,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from importlib import import_module
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import register_peft_method
@@ -23,7 +21,7 @@ from torch import Tensor, nn
 from ..core.factors import NotMergeableError
 from ..core.frozen import is_foreign, kind_of, now
 from ..methods import METHODS, PeftConfig, method_of
-from ..model import adapted, adapter_config, checks
+from ..model import adapted, checks
 from ..model.adapter import Adapter, compose, merged, why_not_together
 from ..model.layer import readable, why_not_adaptable
 from ..model.rows import Chosen, length_error, mixed
@@ -257,33 +255,8 @@ class FusedTuner(BaseTuner):
                         found[adapter_name].data = found[adapter_name].data.to(layer.kind.dtype(layer.holder()))
 
 
-def _to_dict(self) -> dict:
-    return {"peft_type": self.peft_type, **self.stored()}
-
-
-def _save_config(self, save_directory, **kwargs) -> None:
-    adapter_config.write_config(self, Path(save_directory))
-
-
-def _load_config(path, subfolder: str | None = None, **kwargs) -> PeftConfig:
-    return adapter_config.load_config(Path(path, subfolder or ""))
-
-
-def _refuse_in_peft(self) -> None:
-    if self.peft_type not in REGISTERED:
-        kind, own = type(self).__name__, PEFT_TYPE_TO_CONFIG_MAPPING.get(self.peft_type)
-        raise TypeError(
-            f"the config is a fused_peft.{kind}, and PEFT has {self.peft_type} itself; give PEFT a "
-            f"{'config of its own' if own is None else f'peft.{own.__name__}'} and call fused_peft.accelerate(model), "
-            f"or use fused_peft.get_peft_model(model, config)"
-        )
-
-
 def _register() -> frozenset[str]:
-    """Every peft_type that PEFT does not have, and on the configs what PEFT calls on its own; the types."""
-    PeftConfig._refuse_in_peft = _refuse_in_peft
-    PeftConfig.to_dict, PeftConfig.save_pretrained = _to_dict, _save_config
-    PeftConfig.from_pretrained = staticmethod(_load_config)
+    """Every peft_type that PEFT does not have; returns the types."""
     known = set(PeftType._member_map_)
     lacking = {m.config.peft_type: m.config for m in METHODS.values() if m.config.peft_type not in known}
     for peft_type, config in lacking.items():
@@ -300,3 +273,4 @@ def _register() -> frozenset[str]:
 
 
 REGISTERED = _register()
+import_module(f"{__package__}.peft")  # the rest of what PEFT needs, where this file is the first to be imported

@@ -6,6 +6,7 @@ A method file imports ``factors`` and this file, declares one ``Method`` and not
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 import os
 import re
@@ -29,14 +30,6 @@ class Init(NamedTuple):
     buffers: dict[str, Tensor] = {}
 
 
-def _on_use() -> None:
-    for call in ON_USE:
-        call()
-
-
-ON_USE: list[Callable[[], None]] = []  # called when a config is made, or PEFT first asks one
-
-
 # Hugging Face PEFT's TaskType
 TASKS = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
@@ -51,9 +44,14 @@ def naming(rule: str) -> dict[str, str]:
     return {"names": rule}
 
 
+class Root:
+    """What configs derive from until Hugging Face PEFT is imported: then its own PeftConfig takes this one's place."""
+
+
 @dataclass(kw_only=True)
-class PeftConfig:
-    """Fields common to all methods, named and meant as in Hugging Face PEFT.
+class PeftConfig(Root):
+    """Fields common to all methods, named and meant as in Hugging Face PEFT, of whose PeftConfig it is a subclass once
+    PEFT is imported (``integrations.configs``).
 
     target_modules: names (a module matches when its full name equals one or ends with "." + one), a regular expression
         for the full name, "all-linear", or None for the architecture's usual modules.
@@ -90,7 +88,6 @@ class PeftConfig:
     revision: str | None = None
 
     def __post_init__(self):
-        _on_use()
         for f in fields(self):  # None is an empty table, a tuple a list: what a file gives back
             value = getattr(self, f.name)
             if value is None and f.default_factory is dict:
@@ -152,18 +149,6 @@ class PeftConfig:
             raise TypeError(f"{name}={value!r} must hold non-empty strings")
         return names
 
-    is_adaption_prompt: ClassVar[bool] = False  # this and the next for PEFT, which asks every config
-
-    @property
-    def is_prompt_learning(self) -> bool:
-        """False; the first question that PEFT puts to a config, which may have been made before PEFT was imported."""
-        _on_use()
-        self._refuse_in_peft()
-        return False
-
-    def _refuse_in_peft(self) -> None:
-        """TypeError where PEFT would take this config for one of its own; integrations.tuners fills it in."""
-
     def __setattr__(self, name: str, value: Any) -> None:
         if self.__dict__.get("_in_use"):
             raise AttributeError(
@@ -176,6 +161,16 @@ class PeftConfig:
         """As it was pickled, by an older version too: a field that it lacked has its default."""
         self.__dict__.update({f.name: f.default_factory() for f in fields(self) if f.default_factory is not MISSING})
         self.__dict__.update(state)
+
+    def to_peft(self):
+        """Hugging Face PEFT's own config of the same method, or this config where PEFT has no such method.
+
+        Raises ImportError without PEFT, ValueError for a setting that PEFT has no counterpart of.
+        """
+        importlib.import_module("peft")  # whose coming puts integrations.configs.to_peft in this one's place
+        if PeftConfig.__bases__ == (Root,):
+            raise ImportError("the Hugging Face PEFT installed here does not take this library's configs")
+        return self.to_peft()
 
     def in_use(self) -> PeftConfig:
         """A copy that cannot be changed any more, for a built layer to keep."""

@@ -1,6 +1,7 @@
 """KaSA's diagonal: W' = W + s·B diag(E) A with E started at N(0, 1) and B at 0.
 
 Wang et al., arXiv 2412.06071, without its truncation of W's smallest singular values, so it starts as the identity.
+Hugging Face PEFT's LoraConfig(kasa_config=...) truncates: the same update, on another W.
 """
 
 from __future__ import annotations

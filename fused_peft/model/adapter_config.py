@@ -69,16 +69,17 @@ def write_config(config: PeftConfig, path: Path) -> None:
     put_config(config_text(config), path)
 
 
-def config_text(config: PeftConfig) -> str:
-    """What goes into the file. Warns of settings that PEFT would ignore."""
+def config_text(config: PeftConfig, **more: Any) -> str:
+    """What goes into the file, with ``more`` entries. Warns of settings that PEFT would ignore."""
     document, ignored = _document(config)
     if ignored and in_peft(config):
         warnings.warn(
-            f"Hugging Face PEFT ignores {ignored} of {config.peft_type}; it will load another adapter", stacklevel=4
+            f"Hugging Face PEFT ignores {ignored} of {config.peft_type.upper()}; it will load another adapter",
+            stacklevel=4,
         )
     if not in_peft(config):
         document[NOTE] = note(config)
-    return json.dumps(dict(sorted(document.items())), indent=2) + "\n"  # patterns keep their order
+    return json.dumps(dict(sorted((document | more).items())), indent=2) + "\n"  # patterns keep their order
 
 
 def put_config(text: str, path: Path) -> None:
@@ -118,7 +119,8 @@ def _defaults(config: PeftConfig) -> dict[str, Any]:
 
 def _digest(document: dict[str, Any]) -> int:
     """Of the entries that matter to a reading; the base model may have moved."""
-    kept = {k: v for k, v in _plainly(document).items() if k not in ("base_model_name_or_path", "revision", NOTE)}
+    of_base = ("base_model_name_or_path", "revision", "auto_mapping")
+    kept = {k: v for k, v in _plainly(document).items() if k not in (*of_base, NOTE)}
     return zlib.crc32(json.dumps(kept, sort_keys=True).encode())
 
 
@@ -158,6 +160,18 @@ def unpacked(entry: Tensor) -> PeftConfig:
     except (ValueError, KeyError, TypeError) as e:
         raise AdapterFormatError(f"{ENTRY} of the state_dict is not an adapter config: {e}") from e
     return _read(stored, left, ENTRY)
+
+
+def from_entries(entries: dict[str, Any]) -> PeftConfig:
+    """The config of a file's entries, its note among them. Raises as ``load_config``."""
+    return _read(entries, entries.get(NOTE) or {}, CONFIG_NAME)
+
+
+def for_peft(config: PeftConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what PEFT's own config of the method is made of, those settings that it would ignore)."""
+    document, ignored = _document(config)
+    found = {k: v for k, v in _plainly(document).items() if k not in ignored}
+    return found | {"inference_mode": config.inference_mode}, ignored
 
 
 def _read(stored: dict[str, Any], left: dict[str, Any], file: Path | str) -> PeftConfig:

@@ -38,6 +38,7 @@ class SoftPromptConfig(PeftConfig):
     num_transformer_submodules: int | None = None
 
     method_name: ClassVar[str]
+    is_prompt_learning: ClassVar[bool] = True  # which PEFT asks
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,8 +132,8 @@ def hooked(model: nn.Module, config: SoftPromptConfig) -> nn.Module:
         if _argument(module, needed):
             return module
     raise ValueError(
-        f"model={type(model).__name__} does not accept {' or '.join(needed)}, which {config.peft_type} needs; adapt "
-        "weights instead, e.g. with LoraConfig"
+        f"model={type(model).__name__} does not accept {' or '.join(needed)}, which {config.peft_type.upper()} needs; "
+        "adapt weights instead, e.g. with LoraConfig"
     )
 
 
