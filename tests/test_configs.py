@@ -172,7 +172,7 @@ def test_adapters_that_a_config_adds_are_accelerated_and_those_of_peft_s_own_are
     mixed = peft.get_peft_model(Net(), config, mixed=True)
     mixed.add_adapter("second", fp.LoraConfig(r=3, target_modules=["layers.2"]))
     assert [type(mixed.base_model.model.layers[i]) in FUSED.values() for i in (0, 2)] == [True, True]
-    said = warned(peft.get_peft_model, Net(), fp.VeraConfig(r=2, target_modules=["layers.0"]))
+    said = warned(peft.get_peft_model, Net(), fp.VeraConfig(r=129, target_modules=["layers.0"]))  # too many, on a CPU
     assert any("accelerate fused 0 of 1 PEFT layers" in text for text in said)
     assert (
         fp.restore(peft.get_peft_model(Net(), config)).base_model.model.layers[0].__class__ is peft.tuners.lora.Linear

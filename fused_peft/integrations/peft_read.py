@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..core.frozen import Transposed, kind_of
 from ..model.export import Piece, Source, changes_bias, piece_of
 from ..model.status import LayerStatus, dtypes_of, seen
-from .peft import _Fused, explanations, peft_class, replaceable
+from .peft import explanations
+from .peft_layers import Fused, peft_class, replaceable
 from .tuners import FusedTunerLayer
 
 _MERGED = ("model.merge_and_unload() makes the merged model",)
@@ -45,7 +46,7 @@ def _piece(name: str, layer: nn.Module, adapter_name: str) -> Piece:
         piece = piece_of(name, name, layer.adapter(adapter_name))
         return piece._replace(ways=_MERGED if piece.mergeable else ())
     method = peft_class(layer).__module__.split(".")[2]
-    fused = isinstance(layer, _Fused)
+    fused = isinstance(layer, Fused)
     if not fused or (reason := layer.unfused(adapters=[adapter_name])):
         reason = reason if fused else "fused_peft.accelerate has not run on it, or does not know it"
         raise ValueError(
