@@ -173,6 +173,18 @@ def test_most_methods_do():
     assert all(USED.get(name, True) for name in ("lora", "ssb", "ia3", "lora-dropout", "bitfit"))
 
 
+def test_explain_says_so(alone):
+    layer, *_ = few("stand-in", fp.LoraConfig(r=4))
+    row = fp.explain(nn.Sequential(layer), 5)[0]
+    assert (row.form, row.problem.M, row.problem.present & {"w", "c"}) == ("beside", 5, {"c"})
+    assert "the product of few rows is a call of its own, that decodes in its loop; " in row.why
+    assert "decoded once each way" in fp.explain(nn.Sequential(layer), ops.FEW + 1)[0].why
+    fp.set_backend("cublas")
+    assert "of its own, after that; " in fp.explain(nn.Sequential(layer), 5)[0].why
+    fp.set_backend(None)
+    assert fp.explain(nn.Sequential(layer), 5)[0].form == "factors"  # on a CPU
+
+
 def test_beyond_few_rows_the_call_is_fused(asked, alone):
     layer, reference, x, dy = few("stand-in", fp.LoraConfig(r=4), rows=ops.FEW + 1)
     assert far(layer_results(layer, x, dy), layer_results(reference, x, dy))[0] < 1e-2

@@ -84,9 +84,12 @@ def multiplies(w: Coded, M: int, dtype: torch.dtype) -> bool:
 
 def in_loop(w: Coded, x: Tensor, back: bool) -> Tensor | None:
     """For ``core.frozen``: x Wᵀ or x W, or None where W is to be decoded first."""
-    if multiplies(w, x.shape[0], x.dtype) and _chosen(product_of(w, x.shape[0], x.dtype)):
-        return kernels().coded.multiplied(x, back, *w)
-    return None
+    return kernels().coded.multiplied(x, back, *w) if takes(w, x.shape[0], x.dtype) else None
+
+
+def takes(w: Coded, M: int, dtype: torch.dtype) -> bool:
+    """Whether a product of M rows decodes in its loop: where that was seen right and faster, or is asked for."""
+    return multiplies(w, M, dtype) and _chosen(product_of(w, M, dtype))
 
 
 def _chosen(p: Problem) -> bool:

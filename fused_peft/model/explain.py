@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..core import dispatch, experts, operands, table
+from ..backends import decode
+from ..core import dispatch, experts, frozen, operands, ops, table
 from ..core.frozen import Frozen, now
 from ..core.sharded import is_sharded
 from .adapted import is_pefts
@@ -91,6 +92,11 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
         choice = dispatch.choose(problem)
         return names, "beside", choice.backend.name, f"{stored}{who}; {choice.why()}", problem
     method = first.method
+    if kind.packed and (how := _product_alone(kind, first, tokens, dtype)):
+        problem = _problem(first, tokens, dtype, beside=True)
+        choice = dispatch.choose(problem) if problem else None
+        why = f"{stored}{how}; {choice.why() if choice else 'nothing is beside it'}"
+        return names, "beside", choice.backend.name if choice else "torch", why, problem
     if first.forms_weight(tokens):
         why = f"{stored}the weight is formed in each call, then one plain GEMM"
         if method.cost:
@@ -105,6 +111,19 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
     why += stored
     why += f"sharded over {layer.weight.device_mesh.size()} processes; " if sharded else ""
     return names, form, choice.backend.name, why + choice.why(), problem
+
+
+def _product_alone(kind: Frozen, adapter: Bound, tokens: int, dtype: torch.dtype | None) -> str | None:
+    """How the product of few rows with a weight in parts is taken, where it is a call of its own (``ops.linear``)."""
+    method, W = adapter.method, kind.matrix(adapter.holder())
+    if tokens > ops.FEW or dispatch.is_eager(W.parts[0]) or method.reads_weight or method.output or method.weight:
+        return None
+    f = method.factors(adapter)
+    if f.hadamard or (f.drop_base and f.p and adapter.training):
+        return None
+    w = frozen.coded(W.spec, W.parts, whole=False)
+    inside = w is not None and decode.takes(w, tokens, W.compute or dtype or W.dtype)
+    return f"the product of few rows is a call of its own, {'that decodes in its loop' if inside else 'after that'}"
 
 
 def _explain_parameter(
