@@ -58,6 +58,8 @@ struct Plan {
   static_assert(FORM != INLINE || INNER, "INLINE needs the columns of A's tile");
 };
 
+#ifdef FUSED_PEFT_DEVICE  // what follows is not for the host
+
 FUSED_PEFT_DEVICE void put_pair(float (&to)[16], int i, float2 pair) {
   to[2 * i] = pair.x;
   to[2 * i + 1] = pair.y;
@@ -417,11 +419,16 @@ FUSED_PEFT_DEVICE void run(const Parameters& p) {
   if (size > 1) ptx::sync_cluster();  // a neighbour may still write or arrive here
 }
 
-#ifndef FUSED_PEFT_EMULATE
-template <class P>
-__global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Parameters p) {
-  run<P>(p);
-}
 #endif
 
 }  // namespace fused_peft
+
+// One compiled plan: what fused_peft/backends/plans.py puts into a source file of its own.
+#ifdef __CUDACC__
+#define FUSED_PEFT_KERNEL(NAME, ...)                                                                              \
+  extern "C" __global__ void __launch_bounds__(fused_peft::THREADS, 1)                                            \
+      fused_peft_##NAME(const __grid_constant__ fused_peft::Parameters p) {                                       \
+    using namespace fused_peft;                                                                                   \
+    run<Plan<__VA_ARGS__>>(p);                                                                                    \
+  }
+#endif

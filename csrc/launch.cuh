@@ -1,7 +1,8 @@
-// The host's side: a call in plain C becomes tensor maps, a schedule and one launch; nothing of PyTorch is needed.
+// The host's side: a call in plain C becomes tensor maps, a schedule and one launch. A C++ compiler alone builds it.
 #pragma once
 #include <cstdio>
 
+#include "driver.h"
 #include "gemm.cuh"
 
 namespace fused_peft {
@@ -18,23 +19,9 @@ struct Call {
   int dtype, d_in_kind, d_out_kind, bias_kind;
   int bias_inside, across, cluster_m, cluster_n, group, processors, overlap;
   uint32_t seed_of_order;  // the emulator's
+  int device;
   void* stream;
 };
-
-using Status = const char*;  // what went wrong; null when nothing did
-
-#ifndef FUSED_PEFT_EMULATE
-// cuTensorMapEncodeTiled, found through the runtime so that libcuda is no dependency of the link.
-inline decltype(&cuTensorMapEncodeTiled) encoder() {
-  static auto found = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  return found;
-}
-#endif
 
 // A (rows, columns) matrix and the box one TMA instruction moves; bytes: of an element.
 inline bool describe(TensorMap* map, const void* data, int rows, int columns, int64_t stride, int box_rows,
@@ -46,17 +33,12 @@ inline bool describe(TensorMap* map, const void* data, int rows, int columns, in
           swizzled};
   return reinterpret_cast<uint64_t>(data) % 16 == 0 && (rows == 1 || stride * bytes % 16 == 0);
 #else
-  cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride * bytes)};
-  cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
-  auto type = kind == FP32   ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
-              : kind == BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  auto encode = encoder();
-  return encode && encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE,
-                          swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
-                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  const uint64_t sizes[2] = {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows)};
+  const uint64_t strides[1] = {static_cast<uint64_t>(stride * bytes)};
+  const uint32_t box[2] = {static_cast<uint32_t>(box_columns), static_cast<uint32_t>(box_rows)}, steps[2] = {1, 1};
+  auto type = kind == FP32 ? Driver::FP32 : kind == BF16 ? Driver::BF16 : Driver::FP16;
+  return !driver.encode(map, type, 2, const_cast<void*>(data), sizes, strides, box, steps, 0,
+                        swizzled ? Driver::SWIZZLE_128B : 0, Driver::L2_256B, 0);
 #endif
 }
 
@@ -104,53 +86,46 @@ Status start(const Call& c) {
   return nullptr;
 }
 #else
-inline Status said(cudaError_t error) {
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // or the next check elsewhere reports it again
-  return cudaGetErrorString(error);
-}
-
 template <class P>
-Status start(const Call& c) {
+Status start(const Call& c, void* kernel) {
   Parameters p;
+  if (Status wrong = driver.bind(c.device)) return wrong;
   if (Status wrong = prepare<P>(c, &p)) return wrong;
-  // of the current device, so asked for every time
-  cudaError_t error = cudaFuncSetAttribute(gemm<P>, cudaFuncAttributeMaxDynamicSharedMemorySize, P::BYTES);
-  if (error != cudaSuccess) return said(error);
-  cudaLaunchAttribute attributes[2];
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(p.schedule.size()), 1, 1};
-  if (P::FORM == INLINE) {  // blocks wait for each other's T: all of them run at once, or none
-    attributes[1].id = cudaLaunchAttributeCooperative;
-    attributes[1].val.cooperative = 1;
-  } else {
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = c.overlap;
-  }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(p.schedule.blocks(c.processors));
-  config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = P::BYTES;
-  config.stream = static_cast<cudaStream_t>(c.stream);
-  config.attrs = attributes;
-  config.numAttrs = 2;
-  error = cudaLaunchKernelEx(&config, gemm<P>, static_cast<const Parameters>(p));
-  if (error == cudaErrorCooperativeLaunchTooLarge) {  // part of the GPU is not ours: as many blocks as it can hold
+  LaunchAttribute attributes[2] = {{LaunchAttribute::CLUSTER, {static_cast<unsigned>(p.schedule.size()), 1, 1}}};
+  if (P::FORM == INLINE) attributes[1] = {LaunchAttribute::COOPERATIVE, {1}};  // blocks wait for each other's T: all
+  else attributes[1] = {LaunchAttribute::PROGRAMMATIC, {c.overlap != 0}};      // of them run at once, or none
+  LaunchConfig config = {
+      {static_cast<unsigned>(p.schedule.blocks(c.processors)), 1, 1}, {THREADS, 1, 1}, P::BYTES, c.stream, attributes, 2};
+  void* parameters[1] = {&p};
+  int result = driver.launch_ex(&config, kernel, parameters, nullptr);
+  if (result == Driver::COOPERATIVE_TOO_LARGE) {  // part of the GPU is not ours: as many blocks as it can hold
     int clusters = 0;
-    said(error);
-    error = cudaOccupancyMaxActiveClusters(&clusters, gemm<P>, &config);
-    config.gridDim = dim3(static_cast<unsigned>(clusters * p.schedule.size()));
-    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, gemm<P>, static_cast<const Parameters>(p));
+    result = driver.clusters(&clusters, kernel, &config);
+    config.grid[0] = static_cast<unsigned>(clusters * p.schedule.size());
+    if (!result) result = driver.launch_ex(&config, kernel, parameters, nullptr);
   }
-  return said(error);
+  return driver.said(result);
 }
 #endif
 
 }  // namespace fused_peft
 
-// One compiled plan, callable by name from C; what fused_peft/backends/extension.py puts into files of their own.
+// One plan, callable by name from C once its kernel is loaded; what fused_peft/backends/plans.py makes a library of.
+#ifdef FUSED_PEFT_EMULATE
 #define FUSED_PEFT_INSTANCE(NAME, ...)                                       \
   extern "C" fused_peft::Status fused_peft_##NAME(const fused_peft::Call* c) { \
     using namespace fused_peft;                                              \
     return start<Plan<__VA_ARGS__>>(*c);                                     \
   }
+#else
+#define FUSED_PEFT_INSTANCE(NAME, ...)                                              \
+  static void* kernel_##NAME = nullptr;                                             \
+  extern "C" fused_peft::Status fused_peft_load_##NAME(const void* cubin) {         \
+    using namespace fused_peft;                                                     \
+    return driver.read(&kernel_##NAME, cubin, "fused_peft_" #NAME, Plan<__VA_ARGS__>::BYTES); \
+  }                                                                                 \
+  extern "C" fused_peft::Status fused_peft_##NAME(const fused_peft::Call* c) {      \
+    using namespace fused_peft;                                                     \
+    return start<Plan<__VA_ARGS__>>(*c, kernel_##NAME);                             \
+  }
+#endif

@@ -1,21 +1,24 @@
 // One named function an instruction of sm_90a. Shared memory is addressed by its 32-bit window; csrc/emulator.h has the
 // same functions for the CPU.
+//
+// No header of CUDA's or of C++'s is needed, so that NVRTC alone compiles this; the host's side sees the types only.
 #pragma once
-#include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#include <type_traits>
-
-#define FUSED_PEFT_DEVICE __device__ __forceinline__
+#include "dropout.cuh"
 
 namespace fused_peft {
 
-using TensorMap = CUtensorMap;
-using bf16 = __nv_bfloat16;
-using fp16 = __half;
+struct alignas(64) TensorMap {  // CUtensorMap
+  uint64_t words[16];
+};
+struct bf16 {};
+struct fp16 {};
 
+}  // namespace fused_peft
+
+#ifdef __CUDACC__
+#define FUSED_PEFT_DEVICE __device__ __forceinline__
+
+namespace fused_peft {
 namespace ptx {
 
 // where am I
@@ -155,11 +158,19 @@ template <class T>
 FUSED_PEFT_DEVICE float2 unpack(uint32_t both);
 template <>
 FUSED_PEFT_DEVICE float2 unpack<bf16>(uint32_t both) {
-  return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&both));
+  float2 two;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.bf16 %0, low;\ncvt.f32.bf16 %1, high;\n}"
+      : "=f"(two.x), "=f"(two.y)
+      : "r"(both));
+  return two;
 }
 template <>
 FUSED_PEFT_DEVICE float2 unpack<fp16>(uint32_t both) {
-  return __half22float2(*reinterpret_cast<__half2*>(&both));
+  float2 two;
+  asm("{\n.reg .f16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+      : "=f"(two.x), "=f"(two.y)
+      : "r"(both));
+  return two;
 }
 
 // global and shared memory
@@ -258,10 +269,15 @@ FUSED_PEFT_DEVICE void products_wait() {
 #define WGMMA_NEXT_133 "134"
 #define WGMMA_NEXT(I) WGMMA_NEXT_##I
 
+template <class T>
+constexpr bool IS_BF16 = false;
+template <>
+constexpr bool IS_BF16<bf16> = true;
+
 // ACROSS: b lies with K across, in blocks of 64 columns
 template <class T, int N, int ACROSS>
 FUSED_PEFT_DEVICE void product(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
-  constexpr bool BF16 = std::is_same_v<T, bf16>;
+  constexpr bool BF16 = IS_BF16<T>;
   if constexpr (N == 16) {
     if constexpr (BF16) WGMMA_SHARED(16, 8, 8, 9, 10, "bf16");
     else WGMMA_SHARED(16, 8, 8, 9, 10, "f16");
@@ -287,7 +303,7 @@ FUSED_PEFT_DEVICE void product(float (&d)[N / 2], uint64_t a, uint64_t b, int ac
 // a: the 64 x 16 operand in registers, as load_matrices gives it
 template <class T, int N, int ACROSS>
 FUSED_PEFT_DEVICE void product(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-  constexpr bool BF16 = std::is_same_v<T, bf16>;
+  constexpr bool BF16 = IS_BF16<T>;
   if constexpr (N == 128) {
     if constexpr (BF16) WGMMA_REGISTERS(128, 64, 64, 65, 66, 67, 68, 69, "bf16");
     else WGMMA_REGISTERS(128, 64, 64, 65, 66, 67, 68, 69, "f16");
@@ -304,3 +320,4 @@ FUSED_PEFT_DEVICE void product(float (&d)[N / 2], const uint32_t (&a)[4], uint64
 
 }  // namespace ptx
 }  // namespace fused_peft
+#endif

@@ -1,8 +1,6 @@
 // Index arithmetic of the GEMM, host and device: order of tiles, pipeline stages and phases, edges, layouts in registers
 // and shared memory. Plain integers in and out, so that unit tests run it on the CPU.
 #pragma once
-#include <cstdint>
-
 #include "dropout.cuh"
 
 namespace fused_peft {

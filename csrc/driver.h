@@ -1,0 +1,107 @@
+// CUDA's driver, opened when it is needed: what csrc/ takes of cuda.h, declared by hand, so that neither its headers nor
+// its libraries are needed to build. tests/driver_test.cpp holds the declarations to NVIDIA's.
+#pragma once
+#include <dlfcn.h>
+
+#include <cstdint>
+
+namespace fused_peft {
+
+using Status = const char*;  // what went wrong; null when nothing did
+
+struct LaunchAttribute {  // CUlaunchAttribute
+  enum Id : int { COOPERATIVE = 2, CLUSTER = 4, PROGRAMMATIC = 6 };
+  alignas(8) Id id;
+  alignas(8) unsigned value[16];
+};
+
+struct LaunchConfig {  // CUlaunchConfig
+  unsigned grid[3], block[3], shared_bytes;
+  void* stream;
+  LaunchAttribute* attributes;
+  unsigned count;
+};
+
+struct Driver {
+  enum { RELAXED = 2, COOPERATIVE_TOO_LARGE = 720, MAJOR = 75, MINOR = 76, SHARED_BYTES = 8 };  // of several enums
+  enum Type { FP16 = 6, FP32 = 7, BF16 = 9 };  // of a tensor map's elements
+  enum { SWIZZLE_128B = 3, L2_256B = 3 };
+
+  int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
+  int (*launch_ex)(const LaunchConfig*, void*, void**, void**);
+  int (*encode)(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*, const uint32_t*, int, int,
+                int, int);
+  int (*error_string)(int, const char**);
+  int (*get_context)(void**);
+  int (*set_context)(void*);
+  int (*primary)(void**, int);
+  int (*load)(void**, const void*, void*, void*, unsigned, void*, void*, unsigned);
+  int (*kernel)(void**, void*, const char*);
+  int (*set_attribute)(int, int, void*, int);
+  int (*device_count)(int*);
+  int (*device_attribute)(int*, int, int);
+  int (*clusters)(int*, void*, const LaunchConfig*);
+  int (*capture_mode)(int*);
+
+  Status open(const char* library) {
+    void* handle = dlopen(library, RTLD_LAZY);
+    if (!handle) return dlerror();
+    auto find = [handle](auto& function, const char* name) {
+      function = reinterpret_cast<decltype(+function)>(dlsym(handle, name));
+      return function != nullptr;
+    };
+    bool all = find(launch, "cuLaunchKernel") && find(launch_ex, "cuLaunchKernelEx") &&
+               find(encode, "cuTensorMapEncodeTiled") && find(error_string, "cuGetErrorString") &&
+               find(get_context, "cuCtxGetCurrent") && find(set_context, "cuCtxSetCurrent") &&
+               find(primary, "cuDevicePrimaryCtxRetain") && find(load, "cuLibraryLoadData") &&
+               find(kernel, "cuLibraryGetKernel") && find(set_attribute, "cuKernelSetAttribute") &&
+               find(device_count, "cuDeviceGetCount") && find(device_attribute, "cuDeviceGetAttribute") &&
+               find(clusters, "cuOccupancyMaxActiveClusters") &&
+               find(capture_mode, "cuThreadExchangeStreamCaptureMode");
+    return all ? nullptr : "the driver lacks a function of CUDA 12";
+  }
+
+  Status said(int result) const {
+    if (!result) return nullptr;
+    const char* text = nullptr;
+    error_string(result, &text);
+    return text ? text : "an error that the driver has no words for";
+  }
+
+  // A thread of autograd's may have no context yet: PyTorch sets a device only where it is not the current one.
+  Status bind(int device) const {
+    void* context = nullptr;
+    int result = get_context(&context);
+    if (result || context) return said(result);
+    if ((result = primary(&context, device))) return said(result);
+    return said(set_context(context));
+  }
+
+  // A kernel of a cubin, for every sm_90 there is, with so much shared memory. Other threads may capture a graph meanwhile.
+  Status read(void** found, const void* cubin, const char* name, int shared_bytes) const {
+    int mode = RELAXED;
+    capture_mode(&mode);
+    Status wrong = read_now(found, cubin, name, shared_bytes);
+    capture_mode(&mode);
+    return wrong;
+  }
+
+ private:
+  Status read_now(void** found, const void* cubin, const char* name, int shared_bytes) const {
+    void* library = nullptr;
+    int result = load(&library, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0), devices = 0;
+    if (!result) result = kernel(found, library, name);
+    if (!result) result = device_count(&devices);
+    for (int device = 0; !result && device < devices; ++device) {
+      int major = 0, minor = 0;
+      device_attribute(&major, MAJOR, device);
+      device_attribute(&minor, MINOR, device);
+      if (major == 9 && minor == 0) result = set_attribute(SHARED_BYTES, shared_bytes, *found, device);
+    }
+    return said(result);
+  }
+};
+
+static Driver driver;
+
+}  // namespace fused_peft
