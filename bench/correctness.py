@@ -34,7 +34,7 @@ from plans import Gemm, clusters
 
 import fused_peft as fp
 from fused_peft.backends import extension, replay
-from fused_peft.backends.extension import PLANS, Plan
+from fused_peft.backends.plans import PLANS, Plan
 from fused_peft.core import dispatch, ops
 from fused_peft.core.dropout import keep_mask, new_seed, threshold
 from fused_peft.core.operands import Problem, foreseen

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fused_peft.backends import extension
-from fused_peft.backends.extension import KINDS, Call, Plan
+from fused_peft.backends.plans import KINDS, Call, Plan
 from fused_peft.core.dropout import keep_mask
 from fused_peft.tools import verify
 

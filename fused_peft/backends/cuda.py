@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..core.operands import Problem
 from ..kernels import configs
-from . import extension, hopper
+from . import extension, hopper, plans
 from . import triton as base
-from .extension import KINDS, Call, Cast, Factor, Plan
 from .hopper import HALF, LEAST
 from .hopper import rows as _rows
+from .plans import CAST, KINDS, Call, Cast, Factor, Plan
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -29,7 +29,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 def config_of_gemm(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> configs.Config:
     tiles = configs.tiles
     waves = lambda tile: tiles(tiles(M, tile[0]) * tiles(N, tile[1]), 132) * tile[0] * tile[1]  # noqa: E731
-    BM, BN = min(extension.TILES, key=waves)
+    BM, BN = min(plans.TILES, key=waves)
     paired = tiles(M, BM) if BN >= BM else tiles(N, BN)  # an odd one out is computed for nothing
     whole = tiles(M, BM) * tiles(N, BN) >= 132 and (paired % 2 == 0 or paired >= 16)
     return configs.Config(BM, BN, 64, 12, 4, cluster=2 if whole else 1)
@@ -60,7 +60,7 @@ class _Gemm:
         flags = self._flags_for(x, BM) if form == "INLINE" else None
         call = Call(
             **args, **vectors, **rows, dtype=KINDS[x.dtype], cluster_m=cluster_m, cluster_n=cluster_n,
-            processors=grid[0], flags=flags, seed_of_order=EMULATOR["seed"],
+            processors=grid[0], flags=flags, seed_of_order=EMULATOR["seed"], device=x.device.index,
             stream=base.kernels().launch.stream(x.device),
         )  # fmt: skip
         extension.call(plan.name, call, not x.is_cuda)
@@ -82,9 +82,9 @@ EMULATOR = {"seed": 0, "processors": 4}  # the emulator's order of events, and h
 
 @cache
 def _broken(emulated: bool) -> str | None:
-    """Why the library is not to be had; builds it to know."""
+    """Why csrc/ is not to be had; builds what every call needs to know."""
     try:
-        extension.library(emulated)
+        extension.probe(emulated)
     except extension.BuildError as e:
         return str(e)
     return None
@@ -121,16 +121,18 @@ def _cast(x: Tensor, *factors: tuple[Tensor, float]) -> list[Tensor]:
                 )
             )  # fmt: skip
     if jobs and not launch.recording():
-        cast = Cast(factors=(Factor * 2)(*jobs), dtype=KINDS[x.dtype], stream=launch.stream(x.device))
+        cast = Cast(
+            factors=(Factor * 2)(*jobs), dtype=KINDS[x.dtype], device=x.device.index, stream=launch.stream(x.device)
+        )
         with launch.on(x.device):
-            extension.call("cast", cast, not x.is_cuda)
+            extension.call(CAST, cast, not x.is_cuda)
     return found
 
 
 def _inlines(r: int, mask, a, G, h: str, d_in) -> bool:
     """Whether T can be made inside the GEMM: nothing on x before it, nothing after it."""
     plain = mask is None and a is None and G is None and d_in is None and h == "identity"
-    return plain and r <= max(extension.INNER)
+    return plain and r <= max(plans.INNER)
 
 
 class Cuda(hopper.Hopper):
@@ -187,8 +189,8 @@ class Cuda(hopper.Hopper):
         config = configs.choose("gemm_cuda", arch, 16, M, N, K, R)
         inner = 0
         if inline:
-            inner = min(n for n in extension.INNER if n >= R)
-        BM, BN = extension.tile_for(config.BM, config.BN, inner)
+            inner = min(n for n in plans.INNER if n >= R)
+        BM, BN = plans.tile_for(config.BM, config.BN, inner)
         A = B = S = T = None
         if inline:
             B, A = _cast(x, (update.B, update.scale), (update.A, 1.0))
