@@ -21,8 +21,8 @@ from torch.utils import cpp_extension
 
 import fused_peft as fp
 from fused_peft.__main__ import main
-from fused_peft.backends import cuda, extension
-from fused_peft.backends.extension import PLANS, Call, Plan
+from fused_peft.backends import built, cuda, emulation, extension, plans
+from fused_peft.backends.plans import PLANS, Plan
 from fused_peft.backends.triton import kernels
 from fused_peft.core import dispatch, operands, records
 from fused_peft.tools import compile_csrc, verify
@@ -30,7 +30,7 @@ from fused_peft.tools import compile_csrc, verify
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = fp.source_dir("csrc")
 CUTLASS = ROOT / ".venv/cutlass/cutlass_library/source/include"
-TOOLKIT = extension.toolkit() / "include" if extension.nvcc() else Path("none")
+TOOLKIT = compile_csrc.toolkit() / "include" if compile_csrc.nvcc() else Path("none")
 
 pytest.importorskip("triton", reason="Triton runs on Linux")
 compiles = pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
@@ -167,7 +167,7 @@ def _mutated(tmp_path, file, old, new, plan):
     source = folder / f"{file}.cuh"
     assert source.read_text().count(old) == 1, old
     source.write_text(source.read_text().replace(old, new))
-    (folder / "plan.cpp").write_text(plan.source)
+    (folder / "plan.cpp").write_text(f'#include "launch.cuh"\n{plan.instance}')
     library = tmp_path / "plan.so"
     flags = ["-std=c++17", "-O1", "-w", "-DFUSED_PEFT_EMULATE", "-fPIC", "-shared"]
     subprocess.run(["g++", *flags, folder / "plan.cpp", "-o", library], check=True)
@@ -273,7 +273,7 @@ def hopper(monkeypatch, record):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=0: (9, 0))
-    monkeypatch.setattr(extension, "failure", lambda emulated: None)
+    monkeypatch.setattr(extension, "failure", lambda on_cpu: None)
     monkeypatch.setattr(cuda, "_broken", lambda emulated: None)
     record()
     yield monkeypatch
@@ -367,8 +367,9 @@ def test_an_older_gpu_is_a_reason(hopper):
 def workshop(tmp_path, monkeypatch):
     """A build folder of its own, and one plan to build."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(extension, "PLANS", PLANS[:1])
-    cleared = (extension.fingerprint, extension.library, extension.function, cuda._broken)
+    for module in (emulation, plans):
+        monkeypatch.setattr(module, "PLANS", PLANS[:1])
+    cleared = (plans.fingerprint, extension.library, extension.function, cuda._broken)
     for cached in cleared:
         cached.cache_clear()
     yield types.SimpleNamespace(folder=tmp_path, monkeypatch=monkeypatch)
@@ -382,7 +383,7 @@ def test_built_once_and_found_again(workshop):
     assert extension.failure(True) is None
     extension.library(True)
     extension.library.cache_clear()
-    workshop.monkeypatch.setattr(extension, "_build", None)  # not called again
+    workshop.monkeypatch.setattr(emulation, "_build", None)  # not called again
     workshop.monkeypatch.setenv("PATH", "")  # nor is a compiler needed
     assert extension.failure(True) is None
     extension.library(True)
@@ -391,12 +392,13 @@ def test_built_once_and_found_again(workshop):
 @compiles
 def test_a_failed_build_is_a_reason_and_is_remembered(workshop):
     broken = Plan("bf16", 128, 256, False, "NONE_SUCH")
-    workshop.monkeypatch.setattr(extension, "PLANS", [broken])
-    extension.fingerprint.cache_clear()
+    for module in (emulation, plans):
+        workshop.monkeypatch.setattr(module, "PLANS", [broken])
+    plans.fingerprint.cache_clear()
     with pytest.raises(extension.BuildError, match=r"csrc/ failed to compile: .*error.*delete .*failed\.txt"):
         extension.library(True)
     assert "csrc/ failed to compile" in extension.failure(True)
-    workshop.monkeypatch.setattr(extension, "_build", None)
+    workshop.monkeypatch.setattr(emulation, "_build", None)
     assert "csrc/ failed to compile" in cuda._broken(True)
     if not torch.cuda.is_available():
         assert "csrc/ failed to compile" in dispatch.backends()["cuda"].available()[0]
@@ -416,7 +418,7 @@ def test_where_nothing_can_be_written(workshop):
 
 @compiles
 def test_a_lock_left_behind_is_no_obstacle(workshop):
-    folder = extension._folder(True)
+    folder = emulation._folder()
     folder.mkdir(parents=True)
     (folder / "lock").write_text("")  # of a process that was killed: torch would wait for ever
     extension.library(True)
@@ -425,14 +427,14 @@ def test_a_lock_left_behind_is_no_obstacle(workshop):
 @compiles
 def test_a_library_that_is_gone_or_does_not_load(workshop):
     extension.library(True)
-    (file,) = extension._folder(True).glob("*.so")
+    (file,) = emulation._folder().glob("*.so")
     extension.library.cache_clear()
     file.unlink()
     forgetful = type(cpp_extension.JIT_EXTENSION_VERSIONER)()  # as in another process
     workshop.monkeypatch.setattr(cpp_extension, "JIT_EXTENSION_VERSIONER", forgetful)
     extension.library(True)  # built anew
-    for built in file.parent.glob("*.so"):  # files of their names are loaded already, and would be found so
-        built.unlink()
+    for so in file.parent.glob("*.so"):  # files of their names are loaded already, and would be found so
+        so.unlink()
     file.with_name("other.so").write_bytes(b"of another machine")
     extension.library.cache_clear()
     with pytest.raises(extension.BuildError, match="built but does not load"):
@@ -443,12 +445,12 @@ def test_a_library_that_is_gone_or_does_not_load(workshop):
 def test_a_failure_noted_meanwhile_is_not_repeated(workshop):
     asked = []
 
-    def failure(emulated):  # nothing is known at first; then another process has failed
-        asked.append(emulated)
+    def failure():  # nothing is known at first; then another process has failed
+        asked.append(None)
         return None if len(asked) == 1 else "csrc/ failed to compile: over there"
 
-    workshop.monkeypatch.setattr(extension, "_build", None)
-    workshop.monkeypatch.setattr(extension, "failure", failure)
+    workshop.monkeypatch.setattr(emulation, "_build", None)
+    workshop.monkeypatch.setattr(emulation, "failure", failure)
     assert extension.failure(True) is None
     with pytest.raises(extension.BuildError, match="over there"):
         extension.library(True)
@@ -456,38 +458,17 @@ def test_a_failure_noted_meanwhile_is_not_repeated(workshop):
 
 def test_without_compilers(workshop):
     workshop.monkeypatch.setenv("PATH", "")
-    workshop.monkeypatch.delenv("CUDA_HOME", raising=False)
-    workshop.monkeypatch.setattr(extension, "nvcc", lambda: None)
-    workshop.monkeypatch.setattr(extension.sys, "executable", "/nowhere/python")
-    assert extension.failure() == (
-        "csrc/ cannot be compiled: ninja is not installed (pip install ninja), "
-        "nvcc is not on the PATH (install the CUDA toolkit, or set CUDA_HOME)"
-    )
-    with pytest.raises(extension.BuildError, match="nvcc is not on the PATH"):
-        extension.library()
-    workshop.monkeypatch.setattr(compile_csrc, "nvcc", lambda: None)
-    with pytest.raises(RuntimeError, match="nvcc is not on the PATH; install"):
-        next(compile_csrc.compile_all(workshop.folder))
-
-
-@pytest.mark.skipif(not extension.nvcc(), reason="needs nvcc")
-def test_nvcc_builds_a_library_that_loads(workshop):
-    """Compiled, linked and loaded as on a machine with a GPU; a PyTorch without CUDA gets empty stand-ins to link."""
-    if torch.version.cuda is None:
-        (workshop.folder / "empty.c").write_text("")
-        for name in ("c10_cuda", "torch_cuda"):
-            command = ["g++", "-shared", "-o", workshop.folder / f"lib{name}.so", workshop.folder / "empty.c"]
-            subprocess.run(command, check=True)
-        workshop.monkeypatch.setenv("LIBRARY_PATH", str(workshop.folder))
-    loaded = extension.library()
-    assert loaded.fused_peft_sizes(0) == ctypes.sizeof(Call)
-    assert getattr(loaded, f"fused_peft_{PLANS[0].name}")
+    workshop.monkeypatch.setattr(built.sys, "executable", "/nowhere/python")
+    missing = "ninja is not installed (pip install ninja), g++ is not on the PATH"
+    assert extension.failure(True) == f"csrc/ cannot be compiled: {missing}"
+    with pytest.raises(extension.BuildError, match="ninja is not installed"):
+        extension.library(True)
 
 
 # The check
 
 
-CLEAN = compile_csrc.Report("plan", 168, 0, 230_000, 5, 8, 8, 0, 3, ())
+CLEAN = compile_csrc.Report("plan", "nvrtc 13.0", 168, 0, 230_000, 5, 8, 8, 0, 3, ())
 
 
 @pytest.mark.parametrize(
@@ -508,16 +489,14 @@ def test_the_check_refuses(changes, fault):
     assert any(fault in found for found in replace(CLEAN, **changes).faults())
 
 
-@pytest.mark.skipif(not extension.nvcc(), reason="needs nvcc")
+@pytest.mark.skipif(not compile_csrc.nvcc(), reason="needs nvcc")
 def test_asserts_in_device_code_are_refused(tmp_path, monkeypatch):
     """What -DNDEBUG prevents: a call between products serialises them, and the check says so."""
-    folder = tmp_path / "csrc"
-    shutil.copytree(CSRC, folder)
-    source = folder / "gemm.cuh"
     end = "        ptx::products_commit();\n        ptx::products_wait<1>();"
-    text = source.read_text().replace(end, "assert(k < 1 << 20);\n" + end, 1)
-    source.write_text("#include <cassert>\n" + text)
-    monkeypatch.setattr(compile_csrc, "source_dir", lambda name: folder)
-    monkeypatch.setattr(compile_csrc, "FLAGS", ("-std=c++17", "-O3"))
-    report = compile_csrc.compiled(PLANS[0], tmp_path, 1000)
+    text = plans.headers()["gemm.cuh"].decode().replace(end, "assert(k < 1 << 20);\n" + end, 1)
+    changed = {**plans.headers(), "gemm.cuh": f"#include <cassert>\n{text}".encode()}
+    monkeypatch.setattr(compile_csrc, "headers", lambda: changed)
+    flags = [flag for flag in compile_csrc.FLAGS if flag != "-DNDEBUG"]
+    monkeypatch.setattr(compile_csrc.Nvcc.compile, "__defaults__", (flags,))
+    report = compile_csrc.compiled(PLANS[0], tmp_path, 1000, compile_csrc.Nvcc())
     assert any("C75" in fault for fault in report.faults()), report

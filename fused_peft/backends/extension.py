@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from ..core.paths import source_dir
-from . import built, emulated, nvrtc
+from . import built, emulation, nvrtc
 from .built import BuildError
 from .plans import CAST, PLANS, Call, Cast, Struct, fingerprint, headers, kernel_source
 
@@ -61,7 +61,7 @@ def _file() -> Path:
 def failure(on_cpu: bool = False) -> str | None:
     """Why csrc/ cannot be built here; None while nothing is known against it."""
     if on_cpu:
-        return emulated.failure()
+        return emulation.failure()
     missing = []
     try:
         nvrtc.find(driver_version()[0])
@@ -75,7 +75,7 @@ def failure(on_cpu: bool = False) -> str | None:
 @cache
 def library(on_cpu: bool = False) -> ctypes.CDLL:
     """The library of functions, built if it is not yet. Raises BuildError."""
-    loaded = emulated.library() if on_cpu else _host()
+    loaded = emulation.library() if on_cpu else _host()
     sizes = [loaded.fused_peft_sizes(which) for which in (0, 1)]
     if sizes != [ctypes.sizeof(Call), ctypes.sizeof(Cast)]:
         raise BuildError(f"csrc/ and fused_peft/backends/plans.py disagree on {sizes} bytes of arguments")
