@@ -5,6 +5,7 @@
 typedef int Result;
 
 int standin_version = 13000;                         // what the driver says it is
+int standin_kernels;                                  // the last one read
 _Thread_local void* standin_context = (void*)1;       // the thread's current one
 int standin_attributes[1 + 3 * 8], standin_shared;    // of the last launch in clusters: count, (id, two values) each; its kernel's
 static struct { uintptr_t function; int count; int sizes[256]; } layouts[4096];
@@ -82,7 +83,7 @@ Result cuLibraryLoadData(void** library, const char* image, void* a, void* b, un
     return memcmp(image, "\177ELF", 4) ? 200 : (*library = (void*)1, 0);
 }
 Result cuLibraryGetKernel(void** kernel, void* library, const char* name) {
-    return *kernel = (void*)(uintptr_t)++functions, 0;
+    return *kernel = (void*)(uintptr_t)(standin_kernels = ++functions), 0;
 }
 Result cuKernelSetAttribute(int what, int value, void* kernel, int device) { return standin_shared = value, 0; }
 Result cuThreadExchangeStreamCaptureMode(int* mode) { return 0; }

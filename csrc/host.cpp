@@ -4,8 +4,11 @@
 
 using namespace fused_peft;
 
-// What fused_peft/backends/plans.py holds its own declarations to.
-extern "C" int fused_peft_sizes(int which) { return which ? sizeof(Cast) : sizeof(Call); }
+// Of what fused_peft/backends/plans.py declares too, and of a kernel's parameters.
+extern "C" int fused_peft_sizes(int which) {
+  const int sizes[] = {sizeof(Call), sizeof(Cast), sizeof(Parameters)};
+  return sizes[which];
+}
 
 #ifdef FUSED_PEFT_EMULATE
 extern "C" Status fused_peft_cast(const Cast* c) {

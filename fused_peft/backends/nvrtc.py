@@ -36,11 +36,17 @@ def _folders() -> Iterator[Path]:
             yield from (Path(home) / "lib64", Path(home) / "lib")
 
 
+def _loaded() -> list[Path]:
+    """Those that this process has loaded."""
+    with suppress(OSError):
+        mapped = re.findall(r"\s(/\S*/libnvrtc\.so[.\d]*)$", Path("/proc/self/maps").read_text(), re.M)
+        return [Path(file) for file in dict.fromkeys(mapped)]
+    return []
+
+
 def candidates() -> Iterator[Path]:
     """Every libnvrtc, the one that this process has loaded first."""
-    with suppress(OSError):
-        loaded = re.findall(r"\s(/\S*/libnvrtc\.so[.\d]*)$", Path("/proc/self/maps").read_text(), re.M)
-        yield from map(Path, dict.fromkeys(loaded))
+    yield from _loaded()
     for folder in _folders():
         yield from sorted(folder.glob("libnvrtc.so.*"))
 
