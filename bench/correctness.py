@@ -131,6 +131,8 @@ def exact(about: dict, problem: Problem) -> list[dict]:
 def build() -> None:
     """Compile csrc/, once, before processes need it. Raises BuildError."""
     extension.library(INTERPRETING)
+    if not INTERPRETING:
+        extension.prepare()
 
 
 class _Refused(ValueError):

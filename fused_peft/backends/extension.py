@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -119,6 +120,13 @@ def cubin(name: str) -> bytes:
     kind = hashlib.sha256(" ".join((str(compiler), *nvrtc.OPTIONS)).encode()).hexdigest()[:8]
     file = built.root() / f"fused_peft_{fingerprint()}" / f"{name}_{kind}.cubin"
     return built.kept(file, lambda: compiler.compile(kernel_source(name), headers())[0])
+
+
+def prepare() -> None:
+    """Compile every kernel now, on all cores. Raises BuildError."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(cubin, (CAST, *(plan.name for plan in PLANS))):
+            pass
 
 
 @cache
