@@ -42,6 +42,7 @@ struct Driver {
   int (*device_attribute)(int*, int, int);
   int (*clusters)(int*, void*, const LaunchConfig*);
   int (*capture_mode)(int*);
+  int (*capturing)(void*, int*);
 
   Status open(const char* library) {
     void* handle = dlopen(library, RTLD_LAZY);
@@ -57,7 +58,7 @@ struct Driver {
                find(kernel, "cuLibraryGetKernel") && find(set_attribute, "cuKernelSetAttribute") &&
                find(device_count, "cuDeviceGetCount") && find(device_attribute, "cuDeviceGetAttribute") &&
                find(clusters, "cuOccupancyMaxActiveClusters") &&
-               find(capture_mode, "cuThreadExchangeStreamCaptureMode");
+               find(capture_mode, "cuThreadExchangeStreamCaptureMode") && find(capturing, "cuStreamIsCapturing");
     return all ? nullptr : "the driver lacks a function of CUDA 12";
   }
 
@@ -75,6 +76,11 @@ struct Driver {
     if (result || context) return said(result);
     if ((result = primary(&context, device))) return said(result);
     return said(set_context(context));
+  }
+
+  bool captures(void* stream) const {
+    int status = 0;
+    return !capturing(stream, &status) && status;
   }
 
   // A kernel of a cubin, for every sm_90 there is, with so much shared memory. Other threads may capture a graph meanwhile.

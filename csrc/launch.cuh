@@ -88,7 +88,7 @@ Status start(const Call& c) {
 #else
 template <class P>
 Status start(const Call& c, void* kernel) {
-  Parameters p;
+  Parameters p = {};
   if (Status wrong = driver.bind(c.device)) return wrong;
   if (Status wrong = prepare<P>(c, &p)) return wrong;
   LaunchAttribute attributes[2] = {{LaunchAttribute::CLUSTER, {static_cast<unsigned>(p.schedule.size()), 1, 1}}};

@@ -117,9 +117,13 @@ def submit(kernel, grid: tuple[int, ...], args: dict[str, Any], config: Config, 
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, config))
         return
-    compiled = start(kernel, grid, args, config, device)
+    tell(kernel, grid, args, config, start(kernel, grid, args, config, device))
+
+
+def tell(*launch) -> None:
+    """Tell this thread's listener, if it has one, of a launch that ``submit`` did not make, as ``submit`` tells."""
     if (listener := getattr(_told, "listener", None)) is not None:
-        listener(kernel, grid, args, config, compiled)
+        listener(*launch)
 
 
 def start(kernel, grid: tuple[int, ...], args: dict[str, Any], config: Config, device: torch.device):

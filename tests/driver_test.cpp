@@ -54,5 +54,6 @@ ALIKE(device_count, cuDeviceGetCount);
 ALIKE(device_attribute, cuDeviceGetAttribute);
 ALIKE(clusters, cuOccupancyMaxActiveClusters);
 ALIKE(capture_mode, cuThreadExchangeStreamCaptureMode);
+ALIKE(capturing, cuStreamIsCapturing);
 
 int main() {}

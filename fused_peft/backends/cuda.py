@@ -9,6 +9,7 @@ Off by default, as ``hopper`` says.
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 
 import torch
@@ -50,7 +51,7 @@ class _Gemm:
     def __getitem__(self, grid):
         return lambda **args: self._start(grid, **args)
 
-    def _start(self, grid, form, inner, BM, BN, cluster, num_warps, num_stages, enable_fp_fusion, **args) -> None:
+    def _start(self, grid, form, inner, BM, BN, cluster, num_warps, num_stages, enable_fp_fusion, **args):
         x = args["x"]
         plan = Plan(NAMES[x.dtype], BM, BN, args["across"], form, inner)
         cluster_m, cluster_n = (cluster, 1) if BN >= BM else (1, cluster)
@@ -64,6 +65,9 @@ class _Gemm:
             stream=base.kernels().launch.stream(x.device),
         )  # fmt: skip
         extension.call(plan.name, call, not x.is_cuda)
+        pointers = {getattr(Call, n).offset: t for n, t in args.items() if isinstance(t, Tensor)}
+        zeros = None if flags is None else (Call.flags.offset, flags)
+        return extension.Started(plan.name, call, not x.is_cuda, pointers, zeros)
 
     def _flags_for(self, x: Tensor, BM: int) -> Tensor:
         """Zeros, one a row of tiles, which the kernel leaves zero: one buffer a stream, or of its own in a graph."""
@@ -109,11 +113,13 @@ def fits(x, w, N: int, update, c, d_in, d_out, bias, mask, dual: bool, u) -> boo
 
 def _cast(x: Tensor, *factors: tuple[Tensor, float]) -> list[Tensor]:
     """Each factor times its scale as contiguous rows of x's dtype, rounded once; one that is so already as it is."""
-    launch, found, jobs = base.kernels().launch, [], []
+    launch, found, jobs, pointers = base.kernels().launch, [], [], {}
     for t, scale in factors:
         fine = t.dtype == x.dtype and scale == 1 and _rows(t)
         found.append(t if fine else torch.empty(t.shape, dtype=x.dtype, device=x.device))
         if not fine:
+            at = Cast.factors.offset + len(jobs) * ctypes.sizeof(Factor)
+            pointers |= {at + Factor.source.offset: t, at + Factor.to.offset: found[-1]}
             jobs.append(
                 Factor(
                     source=t, to=found[-1], row_stride=t.stride(0), column_stride=t.stride(1), rows=t.shape[0],
@@ -126,6 +132,7 @@ def _cast(x: Tensor, *factors: tuple[Tensor, float]) -> list[Tensor]:
         )
         with launch.on(x.device):
             extension.call(CAST, cast, not x.is_cuda)
+        launch.tell(None, None, None, None, extension.Started(CAST, cast, not x.is_cuda, pointers))
     return found
 
 
@@ -138,7 +145,6 @@ def _inlines(r: int, mask, a, G, h: str, d_in) -> bool:
 class Cuda(hopper.Hopper):
     name = "cuda"
     overlaps = True
-    replays = False  # csrc/ is called past ``launch``
 
     def available(self) -> list[str]:
         found = super().available()

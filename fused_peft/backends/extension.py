@@ -17,6 +17,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
 
 from ..core.paths import source_dir
 from . import built, emulation, nvrtc
@@ -139,6 +142,21 @@ def function(name: str, on_cpu: bool):
     found = getattr(loaded, f"fused_peft_{name}")
     found.argtypes, found.restype = [ctypes.c_void_p], ctypes.c_char_p
     return found
+
+
+class Started(NamedTuple):
+    """A call that was made: all that it takes to make it again. pointers: by their places in the struct; zeros: the
+    place, and the tensor, of memory that is zero before and after the call."""
+
+    name: str
+    struct: Struct
+    on_cpu: bool
+    pointers: dict[int, Tensor]
+    zeros: tuple[int, Tensor] | None = None
+
+    def address(self) -> int:
+        """Of the function in C."""
+        return ctypes.cast(function(self.name, self.on_cpu), ctypes.c_void_p).value
 
 
 def probe(on_cpu: bool) -> None:

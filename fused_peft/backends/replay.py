@@ -302,12 +302,21 @@ class Recorder(TorchDispatchMode):
         if self.why is not None:
             return
         try:
-            if kernels().launch.interpreting():
+            if isinstance(compiled, extension.Started):
+                self._called(compiled)
+            elif kernels().launch.interpreting():
                 self._interpreted(kernel, grid, args, config)
             else:
                 self._compiled(kernel, grid, args, compiled)
         except NoPlan as e:
             self.why = str(e)
+
+    def _called(self, started: extension.Started) -> None:
+        """A call of csrc/'s host side, which launches by itself."""
+        pointers = [(at, self._pointer(t)) for at, t in started.pointers.items()]
+        zeros = started.zeros and (started.zeros[0], started.zeros[1].numel(), started.zeros[1])
+        struct = started.struct
+        self.plan.call(started.name, started.address(), bytes(struct), type(struct).stream.offset, pointers, zeros)
 
     def _interpreted(self, kernel, grid, args, config) -> None:
         """A launch in Triton's interpreter, which Python makes."""
