@@ -7,7 +7,8 @@ typedef int Result;
 int standin_version = 13000;                         // what the driver says it is
 int standin_kernels;                                  // the last one read
 _Thread_local void* standin_context = (void*)1;       // the thread's current one
-int standin_attributes[1 + 3 * 8], standin_shared;    // of the last launch in clusters: count, (id, two values) each; its kernel's
+int standin_attributes[1 + 3 * 8];              // of the last launch in clusters: count, (id, two values) each
+int standin_shared, standin_shared_on;            // the shared memory that a kernel was last allowed, and the device
 static struct { uintptr_t function; int count; int sizes[256]; } layouts[4096];
 static int functions = 0, logging = 0;
 static char text[1 << 22];
@@ -85,7 +86,7 @@ Result cuLibraryLoadData(void** library, const char* image, void* a, void* b, un
 Result cuLibraryGetKernel(void** kernel, void* library, const char* name) {
     return *kernel = (void*)(uintptr_t)(standin_kernels = ++functions), 0;
 }
-Result cuKernelSetAttribute(int what, int value, void* kernel, int device) { return standin_shared = value, 0; }
+Result cuKernelSetAttribute(int what, int value, void* kernel, int device) { return standin_shared = value, standin_shared_on = device, 0; }
 Result cuThreadExchangeStreamCaptureMode(int* mode) { return 0; }
 Result cuModuleLoadData(void** module, const void* image) { return *module = (void*)1, 0; }
 Result cuModuleUnload(void* module) { return 0; }

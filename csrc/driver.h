@@ -3,6 +3,7 @@
 #pragma once
 #include <dlfcn.h>
 
+#include <atomic>
 #include <cstdint>
 
 namespace fused_peft {
@@ -22,8 +23,13 @@ struct LaunchConfig {  // CUlaunchConfig
   unsigned count;
 };
 
+struct Kernel {
+  void* handle = nullptr;              // a CUkernel, of every device
+  std::atomic<uint64_t> allowed{0};  // the devices on which it may have its shared memory
+};
+
 struct Driver {
-  enum { RELAXED = 2, COOPERATIVE_TOO_LARGE = 720, MAJOR = 75, MINOR = 76, SHARED_BYTES = 8 };  // of several enums
+  enum { RELAXED = 2, COOPERATIVE_TOO_LARGE = 720, SHARED_BYTES = 8 };  // of several enums
   enum Type { FP16 = 6, FP32 = 7, BF16 = 9 };  // of a tensor map's elements
   enum { SWIZZLE_128B = 3, L2_256B = 3 };
 
@@ -36,10 +42,8 @@ struct Driver {
   int (*set_context)(void*);
   int (*primary)(void**, int);
   int (*load)(void**, const void*, void*, void*, unsigned, void*, void*, unsigned);
-  int (*kernel)(void**, void*, const char*);
+  int (*get_kernel)(void**, void*, const char*);
   int (*set_attribute)(int, int, void*, int);
-  int (*device_count)(int*);
-  int (*device_attribute)(int*, int, int);
   int (*clusters)(int*, void*, const LaunchConfig*);
   int (*capture_mode)(int*);
   int (*capturing)(void*, int*);
@@ -55,8 +59,7 @@ struct Driver {
                find(encode, "cuTensorMapEncodeTiled") && find(error_string, "cuGetErrorString") &&
                find(get_context, "cuCtxGetCurrent") && find(set_context, "cuCtxSetCurrent") &&
                find(primary, "cuDevicePrimaryCtxRetain") && find(load, "cuLibraryLoadData") &&
-               find(kernel, "cuLibraryGetKernel") && find(set_attribute, "cuKernelSetAttribute") &&
-               find(device_count, "cuDeviceGetCount") && find(device_attribute, "cuDeviceGetAttribute") &&
+               find(get_kernel, "cuLibraryGetKernel") && find(set_attribute, "cuKernelSetAttribute") &&
                find(clusters, "cuOccupancyMaxActiveClusters") &&
                find(capture_mode, "cuThreadExchangeStreamCaptureMode") && find(capturing, "cuStreamIsCapturing");
     return all ? nullptr : "the driver lacks a function of CUDA 12";
@@ -83,28 +86,24 @@ struct Driver {
     return !capturing(stream, &status) && status;
   }
 
-  // A kernel of a cubin, for every sm_90 there is, with so much shared memory. Other threads may capture a graph meanwhile.
-  Status read(void** found, const void* cubin, const char* name, int shared_bytes) const {
+  // A kernel of a cubin. Other threads may capture a graph meanwhile.
+  Status read(Kernel* kernel, const void* cubin, const char* name) const {
     int mode = RELAXED;
     capture_mode(&mode);
-    Status wrong = read_now(found, cubin, name, shared_bytes);
+    void* library = nullptr;
+    int result = load(&library, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0);
+    if (!result) result = get_kernel(&kernel->handle, library, name);
     capture_mode(&mode);
-    return wrong;
+    return said(result);
   }
 
- private:
-  Status read_now(void** found, const void* cubin, const char* name, int shared_bytes) const {
-    void* library = nullptr;
-    int result = load(&library, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0), devices = 0;
-    if (!result) result = kernel(found, library, name);
-    if (!result) result = device_count(&devices);
-    for (int device = 0; !result && device < devices; ++device) {
-      int major = 0, minor = 0;
-      device_attribute(&major, MAJOR, device);
-      device_attribute(&minor, MINOR, device);
-      if (major == 9 && minor == 0) result = set_attribute(SHARED_BYTES, shared_bytes, *found, device);
-    }
-    return said(result);
+  // Let a kernel have so much shared memory on a device: asked for once.
+  Status allow(Kernel* kernel, int device, int shared_bytes) const {
+    const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+    if (kernel->allowed & bit) return nullptr;
+    if (int result = set_attribute(SHARED_BYTES, shared_bytes, kernel->handle, device)) return said(result);
+    kernel->allowed |= bit;
+    return nullptr;
   }
 };
 

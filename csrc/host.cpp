@@ -18,14 +18,13 @@ extern "C" Status fused_peft_cast(const Cast* c) {
 #else
 extern "C" Status fused_peft_open(const char* library) { return driver.open(library); }
 
-static void* kernel_cast = nullptr;
-extern "C" Status fused_peft_load_cast(const void* cubin) { return driver.read(&kernel_cast, cubin, "fused_peft_cast", 0); }
+static Kernel kernel_cast;
+extern "C" Status fused_peft_load_cast(const void* cubin) { return driver.read(&kernel_cast, cubin, "fused_peft_cast"); }
 
 extern "C" Status fused_peft_cast(const Cast* c) {
   if (Status wrong = driver.bind(c->device)) return wrong;
   unsigned blocks = static_cast<unsigned>((c->size(0) + c->size(1) + 255) / 256);
   void* parameters[1] = {const_cast<Cast*>(c)};
-  return driver.said(
-      driver.launch(kernel_cast, blocks, 1, 1, 256, 1, 1, 0, c->stream, parameters, nullptr));
+  return driver.said(driver.launch(kernel_cast.handle, blocks, 1, 1, 256, 1, 1, 0, c->stream, parameters, nullptr));
 }
 #endif

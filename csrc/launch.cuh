@@ -87,9 +87,10 @@ Status start(const Call& c) {
 }
 #else
 template <class P>
-Status start(const Call& c, void* kernel) {
+Status start(const Call& c, Kernel* kernel) {
   Parameters p = {};
   if (Status wrong = driver.bind(c.device)) return wrong;
+  if (Status wrong = driver.allow(kernel, c.device, P::BYTES)) return wrong;
   if (Status wrong = prepare<P>(c, &p)) return wrong;
   LaunchAttribute attributes[2] = {{LaunchAttribute::CLUSTER, {static_cast<unsigned>(p.schedule.size()), 1, 1}}};
   if (P::FORM == INLINE) attributes[1] = {LaunchAttribute::COOPERATIVE, {1}};  // blocks wait for each other's T: all
@@ -97,12 +98,12 @@ Status start(const Call& c, void* kernel) {
   LaunchConfig config = {
       {static_cast<unsigned>(p.schedule.blocks(c.processors)), 1, 1}, {THREADS, 1, 1}, P::BYTES, c.stream, attributes, 2};
   void* parameters[1] = {&p};
-  int result = driver.launch_ex(&config, kernel, parameters, nullptr);
+  int result = driver.launch_ex(&config, kernel->handle, parameters, nullptr);
   if (result == Driver::COOPERATIVE_TOO_LARGE) {  // part of the GPU is not ours: as many blocks as it can hold
     int clusters = 0;
-    result = driver.clusters(&clusters, kernel, &config);
+    result = driver.clusters(&clusters, kernel->handle, &config);
     config.grid[0] = static_cast<unsigned>(clusters * p.schedule.size());
-    if (!result) result = driver.launch_ex(&config, kernel, parameters, nullptr);
+    if (!result) result = driver.launch_ex(&config, kernel->handle, parameters, nullptr);
   }
   return driver.said(result);
 }
@@ -118,14 +119,13 @@ Status start(const Call& c, void* kernel) {
     return start<Plan<__VA_ARGS__>>(*c);                                     \
   }
 #else
-#define FUSED_PEFT_INSTANCE(NAME, ...)                                              \
-  static void* kernel_##NAME = nullptr;                                             \
-  extern "C" fused_peft::Status fused_peft_load_##NAME(const void* cubin) {         \
-    using namespace fused_peft;                                                     \
-    return driver.read(&kernel_##NAME, cubin, "fused_peft_" #NAME, Plan<__VA_ARGS__>::BYTES); \
-  }                                                                                 \
-  extern "C" fused_peft::Status fused_peft_##NAME(const fused_peft::Call* c) {      \
-    using namespace fused_peft;                                                     \
-    return start<Plan<__VA_ARGS__>>(*c, kernel_##NAME);                             \
+#define FUSED_PEFT_INSTANCE(NAME, ...)                                         \
+  static fused_peft::Kernel kernel_##NAME;                                     \
+  extern "C" fused_peft::Status fused_peft_load_##NAME(const void* cubin) {    \
+    return fused_peft::driver.read(&kernel_##NAME, cubin, "fused_peft_" #NAME); \
+  }                                                                            \
+  extern "C" fused_peft::Status fused_peft_##NAME(const fused_peft::Call* c) { \
+    using namespace fused_peft;                                                \
+    return start<Plan<__VA_ARGS__>>(*c, &kernel_##NAME);                       \
   }
 #endif

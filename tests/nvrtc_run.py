@@ -39,14 +39,14 @@ def told(name: str, call, size: int) -> dict:
     before = ctypes.c_int.in_dll(driver.library, "standin_kernels").value
     extension.function(name, False)
     kernel = ctypes.c_int.in_dll(driver.library, "standin_kernels").value
-    shared_allowed = ctypes.c_int.in_dll(driver.library, "standin_shared").value
     driver.layout(kernel, [size])
     with driver.launches() as found:
         extension.call(name, call, False)
     ((function, shape, shared, (data,)),) = found
+    allowed = [ctypes.c_int.in_dll(driver.library, n).value for n in ("standin_shared", "standin_shared_on")]
     attributes = (ctypes.c_int * 25).in_dll(driver.library, "standin_attributes")
     return {
-        "new": kernel - before, "own": function == kernel, "shape": shape, "shared": shared, "allowed": shared_allowed,
+        "new": kernel - before, "own": function == kernel, "shape": shape, "shared": shared, "allowed": allowed,
         "attributes": {attributes[1 + 3 * i]: attributes[2 + 3 * i] for i in range(attributes[0])},
         "maps": {name: tensor_map(data[128 * i : 128 * i + 128]) for i, name in enumerate(NAMES) if size > 1024},
     }  # fmt: skip
@@ -104,6 +104,7 @@ for name, struct in ((late.name, call), (CAST, cast)):
     driver.library.standin_set_context(None)  # as on a thread of autograd's
     struct.device = 3
     extension.call(name, struct, False)
+    found["allowed on"] = ctypes.c_int.in_dll(driver.library, "standin_shared_on").value
     found[f"context of {'cast' if name == CAST else 'plan'}"] = driver.library.standin_get_context()
 
 fields = {name: getattr(call, name) for name, _ in Call._fields_}

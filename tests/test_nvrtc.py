@@ -104,7 +104,9 @@ def test_a_launch_in_clusters(told):
     assert late["new"] == 1
     assert late["own"]
     assert late["shape"] == [8, 1, 1, 384, 1, 1]  # 3 x 2 tiles, an odd row of which has a neighbour past the edge
-    assert late["shared"] == late["allowed"] == compile_csrc.shared_bytes()["bf16_128x256_rows_late"]
+    assert late["allowed"] == [late["shared"], 0]  # on the device of the call
+    assert told["allowed on"] == 3  # on another one for a call there
+    assert late["shared"] == compile_csrc.shared_bytes()["bf16_128x256_rows_late"]
     assert late["attributes"] == {"4": 2, "6": 1}  # a cluster of two; may begin before the launch before it has ended
     shapes = {"x": (300, 136), "w": (512, 136), "s": (300, 24), "b": (512, 24)}
     for name, shape in shapes.items():
