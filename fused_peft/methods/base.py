@@ -250,6 +250,7 @@ class Method:
     init(W, bias, config, new) -> {name: tensor} or Init: every trainable tensor of a layer, made once; W is (out, in)
         in its own dtype, bias (out,) or None, ``new(*shape)`` an uninitialised tensor in the adapter's dtype on W's
         device. Raises ValueError when the shapes cannot carry the config.
+    init_lookup: the same of a table that is looked up, W its transpose (N, V), where a method starts otherwise there.
     A method computes in one of three forms, each reading the layer's parameters, buffers, config, weight and bias:
     factors(layer) -> Factors: the expression around the frozen weight.
     weight(layer) -> Tensor (out, in): a weight formed in each forward, for methods without a useful factored form.
@@ -270,6 +271,7 @@ class Method:
         the same ones again from the same weight.
     disk_shared: buffers that PEFT stores once for the whole model, whole; each layer reads its corner of them.
     disk: parameter name -> key suffix in a checkpoint, where Hugging Face PEFT has the method.
+    disk_lookup: the same on a table that is looked up, where PEFT has the method there.
     disk_shape(shape, config): the shape a one-dimensional parameter has on disk, where PEFT's differs.
     """
 
@@ -280,6 +282,7 @@ class Method:
     init: Callable[[Tensor, Tensor | None, PeftConfig, New], dict[str, Tensor] | Init]
     A: str | None = None
     B: str | None = None
+    init_lookup: Callable[[Tensor, Tensor | None, PeftConfig, New], dict[str, Tensor]] | None = None
     factors: Callable[[Any], Factors] | None = None
     weight: Callable[[Any], Tensor] | None = None
     output: Callable[[Any], Factors] | None = None
@@ -296,6 +299,7 @@ class Method:
     remade: Callable[[PeftConfig], bool] = lambda config: False
     disk_shared: tuple[str, ...] = ()
     disk: dict[str, str] = field(default_factory=dict)
+    disk_lookup: dict[str, str] = field(default_factory=dict)
     disk_shape: Callable[[tuple[int, ...], PeftConfig], tuple[int, ...]] = lambda shape, config: shape
     # True when the biases of layers without a weight matrix (LayerNorm) belong to the method
     trains_other_biases: bool = False
@@ -311,6 +315,12 @@ class Method:
         """What ``init`` gives, as an Init."""
         start = self.init(W, bias, config, new)
         return start if isinstance(start, Init) else Init(start)
+
+    def start_lookup(self, W: Tensor, bias: Tensor | None, config: PeftConfig, new: New) -> Init:
+        """The same of a table W (N, V)."""
+        if self.init_lookup is None:
+            return self.start(W, bias, config, new)
+        return Init(self.init_lookup(W, bias, config, new))
 
     @property
     def beside(self) -> bool:
@@ -335,8 +345,9 @@ class Method:
     def __reduce__(self):
         return method, (self.name,)
 
-    def disk_key(self, param: str) -> str:
-        return self.disk.get(param, f"{self.name}_{param.removeprefix(self.name + '_')}")
+    def disk_key(self, param: str, lookup: bool = False) -> str:
+        known = self.disk_lookup if lookup and self.disk_lookup else self.disk
+        return known.get(param, f"{self.name}_{param.removeprefix(self.name + '_')}")
 
 
 def method(name: str) -> Method:

@@ -28,8 +28,9 @@ from ..methods import Method, PeftConfig, method_of
 from . import checks, model_saving, prompt
 from .adapted import STATE, is_adapted, is_pefts, layers, roots, unwrap
 from .adapter import refuse_inference
+from .embedding import layer_class
 from .holder import Holder
-from .layer import PeftLinear
+from .layer import PeftLayer
 from .parameter import PeftParameter, matrix_shape
 from .parts import adapted_parts
 from .plain import plain_layers, unmark
@@ -46,7 +47,7 @@ class _Plan:
     """Everything get_peft_model will do, made and checked before the model is touched."""
 
     state: AdapterState
-    layers: dict[str, PeftLinear | PeftParameter]
+    layers: dict[str, PeftLayer | PeftParameter]
     copies: dict[str, nn.Module]
     wide: torch.dtype  # of the heads and biases that train in half-precision modules
     plain_prompt: bool = False  # a soft prompt without the encoder that trained it
@@ -105,9 +106,9 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     with _frozen_as_before(model):
         for name, module in shown(targets, method_of(resolved)):
             try:
-                new[name] = PeftLinear.from_linear(module, resolved.for_module(name), adapter_dtype)
-            except ValueError as e:
-                raise ValueError(f"{name}: {e}") from e
+                new[name] = layer_class(module).made_from(module, resolved.for_module(name), adapter_dtype)
+            except (ValueError, TypeError) as e:
+                raise type(e)(f"{name}: {e}") from e
         for name, (owner, key) in shown(parameters, method_of(resolved)):
             new[name] = adapted_parameter(name, owner, key, resolved, adapter_dtype)
     if any(layer.fan_in_fan_out for layer in new.values()) and hasattr(resolved, "fan_in_fan_out"):
@@ -145,7 +146,7 @@ def shown(targets: dict[str, _T], method: Method) -> Iterable[tuple[str, _T]]:
 
 def shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a module that is adapted or can be."""
-    if isinstance(module, PeftLinear):
+    if isinstance(module, PeftLayer):
         return module.out_features, module.in_features
     return kind_of(module).shape(module)
 
@@ -170,7 +171,7 @@ def _frozen_as_before(model: nn.Module):
                     parameter.requires_grad_(flag)
 
 
-def warn_tied(model: nn.Module, new: dict[str, PeftLinear]) -> None:
+def warn_tied(model: nn.Module, new: dict[str, Holder]) -> None:
     holders = Holders(model)
     for name, layer in new.items():
         tied = holders.others(getattr(layer, "weight", None), holder_of(layer, name))
@@ -285,9 +286,9 @@ def put(model: nn.Module, new: dict[int, nn.Module]) -> None:
                 parent._modules[name] = new[id(child)]
 
 
-def install(model: nn.Module, new: dict[str, PeftLinear | PeftParameter]) -> None:
+def install(model: nn.Module, new: dict[str, PeftLayer | PeftParameter]) -> None:
     """Put adapted layers in the places of the modules of their names, and adapted parameters beside theirs."""
-    modules = {name: layer for name, layer in new.items() if isinstance(layer, PeftLinear)}
+    modules = {name: layer for name, layer in new.items() if isinstance(layer, PeftLayer)}
     put(model, {id(model.get_submodule(name)): layer for name, layer in modules.items()})
     for name, layer in new.items():
         if name not in modules:
@@ -498,7 +499,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 def _bias_in_use(model: nn.Module, name: str) -> Tensor:
     """The tensor that a disabled layer reads as its bias: merged layers read the one kept beside the merged."""
     owner = model.get_submodule(name.rpartition(".")[0])
-    return owner._base_bias if isinstance(owner, PeftLinear) and owner.merged else owner.bias
+    return owner._base_bias if isinstance(owner, PeftLayer) and owner.merged else owner.bias
 
 
 def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:

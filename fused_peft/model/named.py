@@ -18,8 +18,9 @@ from . import prompt
 from .adapted import few, layers, unwrap
 from .adapter import Adapter, why_not_together
 from .convert import adapted_parameter, install, shape, shown, unload, warn_tied
+from .embedding import layer_class
 from .holder import DEFAULT
-from .layer import PeftLinear
+from .layer import PeftLayer
 from .parameter import SUFFIX, PeftParameter, matrix_shape
 from .state import AdapterState, refuse_while_disabled, state_of
 from .targets import check_parameters, find_parameters, find_targets, resolve
@@ -32,8 +33,8 @@ class Addition:
 
     name: str
     config: PeftConfig
-    layers: dict[str, PeftLinear | PeftParameter]  # every layer that gets it
-    new: dict[str, PeftLinear | PeftParameter]  # those that were not adapted before
+    layers: dict[str, PeftLayer | PeftParameter]  # every layer that gets it
+    new: dict[str, PeftLayer | PeftParameter]  # those that were not adapted before
     adapters: dict[str, Adapter]
 
 
@@ -88,13 +89,13 @@ def addition(model: nn.Module, name: str, config: PeftConfig, adapter_dtype: tor
     around, new, adapters = {}, {}, {}
     for layer_name, module in shown(targets, method):
         try:
-            if isinstance(module, PeftLinear):
+            if isinstance(module, PeftLayer):
                 layer = module
             else:
-                layer = new[layer_name] = PeftLinear.around(module, method)
+                layer = new[layer_name] = layer_class(module).around(module, method)
             adapters[layer_name] = layer.made_adapter(name, config.for_module(layer_name), adapter_dtype)
-        except ValueError as e:
-            raise ValueError(f"{layer_name}: {e}") from e
+        except (ValueError, TypeError) as e:
+            raise type(e)(f"{layer_name}: {e}") from e
         around[layer_name] = layer
     for layer_name, (owner, key) in shown(parameters, method):
         layer = owner._modules.get(key + SUFFIX)

@@ -99,7 +99,7 @@ def slots_of(layers: dict[str, Bound], state: AdapterState, find: Callable[[str]
     for name, layer in layers.items():
         stored = disk_name(name, layers)
         for param in layer.tensor_names:
-            slots[f"{PREFIX}{stored}.{layer.method.disk_key(param)}"] = _slot(layer, param)
+            slots[f"{PREFIX}{stored}.{layer.method.disk_key(param, layer.kind.lookup)}"] = _slot(layer, param)
         for buffer in layer.method.disk_buffers:
             tensor = getattr(layer, buffer)
             slots[f"{PREFIX}{stored}.{layer.method.disk_key(buffer)}"] = Slot(tensor, tuple(tensor.shape))
