@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +93,11 @@ def net(config=None, table="plain", targets=("emb", "out")):
     torch.manual_seed(0)
     config = config or fp.LoraConfig(r=R, lora_alpha=5, target_modules=[*targets])
     return shaken(fp.get_peft_model(Net(TABLES[table]), config))
+
+
+def test_the_page_names_the_methods():
+    page = (Path(__file__).parents[1] / "docs/methods.md").read_text().partition("## Embeddings")[2]
+    assert set(re.findall(r"`(\w+)`", page.partition("These act there")[2].partition(", unless")[0])) == ACTS
 
 
 # The formula
