@@ -15,6 +15,7 @@ from torch import nn
 
 import fused_peft as fp
 from fused_peft.core import lookup
+from fused_peft.core.torch_internals import HALF_PRODUCTS
 from fused_peft.methods import METHODS
 
 V, N, R = 13, 7, 3
@@ -213,7 +214,9 @@ def test_what_a_table_does_besides(table):
     assert set(seen.nonzero().flatten().tolist()) == set(IDS.flatten().tolist()) - {layer.padding_idx}
 
 
-def test_half_precision_keeps_the_adapter_in_fp32():
+@pytest.mark.parametrize("instructions", [False, True], ids=["in fp32", "in bf16"])
+def test_half_precision_keeps_the_adapter_in_fp32(instructions, monkeypatch):
+    monkeypatch.setitem(lookup.HALF_PRODUCTS, torch.bfloat16, instructions)
     layer = adapted(dtype=torch.bfloat16)
     assert layer.lora_A.dtype == torch.float32
     exact = copy.deepcopy(layer).double()
@@ -236,8 +239,9 @@ def test_nothing_of_the_vocabulary_s_size_is_kept():
         layer(ids)
     found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     sizes = sorted(n for at, n in found.items() if at not in own)
-    assert sizes == sorted((8 * tokens, tokens * 4 * 2, width * 4 * 2))  # ids, A[:, ids], B in the table's dtype
-    model = nn.Sequential(nn.Embedding(many, width).bfloat16())
+    few = HALF_PRODUCTS[torch.bfloat16]  # else it is computed in fp32: nothing is cast
+    assert sizes == sorted((8 * tokens, tokens * 4 * 2, width * 4 * 2) if few else (8 * tokens, tokens * 4 * 4))
+    model = nn.Sequential(nn.Embedding(many, width).bfloat16())  # ids, A[:, ids], B in the table's dtype
     guess = fp.estimate(model, fp.LoraConfig(r=4, target_modules=["0"]), tokens=tokens)
     assert (guess.x, guess.beyond_x) == (8 * tokens, tokens * 4 * 2 + width * 4 * 2)
     assert (guess.peft_x, guess.peft_beyond_x) == (8 * tokens, tokens * 4 * 4)
@@ -456,6 +460,9 @@ def test_what_else_is_refused():
         fp.PeftEmbedding.from_embedding(nn.Linear(V, N), fp.LoraConfig(r=2))
     with pytest.raises(TypeError, match="already carries an adapter"):
         fp.PeftEmbedding.from_embedding(adapted(), fp.LoraConfig(r=2))
+    for call in (lambda: fp.PeftEmbedding(V, N), lambda: fp.PeftEmbedding.from_pretrained(torch.ones(V, N))):
+        with pytest.raises(TypeError, match=r"made by PeftEmbedding.from_embedding"):
+            call()
     with pytest.raises(TypeError, match="a bias of the layer"):
         fp.PeftEmbedding.from_embedding(nn.Embedding(V, N), fp.LoraConfig(r=2, lora_bias=True))
     model = Net()

@@ -46,6 +46,9 @@ class PeftEmbedding(PeftLayer, nn.Embedding):
     kind: Frozen = LOOKUP
     base_class: type = nn.Embedding
 
+    def __init__(self, *args, **options):
+        raise TypeError("PeftEmbedding is made by PeftEmbedding.from_embedding(torch.nn.Embedding(...), config)")
+
     @classmethod
     def from_embedding(
         cls, embedding: nn.Embedding, config: PeftConfig, adapter_dtype: torch.dtype | None = None
