@@ -473,6 +473,17 @@ def test_what_else_is_refused():
     assert type(fp.get_peft_model(Net(), fp.LoraConfig(r=2, target_modules="all-linear")).emb) is nn.Embedding
 
 
+def test_where_only_linear_layers_go():
+    peft = pytest.importorskip("peft")
+    from fused_peft.distributed.parallel import ColwiseParallel, RowwiseParallel
+
+    for style in (ColwiseParallel, RowwiseParallel):
+        with pytest.raises(ValueError, match=r"emb is an adapted nn.Embedding, which is not split"):
+            style()._partition_embedding_fn("emb", adapted(), None)
+    with pytest.raises(TypeError, match=r"looks up rows; fused_peft.get_peft_model adapts it"):
+        peft.get_peft_model(Net(), fp.TriLoraConfig(r=2, target_modules=["emb"]))
+
+
 # Hugging Face's models and files
 
 
@@ -518,7 +529,7 @@ def test_the_same_numbers_and_keys_as_peft(table, rslora, tmp_path):
     torch.manual_seed(0)
     back = peft.PeftModel.from_pretrained(Net(kinds[table]), tmp_path / "ours")
     torch.testing.assert_close(back(IDS), results[1][0], rtol=1e-6, atol=1e-6)
-    assert back.peft_config["default"].fan_in_fan_out is False
+    assert fp.load_config(tmp_path / "ours").fan_in_fan_out is False  # as of no Conv1D
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -551,6 +562,7 @@ def test_files_of_every_method_and_plain_lora(method, tmp_path):
     assert torch.equal(back(IDS), model(IDS))
     errors = fp.export_lora(model, tmp_path / "plain")
     assert set(errors.values()) == {0.0}
+    assert fp.load_config(tmp_path / "plain").fan_in_fan_out is False
     for load in (fp.load_adapter, peft.PeftModel.from_pretrained):
         torch.manual_seed(0)
         torch.testing.assert_close(load(Net(), tmp_path / "plain")(IDS), model(IDS))
