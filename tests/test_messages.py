@@ -209,8 +209,8 @@ ROWS = [
         ("model=Sequential was adapted by fused_peft.get_peft_model", "already", "leave accelerate out")),
     Row("accelerate a soft prompt of PEFT's", pefts_prompt, fp.accelerate, ValueError,
         ("no layer to fuse", "PROMPT_TUNING", "leave accelerate out")),
-    Row("accelerate what has no fused form", lambda: pefts(peft.VeraConfig(r=2, **ON)), fp.accelerate, UserWarning,
-        ("fused 0 of 1 PEFT layers; 1 keep PEFT's forward", "vera.layer.Linear has no fused form (1, e.g. ")),
+    Row("accelerate what has no fused form", lambda: pefts(peft.LoHaConfig(r=2, **ON)), fp.accelerate, UserWarning,
+        ("fused 0 of 1 PEFT layers; 1 keep PEFT's forward", "an update of the whole weight in each call (1, e.g. ")),
     # a model of PEFT's where one of this library's is needed
     Row("merge PEFT's", pefts, fp.merge, ValueError,
         ("model=PeftModel is Hugging Face PEFT's", "fused_peft.merge", "call merge_adapter()")),

@@ -8,6 +8,8 @@ an adapter is added; keys, files and everything else are then PEFT's, and ``peft
 from __future__ import annotations
 
 import inspect
+import re
+import sys
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
@@ -15,11 +17,12 @@ from typing import Any
 
 import peft
 from huggingface_hub import hf_hub_download
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.peft_types import PeftType
 
-from ..methods import METHODS, PeftConfig
+from ..core.imports import after_import
+from ..methods import METHODS, PeftConfig, method_of
 from ..methods.base import Root
 from ..model import adapter_config, prompt
 from .tuners import REGISTERED
@@ -137,7 +140,35 @@ def _model_takes_ours(add_adapter):
     return add
 
 
+def _knowing_names(build):
+    """The renamings by which Transformers' ``load_adapter`` finds a file's tensors: those of methods that share a
+    peft_type, and so are not named after it, among them."""
+
+    @wraps(build)
+    def mapping(weight_conversions, adapter_name, peft_config=None):
+        made = build(weight_conversions, adapter_name, peft_config=peft_config)
+        if made and isinstance(peft_config, PeftConfig):
+            own = f"{method_of(peft_config).name}_"
+            if own != PEFT_TYPE_TO_PREFIX_MAPPING[peft_config.peft_type]:
+                renaming = type(made[0])(rf"({re.escape(own)}[^\.]*)", rf"\1.{adapter_name}")
+                made.insert(2, renaming)  # behind those that take off the PeftModel's prefix
+        return made
+
+    mapping._knows_names = True
+    return mapping
+
+
+def _meet_conversion() -> None:
+    module = sys.modules[_CONVERSION]
+    if not hasattr(module.build_peft_weight_mapping, "_knows_names"):  # wrapped once
+        module.build_peft_weight_mapping = _knowing_names(module.build_peft_weight_mapping)
+
+
+_CONVERSION = "peft.utils.transformers_weight_conversion"  # which imports Transformers, and is not always there
+
+
 _become_pefts()
+after_import(_CONVERSION, _meet_conversion)
 if not hasattr(BaseTuner.__init__, "_takes_ours"):  # wrapped once, though this file is imported anew
     BaseTuner.__init__ = _tuner_takes_ours(BaseTuner.__init__)
     for door in (peft.PeftModel, peft.PeftMixedModel):

@@ -116,6 +116,12 @@ def problems(model: nn.Module, dtype: torch.dtype | None) -> list[Problem]:
     return [*found]
 
 
+def _rows(M: int, n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Random ones, whatever was drawn before."""
+    rng = torch.Generator(device).manual_seed(M)
+    return torch.randn(M, n, generator=rng, device=device).to(dtype)
+
+
 def _exactly(w: Coded, x: Tensor, back: bool) -> Tensor:
     W = plainly(w, x.dtype).double()
     return x.double() @ (W if back else W.mT)
@@ -129,7 +135,7 @@ def failure(p: Problem, device: torch.device) -> str | None:
         try:
             w, limit = draw(p.stored, N, K, device), verify.LIMITS[p.dtype]
             for back in (False, True):
-                x = torch.randn(M, N if back else K, device=device).to(p.dtype)
+                x = _rows(M, N if back else K, p.dtype, device)
                 exact = _exactly(w, x, back).nan_to_num()
                 got = kernels().coded.multiplied(x, back, *w).nan_to_num()
                 error, worst = selftest.errors(got, exact)
@@ -146,7 +152,7 @@ def failure(p: Problem, device: torch.device) -> str | None:
 def step_of(p: Problem, device: torch.device) -> Callable[[], object]:
     """The product and its gradient in x; whether W is decoded in their loops follows from ``dispatch.set_backend``."""
     w = draw(p.stored, p.N, p.K, device)
-    x, dz = (torch.randn(p.M, n, device=device).to(p.dtype) for n in (p.K, p.N))
+    x, dz = (_rows(p.M, n, p.dtype, device) for n in (p.K, p.N))
 
     def product(x: Tensor, back: bool) -> Tensor:
         if (found := frozen.in_loop(w, x, back)) is not None:
