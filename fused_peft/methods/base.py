@@ -60,6 +60,8 @@ class PeftConfig(Root):
     exclude_modules: names or a regular expression, never adapted even when targeted.
     layers_to_transform, layers_pattern: restrict to these indices of the ModuleList, with target_modules as names.
     modules_to_save: modules trained and saved whole (a classifier head); a copy, so tied weights stay untouched.
+    trainable_token_indices: token ids whose rows of the input embeddings train, or {embedding: ids}; a head that is
+        tied to the embeddings follows.
     bias: which biases train: "none", "all", or "<method>_only" for those of adapted layers.
     task_type: SEQ_CLS, TOKEN_CLS and QUESTION_ANS add their heads to modules_to_save, as PEFT's model classes do.
     An entry that names modules and matches none is named in a warning of get_peft_model.
@@ -73,7 +75,7 @@ class PeftConfig(Root):
     # fields that say how to train and nothing of what trained values compute
     training_only: ClassVar[frozenset[str]] = frozenset()
     # fields that PEFT's config of this peft_type lacks: stored only when they are set
-    beyond_peft: ClassVar[frozenset[str]] = frozenset({"target_parameters"})
+    beyond_peft: ClassVar[frozenset[str]] = frozenset({"target_parameters", "trainable_token_indices"})
 
     target_modules: list[str] | str | None = field(default=None, metadata=naming("end"))
     target_parameters: list[str] | None = field(default=None, metadata=naming("parameter"))
@@ -81,6 +83,7 @@ class PeftConfig(Root):
     layers_to_transform: list[int] | int | None = field(default=None, metadata=naming("index"))
     layers_pattern: list[str] | str | None = field(default=None, metadata=naming("container"))
     modules_to_save: list[str] | None = field(default=None, metadata=naming("text"))
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: str = "none"
     task_type: str | None = None
     inference_mode: bool = False
@@ -117,6 +120,8 @@ class PeftConfig(Root):
             if isinstance(self.modules_to_save, str):
                 raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list of names, not a string")
             self.modules_to_save = self._names("modules_to_save", self.modules_to_save)
+        if self.trainable_token_indices is not None:
+            self._check_tokens(self.trainable_token_indices)
         if self.base_model_name_or_path is not None:
             self.base_model_name_or_path = str(self.base_model_name_or_path)
         indices = self.layers_to_transform
@@ -134,6 +139,16 @@ class PeftConfig(Root):
         only = f"{self.peft_type.lower()}_only"
         if self.bias not in ("none", "all", only):
             raise ValueError(f"bias={self.bias!r} must be 'none', 'all' or {only!r}")
+
+    @staticmethod
+    def _check_tokens(wanted: Any) -> None:
+        for ids in wanted.values() if isinstance(wanted, dict) else [wanted]:
+            whole = isinstance(ids, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+            if not whole or not ids or min(ids) < 0 or len(set(ids)) < len(ids):
+                raise ValueError(
+                    f"trainable_token_indices={wanted!r} must be a list of different token ids, 0 or more each, or "
+                    "{name of an embedding: such a list}"
+                )
 
     @staticmethod
     def _compiles(name: str, value: str) -> None:
@@ -213,6 +228,8 @@ class PeftConfig(Root):
         names = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
         lists = {n: getattr(self, n) for n in names}
         tables = {f.name: getattr(self, f.name) for f in fields(self) if f.default_factory is dict}
+        if isinstance(self.trainable_token_indices, dict):
+            tables["trainable_token_indices"] = self.trainable_token_indices
         return replace(
             self,
             **{n: [*map(now, v)] for n, v in lists.items() if isinstance(v, list)},

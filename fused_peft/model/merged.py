@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from ..core.factors import NotMergeableError
 from ..core.sharded import is_spread
-from .adapted import few, plain_name, unwrap
+from .adapted import STATE, few, plain_name, roots, unwrap
 from .convert import adapted_layers, refuse_shared
 from .holder import Holder
 from .parameter import SUFFIX, PeftParameter
 from .save import folder
 from .state import refuse_pefts, refuse_while_disabled
+from .trainable_tokens import KEY, refuse_infinite
 from .wide import narrowed
 
 
@@ -51,6 +52,13 @@ def _merged(model: nn.Module, what: str, safe_merge: bool) -> tuple[dict[str, Te
     within = tuple(f"{n}{SUFFIX}." if isinstance(layer, PeftParameter) else f"{n}.added." for n, layer in found)
     state = {plain_name(key): t for key, t in model.state_dict().items()}
     state = {key: t for key, t in state.items() if key not in own and not key.startswith(within)}
+    for rows in (t for root in roots(model) for t in root.__dict__[STATE].tokens.values()):
+        (prefix,) = (n.removesuffix(KEY) for n, m in model.named_modules() if m is rows)
+        table, prefix = model.get_submodule(prefix[:-1]).weight, plain_name(prefix)
+        if safe_merge:
+            refuse_infinite({prefix[:-1]: rows})
+        with_rows = rows.folded(table)
+        state = {k: with_rows if _same(t, table) else t for k, t in state.items() if not k.startswith(prefix + KEY)}
     for key, dtype in narrowed(model).items():
         state[plain_name(key)] = state[plain_name(key)].to(dtype)
     new = []

@@ -67,8 +67,9 @@ class _KeepsSize:
         model, embeddings = self.model, self.model.get_input_embeddings()
         saved = {id(m) for name in model.__dict__[STATE].saved for m in model.get_submodule(name).modules()}
         adapted = {id(layer) for _, layer in layers(model)}
+        rows = {id(model.get_submodule(name)) for name in model.__dict__[STATE].tokens}
         replaced = {id(embeddings), id(model.get_output_embeddings())}
-        names = [n for n, m in model.named_modules() if id(m) in replaced & (saved | adapted)]
+        names = [n for n, m in model.named_modules() if id(m) in replaced & (saved | adapted | rows)]
         if not names:
             return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
         size = shape_of(embeddings.weight)[0]

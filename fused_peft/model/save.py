@@ -35,6 +35,7 @@ from .adapter_config import (
 from .checks import refuse_vanished
 from .holder import DEFAULT
 from .state import AdapterState, refuse_while_disabled, state_of
+from .trainable_tokens import FIELD, KEY, asked
 
 PREFIX = "base_model.model."
 
@@ -107,7 +108,8 @@ def slots_of(layers: dict[str, Bound], state: AdapterState, find: Callable[[str]
 
 
 def slots_beside(layers: dict[str, Bound], state: AdapterState, find: Callable[[str], Tensor]) -> dict[str, Slot]:
-    """The same of what a checkpoint holds beside the adapters' own tensors: biases, embeddings, modules_to_save."""
+    """The same of what a checkpoint holds beside the adapters' own tensors: biases, embeddings and rows of them,
+    modules_to_save."""
     slots = {}
     prefix = "base_model." if isinstance(state.config, prompt.SoftPromptConfig) else PREFIX
     for name in (*state.biases, *state.embeddings):
@@ -120,6 +122,9 @@ def slots_beside(layers: dict[str, Bound], state: AdapterState, find: Callable[[
         for key in original.state_dict():
             tensor = find(f"{name}.{key}")
             slots[f"{prefix}{name}.{key}"] = Slot(tensor, shape_of(tensor))
+    for name, tokens in state.tokens.items():
+        V = tokens.trainable_tokens_delta
+        slots[f"{PREFIX}{name}.{KEY}.trainable_tokens_delta"] = Slot(V, shape_of(V))
     return slots
 
 
@@ -286,7 +291,7 @@ def refuse_other(model: nn.Module, stored: PeftConfig, where: str) -> None:
     """AdapterFormatError where a training checkpoint's values, of a model with the config ``stored``, would compute
     something else in this one; ``where`` the config stands."""
     refuse_method(state_of(model), stored, where)
-    refuse_settings(layers_of(model), stored, where)
+    refuse_settings(model, state_of(model), layers_of(model), stored, where)
 
 
 def refuse_method(state: AdapterState, config: PeftConfig, where: Path | str) -> None:
@@ -297,9 +302,17 @@ def refuse_method(state: AdapterState, config: PeftConfig, where: Path | str) ->
         )
 
 
-def refuse_settings(layers: dict[str, Bound], stored: PeftConfig, where: Path | str) -> None:
+def refuse_settings(
+    model: nn.Module, state: AdapterState, layers: dict[str, Bound], stored: PeftConfig, where: Path | str
+) -> None:
     """Values are replaced, settings are not: AdapterFormatError where the ones that the values were trained with would
     compute something else, a warning where they only say how to train."""
+    mine = {name: [*tokens.indices] for name, tokens in state.tokens.items()}
+    if asked(model, stored) != mine:
+        raise AdapterFormatError(
+            f"{where} has {FIELD}={stored.trainable_token_indices!r}, but the rows that train in the model are "
+            f"{mine or 'none'}; load it into a plain model, or adapt that with load_config(path)"
+        )
     trains = {}
     for name, layer in layers.items():
         mine, theirs = layer.config, stored.for_module(name)
