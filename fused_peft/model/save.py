@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -185,6 +185,13 @@ def save_pretrained(
     old one. Where parameters are sharded (FSDP2, tensor parallel, ZeRO-3) every process calls it, the first one writes;
     or one process does, with the model's whole ``state_dict`` gathered before.
     """
+    put_adapter(model, path, adapter_name, state_dict)
+
+
+def put_adapter(
+    model: nn.Module, path: str | os.PathLike, adapter_name: str, state_dict: dict | None, base: str | None = None
+) -> None:
+    """``save_pretrained``; base: the name to give the base model in the config, in place of the config's own."""
     model = unwrap(model)
     state = state_of(model).of(adapter_name)
     refuse_while_disabled(model, "save_pretrained")
@@ -207,7 +214,7 @@ def save_pretrained(
     try:
         if not together or torch.distributed.get_rank() == 0:
             _warn_residual(layers, state.config)
-            write(path, state.config, tensors)
+            write(path, replace(state.config, base_model_name_or_path=base) if base else state.config, tensors)
     finally:
         if together:
             torch.distributed.barrier()  # nobody reads the files before they are there
