@@ -121,10 +121,9 @@ def explain_layer(layer: PeftLayer, adapters: Sequence[Bound], tokens: int, dtyp
 def _product_alone(kind: Frozen, adapter: Bound, tokens: int, dtype: torch.dtype | None) -> str | None:
     """How the product of few rows with a weight in parts is taken, where it is a call of its own (``ops.linear``)."""
     method, W = adapter.method, kind.matrix(adapter.holder())
-    if tokens > ops.FEW or dispatch.is_eager(W.parts[0]) or method.reads_weight or method.output or method.weight:
+    if tokens > ops.FEW or dispatch.is_eager(W.parts[0]) or method.reads_weight or method.weight:
         return None
-    f = method.factors(adapter)
-    if f.hadamard or (f.drop_base and f.p and adapter.training):
+    if method.factors is not None and not ops.apart_in_form(method.factors(adapter), adapter.training):
         return None
     w = frozen.coded(W.spec, W.parts, whole=False)
     inside = w is not None and decode.takes(w, tokens, W.compute or dtype or W.dtype)
