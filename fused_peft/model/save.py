@@ -82,12 +82,13 @@ def _slot(layer: Bound, name: str) -> Slot:
 def disk_name(name: str, layers: dict[str, Bound]) -> str:
     """The name under which an adapted layer's tensors are stored: of parameters of one module the last one's are at the
     module, and each before it one base_layer further in, as PEFT's wrappers nest."""
-    layer = layers[name]
-    if not hasattr(layer, "parameter_name"):
+    one = layers[name].holder()
+    if not hasattr(one, "parameter_name"):
         return name
-    owner = name.removesuffix(f".{layer.parameter_name}")
-    beside = [n for n, other in layers.items() if getattr(other, "owner", None) is layer.owner]
-    order = sorted(beside, key=lambda n: [*layer.owner._parameters].index(layers[n].parameter_name))
+    owner = name.removesuffix(f".{one.parameter_name}")
+    held = {n: layer.holder() for n, layer in layers.items()}
+    beside = [n for n, other in held.items() if getattr(other, "owner", None) is one.owner]
+    order = sorted(beside, key=lambda n: [*one.owner._parameters].index(held[n].parameter_name))
     return owner + ".base_layer" * (len(order) - 1 - order.index(name))
 
 
