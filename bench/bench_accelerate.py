@@ -28,7 +28,7 @@ def configs() -> dict[str, object]:
     random = {"init_weights": False, **TARGET}
     return {
         "vera r=8": peft.VeraConfig(r=8, **random),
-        "vera r=128": peft.VeraConfig(r=128, **random),
+        "vera r=32": peft.VeraConfig(r=32, **random),
         "delora r=8": peft.DeloraConfig(r=8, **random),
         "delora+dropout r=8": peft.DeloraConfig(r=8, module_dropout=0.1, **random),
         "hira r=8": peft.HiraConfig(r=8, **random),

@@ -75,6 +75,7 @@ from .model.convert import (  # noqa: E402
     print_trainable_parameters,
     unmerge,
 )
+from .model.embedding import PeftEmbedding  # noqa: E402
 from .model.explain import explain  # noqa: E402
 from .model.export import export_lora  # noqa: E402
 from .model.layer import PeftLinear  # noqa: E402
@@ -204,6 +205,7 @@ __all__ = [
     "NotMergeableError",
     "OloraConfig",
     "ParallelAdapterConfig",
+    "PeftEmbedding",
     "PeftLinear",
     "PissaConfig",
     "PrefixTuningConfig",

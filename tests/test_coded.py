@@ -159,18 +159,10 @@ def test_every_method_computes_beside_the_product(case, asked, alone):
     got, want = layer_results(layer, x, dy), layer_results(reference, x, dy)
     assert got.keys() == want.keys()
     assert far(got, want)[0] < 1e-2, far(got, want)
-    if asked:
-        assert asked[:2] == [(5, False), (5, True)]
-    USED[case.name] = bool(asked)
-
-
-USED = {}
-
-
-def test_most_methods_do():
-    """What does not reads W itself: its norms, its product with factors, or all of it."""
-    assert sum(USED.values()) >= len(USED) // 2 or not USED
-    assert all(USED.get(name, True) for name in ("lora", "ssb", "ia3", "lora-dropout", "bitfit"))
+    assert asked[:2] == ([(5, False), (5, True)] if asked else [])
+    assert bool(asked) == ("is a call of its own" in fp.explain(nn.Sequential(layer), 5)[0].why)
+    # what takes none reads W itself: its norms, its product with factors, or all of it
+    assert asked or case.method not in ("lora", "ssl", "ssb", "ia3", "adalora", "bitfit", "flora", "vera")
 
 
 def test_explain_says_so(alone):

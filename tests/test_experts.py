@@ -259,6 +259,21 @@ def test_several_adapters_on_experts():
     assert (y - one).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("second", [STACKS, STACKS[:1], ["down_proj", "mlp.gate.weight"]], ids=["all", "one", "router"])
+def test_a_further_adapter_is_stored_as_peft_reads_it(second, tmp_path):
+    m = fp.get_peft_model(model(), config_of("lora", target_parameters=STACKS[1:]))
+    fp.add_adapter(m, "second", config_of("lora", target_parameters=second, init_lora_weights=False))
+    fp.set_adapter(m, "second")
+    y = m(IDS).logits
+    fp.save_pretrained(m, tmp_path, adapter_name="second")
+    for again in (peft.PeftModel.from_pretrained(model(), tmp_path).eval(), fp.load_adapter(model(), tmp_path)):
+        assert (again(IDS).logits - y).abs().max() < 1e-6
+    own = fp.get_peft_model(model(), config_of("lora"))
+    fp.load_adapter(own, tmp_path, adapter_name="again")
+    fp.set_adapter(own, "again")
+    assert torch.equal(own(IDS).logits, y)
+
+
 def test_an_adapter_on_other_parameters_comes_and_goes():
     m = fp.get_peft_model(model(), fp.LoraConfig(r=2, target_modules=["q_proj"]))
     y = m(IDS).logits

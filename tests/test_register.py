@@ -92,6 +92,17 @@ def test_the_same_numbers_and_checkpoints(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", OWN, ids=lambda c: c.name)
+def test_a_state_dict_says_which_modules_are_adapted(case):
+    one = shaken(peft.inject_adapter_in_model(configured(case, target_modules=NAMES[:1]), Net()))
+    values = peft.get_peft_model_state_dict(one)
+    again = peft.inject_adapter_in_model(configured(case), Net(), state_dict=values)
+    assert not peft.set_peft_model_state_dict(again, values).unexpected_keys
+    assert [type(layer) for layer in again.layers[::2]] == [tuners.FusedTunerLayer, nn.Linear]
+    x = torch.randn(3, 8)
+    assert torch.equal(again.eval()(x), one.eval()(x))
+
+
+@pytest.mark.parametrize("case", OWN, ids=lambda c: c.name)
 def test_switching_disabling_and_merging(case):
     model, _ = both(case)
     x, base = torch.randn(3, 8, dtype=torch.float64), Net().double()

@@ -298,6 +298,38 @@ def randomised(config, model):
     return model
 
 
+BESIDE = {
+    "adapter": {},
+    "heads, biases, rows": {"modules_to_save": ["lm_head"], "bias": "all", "trainable_token_indices": [3, 4]},
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE)
+@pytest.mark.parametrize("merged", [False, True], ids=["", "merged"])
+def test_a_base_without_a_name_is_saved_beside_its_adapter(beside, merged, tmp_path):
+    """From the folder alone comes the adapted model; Trainer's checkpoints, and models with a name, hold no base."""
+    config = fp.LoraConfig(r=2, init_lora_weights=False, task_type="CAUSAL_LM", **beside)
+    model = randomised(config, llama())
+    want = model(IDS).logits.detach()
+    if merged:
+        fp.merge(model)
+    with pytest.warns(UserWarning, match="has no name .*base_model"):
+        model.save_pretrained(tmp_path / "out")
+    before = llama()
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base_model").eval()
+    assert base.state_dict().keys() == before.state_dict().keys()
+    assert all(torch.equal(t, before.state_dict()[key]) for key, t in base.state_dict().items())
+    torch.testing.assert_close(fp.load_adapter(base, tmp_path / "out")(IDS).logits, want, rtol=0, atol=1e-6)
+    back = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(back(IDS).logits, want, rtol=0, atol=1e-6)
+    if not beside:
+        back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        torch.testing.assert_close(back(IDS).logits, want, rtol=0, atol=1e-6)
+    for folder, other in (("checkpoint-3", model), ("named", randomised(fp.LoraConfig(r=2), llama(tmp_path / "b")))):
+        other.save_pretrained(tmp_path / folder)
+        assert not (tmp_path / folder / "base_model").exists()
+
+
 @every_variant
 def test_a_transformers_model_saves_its_adapter_and_never_the_base_alone(name, tmp_path):
     config = replace(VARIANTS[name], modules_to_save=None)

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer and DPOTrainer with this library's configs and models, where TRL is set up."""
+"""TRL's SFTTrainer, DPOTrainer and GRPOTrainer with this library's configs and models, where TRL is set up."""
 
 import importlib.util
 import json
@@ -62,5 +62,12 @@ def test_the_reference_is_the_adapter_as_training_begins(found, name):
     assert all(losses[-1] != losses[0] for losses in it.values())
 
 
+@five
+def test_a_policy_is_trained_from_a_config(found, name):
+    it = found["grpo"][name]
+    assert it["ours"] == pytest.approx(it.get("stock", it["ours"]), rel=1e-4, abs=1e-7)
+    assert it["ours"][1] != 0
+
+
 def test_a_reference_that_would_be_another_is_refused(found):
-    assert "the reference of GRPOTrainer would be its base" in found["grpo"]
+    assert "the reference of GRPOTrainer would be its base" in found["refused"]

@@ -113,6 +113,28 @@ def dpo(name, config, folder):
     return found
 
 
+def grpo(config, folder):
+    """Losses, PEFT's beside them, of a policy whose reference is its own base: the adapter is disabled for it."""
+
+    def losses(config):
+        args = trl.GRPOConfig(
+            str(folder), max_steps=STEPS - 1, per_device_train_batch_size=4, num_generations=2, beta=0.1, report_to=[],
+            max_completion_length=4, use_cpu=True, bf16=False, learning_rate=1e-2, logging_steps=1, seed=0,
+            disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        torch.manual_seed(0)
+        seen = Losses()
+        trl.GRPOTrainer(
+            llama(), lambda completions, **_: [float(len({*c})) for c in completions], args=args, peft_config=config,
+            train_dataset=datasets.Dataset.from_dict({"prompt": PAIRS["prompt"]}), processing_class=TOKENIZER,
+            callbacks=[FusedPeftCallback(), seen],
+        ).train()  # fmt: skip
+        return seen.seen
+
+    own = config.to_peft()
+    return {"ours": losses(config)} | ({"stock": losses(own)} if own is not config else {})
+
+
 def refused():
     """GRPO, whose reference cannot be given."""
     args = trl.GRPOConfig("unused", beta=0.1, report_to=[], use_cpu=True, bf16=False)
@@ -129,6 +151,7 @@ if __name__ == "__main__":
         found = {
             "sft": {name: sft(name, config, folder / name) for name, config in FIVE.items()},
             "dpo": {name: dpo(name, config, folder / f"dpo-{name}") for name, config in FIVE.items()},
-            "grpo": refused(),
+            "grpo": {name: grpo(config, folder / f"grpo-{name}") for name, config in FIVE.items()},
+            "refused": refused(),
         }
     print(json.dumps(found), file=out, flush=True)

@@ -7,6 +7,7 @@ state: each of their methods is given the module.
     Transposed   Transformers' Conv1D, (K, N)
     Opaque       any module that maps x to C by a forward of its own; W is read only where a trial shows that it is one
     Experts      a stack of weights, (E, N, K) or stored (E, K, N): one for each group of rows
+    Lookup       nn.Embedding's table, stored (V, N): V = K, and x is ids, whose rows C = W[:, ids]ᵀ are
 
 A weight that is stored in parts (codes and scales) is a further kind whose ``matrix`` is a ``Stored``: the fused call
 decodes it at the top of forward and of backward, and keeps the parts alone (bitsandbytes': integrations.quantised).
@@ -174,6 +175,7 @@ class Frozen:
     transposed = False  # W is stored (K, N)
     opaque = False  # C is the module's own forward
     stacked = False  # W is a stack of matrices, one a group of rows
+    lookup = False  # x is ids, of columns of W
     packed = False  # W is stored in parts, and the module computes what the fused call does with them decoded
     requantised = "loses much of the update"  # what becomes of a merged W in a packed kind's own format
 
@@ -288,6 +290,28 @@ class Transposed(Frozen):
         return conv1d is not None and isinstance(module, conv1d) and _plain(module, conv1d)
 
 
+class Lookup(Frozen):
+    """nn.Embedding, and Transformers' that scale its rows by ``embed_scale``."""
+
+    transposed = lookup = True
+
+    def reads(self, module: nn.Module) -> bool | str:
+        if not isinstance(module, nn.Embedding):
+            return False
+        weight, name = module.weight, type(module).__name__
+        if is_foreign(weight) or not weight.dtype.is_floating_point:
+            what = type(weight).__name__ if is_foreign(weight) else weight.dtype
+            return f"the table of {name} is a {what}, whose values are not read; keep it out of the quantisation"
+        if module.max_norm is not None:
+            return f"max_norm={module.max_norm} of {name} changes rows of its table in each call; exclude it"
+        if module.sparse:
+            return f"{name} has sparse=True, and the gradient of an adapter is dense; set sparse=False, or exclude it"
+        own = type(module).forward is not nn.Embedding.forward or "forward" in module.__dict__
+        if own and not _looks_up(module, self.device(module)):
+            return f"{name} has a forward of its own, which does more than look up rows and scale them; exclude it"
+        return True
+
+
 class Experts(Frozen):
     """A stack of weights (E, N, K) in one parameter, such as a model's experts; no module is of this kind itself."""
 
@@ -356,6 +380,35 @@ def _computes(module: nn.Module, W: Tensor) -> bool:
     return torch.allclose(got.float(), want.float(), rtol=0, atol=32 * torch.finfo(W.dtype).eps * want.float().norm())
 
 
+def _looks_up(module: nn.Embedding, device: torch.device) -> bool:
+    """Whether a module's forward gives rows of its table, scaled: a trial on three of them."""
+    weight = module.weight
+    if module._modules or len(module._parameters) > 1:
+        return False
+    ids = torch.tensor([0, module.num_embeddings // 2, module.num_embeddings - 1], device=device)
+    try:
+        with torch.no_grad():
+            got, want = module.forward(ids), looked_up(module, ids.to(weight.device), weight)
+    except Exception:  # whatever it does, it is not this
+        return False
+    if not isinstance(got, Tensor) or got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    known = not (got.is_meta or want.is_meta)
+    return not known or torch.allclose(got.float(), want.float(), rtol=8 * torch.finfo(want.dtype).eps, atol=0)
+
+
+def row_scale(table: nn.Module) -> Tensor | float | None:
+    """What a table multiplies its rows by in its own forward, as Transformers' scaled word embeddings do."""
+    by = getattr(table, "embed_scale", None)
+    return None if isinstance(by, Tensor) and by.numel() != 1 else by
+
+
+def looked_up(table: nn.Embedding, ids: Tensor, weight: Tensor) -> Tensor:
+    """The rows (..., N) at ids (...) of a weight (V, N) in a table's place."""
+    y, by = F.embedding(ids, weight, table.padding_idx), row_scale(table)
+    return y if by is None else y * (by.to(y.dtype) if isinstance(by, Tensor) else by)
+
+
 def own_forward(module: nn.Module, x: Tensor) -> Tensor:
     """What a module of kind Opaque computes, before or after it carries an adapter."""
     call = getattr(module, "base_forward", None)
@@ -389,9 +442,9 @@ def _plain(module: nn.Module, kind: type) -> bool:
     return weight.dtype.is_floating_point and not is_foreign(weight)
 
 
-DENSE, TRANSPOSED, OPAQUE = Dense(), Transposed(), Opaque()
+DENSE, TRANSPOSED, LOOKUP, OPAQUE = Dense(), Transposed(), Lookup(), Opaque()
 EXPERTS, TRANSPOSED_EXPERTS = Experts(), TransposedExperts()
-KINDS: list[Frozen] = [DENSE, TRANSPOSED, OPAQUE]  # the first that reads a module; integrations put theirs in front
+KINDS: list[Frozen] = [DENSE, TRANSPOSED, LOOKUP, OPAQUE]  # the first that reads a module; integrations add theirs
 
 
 def now(layer: nn.Module) -> Frozen:
@@ -399,7 +452,7 @@ def now(layer: nn.Module) -> Frozen:
     kind: Frozen = layer.kind
     if kind.opaque or kind.packed or type(weight := layer.weight) is nn.Parameter or not is_foreign(weight):
         return kind
-    return next((k for k in KINDS if k.holds(weight)), OPAQUE)
+    return kind if kind.lookup else next((k for k in KINDS if k.holds(weight)), OPAQUE)
 
 
 def kind_of(module: nn.Module) -> Frozen | str:
@@ -423,9 +476,6 @@ def kind_of(module: nn.Module) -> Frozen | str:
         if found := kind.reads(module):
             return found if isinstance(found, str) else kind
     name = type(module).__name__
-    if isinstance(module, nn.Embedding):
-        return (
-            f"{name} is not a linear layer but looks up rows; exclude it, or adapt the model by Hugging Face PEFT's "
-            "LoraConfig and call fused_peft.accelerate, which has LoRA on embeddings too"
-        )
+    if isinstance(module, nn.EmbeddingBag):
+        return f"{name} pools the rows that it looks up, in a call that takes no update of each; exclude it"
     return f"{name} is not a linear layer (torch.nn.Linear, Transformers' Conv1D, or one with in_features); exclude it"

@@ -145,9 +145,13 @@ def linear(
 def _apart(x: Tensor, f: Factors, training: bool) -> bool:
     """Whether the product with a weight in parts is taken by itself: of few rows a kernel can decode in its loop, and
     the rest of the call is as beside any product, so that it is replayed."""
-    on_the_weight = f.hadamard or (f.drop_base and f.p and training)
-    few = 0 < x.numel() <= FEW * x.shape[-1]
-    return few and not (is_eager(x) or on_the_weight or transforming() or (not is_compiling() and tracing()))
+    taken = x.numel() <= FEW * x.shape[-1] and apart_in_form(f, training)
+    return x.numel() > 0 and taken and not (is_eager(x) or transforming() or (not is_compiling() and tracing()))
+
+
+def apart_in_form(f: Factors, training: bool) -> bool:
+    """Whether nothing of a call acts on the product with the weight itself."""
+    return not (f.hadamard or (f.drop_base and f.p and training))
 
 
 def _times_stored(x: Tensor, spec: str, parts: tuple[Tensor, ...]) -> Tensor:

@@ -21,7 +21,7 @@ from ..core import ops
 from ..core.dropout import keep_mask, new_seed
 from ..core.eager import norm_of
 from ..core.factors import Factors
-from ..model.layer import PeftLinear
+from ..model.layer import PeftLayer, PeftLinear
 
 
 def sides(layer: PeftLinear) -> dict[str, tuple[str | None, ...]]:
@@ -88,6 +88,11 @@ class _OfAdapters:
             shard(module, device_mesh, self.side, self.src_data_rank)
         else:
             super()._partition_linear_fn(name, module, device_mesh)
+
+    def _partition_embedding_fn(self, name, module, device_mesh):
+        if isinstance(module, PeftLayer):
+            raise ValueError(f"{name or 'the module'} is an adapted nn.Embedding, which is not split; leave it whole")
+        super()._partition_embedding_fn(name, module, device_mesh)
 
 
 class ColwiseParallel(_OfAdapters, parallel.ColwiseParallel):

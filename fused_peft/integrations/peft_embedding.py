@@ -1,18 +1,16 @@
-"""PEFT's LoRA on nn.Embedding: y = E[ids] + s · A[:, ids]ᵀ Bᵀ, the update added by the product itself.
+"""PEFT's LoRA on nn.Embedding, by one product that adds the update (``core.lookup``).
 
-PEFT forms the update, scales it and adds it: three passes over y, and with fp32 adapters a y in fp32. Here one product
-adds it in y's dtype. Kept for backward are the ids and A[:, ids]; of what has the size of the vocabulary only A's own
-gradient is made.
+PEFT forms the update, scales it and adds it: three passes over y, and with fp32 adapters a y in fp32.
 """
 
 from __future__ import annotations
 
-import torch
 from peft.tuners import lora
 from peft.tuners.lora.variants import MiCAEmbeddingVariant
 from torch import Tensor
 
-from ..core import ops
+from ..core import lookup
+from ..core.factors import Factors
 from ..core.sharded import is_sharded
 from .peft_layers import FUSED, Accelerated
 
@@ -22,21 +20,15 @@ class FusedEmbedding(Accelerated, lora.Embedding):
         if args or kwargs or self.disable_adapters or self.merged or self.unfused(x):
             return super().forward(x, *args, **kwargs)
         y = self.base_layer(x)
-        with ops.no_autocast(y.device.type):  # which no lookup heeds
-            for name in self._used():
-                y = self._with(y, x, name)
+        for name in self._used():
+            y = lookup.plus(y, self.base_layer, x, self._factors(name))
         return y
 
-    def _with(self, y: Tensor, ids: Tensor, name: str) -> Tensor:
-        """y (..., N) and the update of one adapter at ids (...)."""
+    def _factors(self, name: str) -> Factors:
         B, s = self.lora_embedding_B[name], self.scaling[name]
-        T = self._embed(ids, self.lora_embedding_A[name].t())
-        if (by := self._get_embed_scale()) is not None:
-            T = T * by.to(T.dtype)
-        if isinstance(s, Tensor):
-            T, s = T * s, 1.0
-        T = T.reshape(-1, T.shape[-1]).to(y.dtype)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), T, B.t().to(y.dtype), alpha=s).view(y.shape)
+        if isinstance(s, Tensor):  # as PEFT makes it for hot-swapping
+            B, s = B * s, 1.0
+        return Factors(A=self.lora_embedding_A[name], B=B, s=s)
 
     def _used(self, adapters: list[str] | None = None) -> list[str]:
         own = self.lora_embedding_A

@@ -29,7 +29,7 @@ class _LikeX(Fused):
         return not self._dropped(name) and t.dtype == getattr(getattr(self.base_layer, "weight", None), "dtype", None)
 
 
-WIDE = 128  # the rank above which VeRA's dB, a product that PEFT does without, costs a CPU more than PEFT's passes
+WIDE = 32  # the rank above which VeRA's dB, a product that PEFT does without, costs a CPU more than PEFT's passes
 
 
 class FusedVera(OnPacked, _LikeX, vera.layer.Linear):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import peft
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ def exported(model: nn.Module, adapter_name: str) -> Source:
         raise ValueError(f"adapter_name={adapter_name!r} is none of the model's: {', '.join(model.peft_config)}")
     config = model.peft_config[adapter_name]
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    if config.peft_type == "LORA":  # its trained rows go beside it
+        layers = [(name, m) for name, m in layers if not isinstance(m, TrainableTokensLayer)]
     held = [(name, layer) for name, layer in layers if adapter_name in layer._get_available_adapters()]
     pieces = [_piece(name.removeprefix(_PREFIX), layer, adapter_name) for name, layer in held]
     if not pieces:

@@ -222,6 +222,14 @@ class FusedTuner(BaseTuner):
             new.requires_grad_(False)  # a further adapter trains once it is made active
         self._replace_module(parent, target_name, new, target)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict: dict | None = None, **more):
+        """PEFT finds a file's modules by the prefix of the peft_type; methods that share one name their keys after
+        themselves."""
+        if state_dict is not None:
+            own, prefix = f".{method_of(self.peft_config[adapter_name]).name}_", f".{self.prefix}"
+            state_dict = {key.replace(own, prefix): value for key, value in state_dict.items()}
+        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **more)
+
     def _check_merge_allowed(self) -> None:
         """PEFT asks this before it merges anything. NotMergeableError for a weight that other modules read too, and for
         one whose format a merge cannot write: both would change outputs silently."""

@@ -70,7 +70,8 @@ class AdaLoraConfig(PeftConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} must lie in (0, 1)")
         if self.orth_reg_weight < 0:
             raise ValueError(f"orth_reg_weight={self.orth_reg_weight!r} must not be negative")
-        if not isinstance(self.rank_pattern, dict | None):
+        pattern = {} if self.rank_pattern is None else self.rank_pattern
+        if not isinstance(pattern, dict) or not all(isinstance(kept, list | tuple) for kept in pattern.values()):
             raise TypeError(
                 f"rank_pattern={self.rank_pattern!r} must be a stored allocation, {{name: [kept, ...]}}, or None"
             )

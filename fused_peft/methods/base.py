@@ -60,6 +60,8 @@ class PeftConfig(Root):
     exclude_modules: names or a regular expression, never adapted even when targeted.
     layers_to_transform, layers_pattern: restrict to these indices of the ModuleList, with target_modules as names.
     modules_to_save: modules trained and saved whole (a classifier head); a copy, so tied weights stay untouched.
+    trainable_token_indices: token ids whose rows of the input embeddings train, or {embedding: ids}; a head that is
+        tied to the embeddings follows.
     bias: which biases train: "none", "all", or "<method>_only" for those of adapted layers.
     task_type: SEQ_CLS, TOKEN_CLS and QUESTION_ANS add their heads to modules_to_save, as PEFT's model classes do.
     An entry that names modules and matches none is named in a warning of get_peft_model.
@@ -73,7 +75,7 @@ class PeftConfig(Root):
     # fields that say how to train and nothing of what trained values compute
     training_only: ClassVar[frozenset[str]] = frozenset()
     # fields that PEFT's config of this peft_type lacks: stored only when they are set
-    beyond_peft: ClassVar[frozenset[str]] = frozenset({"target_parameters"})
+    beyond_peft: ClassVar[frozenset[str]] = frozenset({"target_parameters", "trainable_token_indices"})
 
     target_modules: list[str] | str | None = field(default=None, metadata=naming("end"))
     target_parameters: list[str] | None = field(default=None, metadata=naming("parameter"))
@@ -81,6 +83,7 @@ class PeftConfig(Root):
     layers_to_transform: list[int] | int | None = field(default=None, metadata=naming("index"))
     layers_pattern: list[str] | str | None = field(default=None, metadata=naming("container"))
     modules_to_save: list[str] | None = field(default=None, metadata=naming("text"))
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     bias: str = "none"
     task_type: str | None = None
     inference_mode: bool = False
@@ -117,6 +120,8 @@ class PeftConfig(Root):
             if isinstance(self.modules_to_save, str):
                 raise TypeError(f"modules_to_save={self.modules_to_save!r} must be a list of names, not a string")
             self.modules_to_save = self._names("modules_to_save", self.modules_to_save)
+        if self.trainable_token_indices is not None:
+            self._check_tokens(self.trainable_token_indices)
         if self.base_model_name_or_path is not None:
             self.base_model_name_or_path = str(self.base_model_name_or_path)
         indices = self.layers_to_transform
@@ -134,6 +139,16 @@ class PeftConfig(Root):
         only = f"{self.peft_type.lower()}_only"
         if self.bias not in ("none", "all", only):
             raise ValueError(f"bias={self.bias!r} must be 'none', 'all' or {only!r}")
+
+    @staticmethod
+    def _check_tokens(wanted: Any) -> None:
+        for ids in wanted.values() if isinstance(wanted, dict) else [wanted]:
+            whole = isinstance(ids, (list, tuple)) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+            if not whole or not ids or min(ids) < 0 or len(set(ids)) < len(ids):
+                raise ValueError(
+                    f"trainable_token_indices={wanted!r} must be a list of different token ids, 0 or more each, or "
+                    "{name of an embedding: such a list}"
+                )
 
     @staticmethod
     def _compiles(name: str, value: str) -> None:
@@ -213,6 +228,8 @@ class PeftConfig(Root):
         names = ("target_modules", "target_parameters", "exclude_modules", "modules_to_save")
         lists = {n: getattr(self, n) for n in names}
         tables = {f.name: getattr(self, f.name) for f in fields(self) if f.default_factory is dict}
+        if isinstance(self.trainable_token_indices, dict):
+            tables["trainable_token_indices"] = self.trainable_token_indices
         return replace(
             self,
             **{n: [*map(now, v)] for n, v in lists.items() if isinstance(v, list)},
@@ -250,6 +267,7 @@ class Method:
     init(W, bias, config, new) -> {name: tensor} or Init: every trainable tensor of a layer, made once; W is (out, in)
         in its own dtype, bias (out,) or None, ``new(*shape)`` an uninitialised tensor in the adapter's dtype on W's
         device. Raises ValueError when the shapes cannot carry the config.
+    init_lookup: the same of a table that is looked up, W its transpose (N, V), where a method starts otherwise there.
     A method computes in one of three forms, each reading the layer's parameters, buffers, config, weight and bias:
     factors(layer) -> Factors: the expression around the frozen weight.
     weight(layer) -> Tensor (out, in): a weight formed in each forward, for methods without a useful factored form.
@@ -270,6 +288,7 @@ class Method:
         the same ones again from the same weight.
     disk_shared: buffers that PEFT stores once for the whole model, whole; each layer reads its corner of them.
     disk: parameter name -> key suffix in a checkpoint, where Hugging Face PEFT has the method.
+    disk_lookup: the same on a table that is looked up, where PEFT has the method there.
     disk_shape(shape, config): the shape a one-dimensional parameter has on disk, where PEFT's differs.
     """
 
@@ -280,6 +299,7 @@ class Method:
     init: Callable[[Tensor, Tensor | None, PeftConfig, New], dict[str, Tensor] | Init]
     A: str | None = None
     B: str | None = None
+    init_lookup: Callable[[Tensor, Tensor | None, PeftConfig, New], dict[str, Tensor]] | None = None
     factors: Callable[[Any], Factors] | None = None
     weight: Callable[[Any], Tensor] | None = None
     output: Callable[[Any], Factors] | None = None
@@ -296,6 +316,7 @@ class Method:
     remade: Callable[[PeftConfig], bool] = lambda config: False
     disk_shared: tuple[str, ...] = ()
     disk: dict[str, str] = field(default_factory=dict)
+    disk_lookup: dict[str, str] = field(default_factory=dict)
     disk_shape: Callable[[tuple[int, ...], PeftConfig], tuple[int, ...]] = lambda shape, config: shape
     # True when the biases of layers without a weight matrix (LayerNorm) belong to the method
     trains_other_biases: bool = False
@@ -311,6 +332,12 @@ class Method:
         """What ``init`` gives, as an Init."""
         start = self.init(W, bias, config, new)
         return start if isinstance(start, Init) else Init(start)
+
+    def start_lookup(self, W: Tensor, bias: Tensor | None, config: PeftConfig, new: New) -> Init:
+        """The same of a table W (N, V)."""
+        if self.init_lookup is None:
+            return self.start(W, bias, config, new)
+        return Init(self.init_lookup(W, bias, config, new))
 
     @property
     def beside(self) -> bool:
@@ -335,8 +362,9 @@ class Method:
     def __reduce__(self):
         return method, (self.name,)
 
-    def disk_key(self, param: str) -> str:
-        return self.disk.get(param, f"{self.name}_{param.removeprefix(self.name + '_')}")
+    def disk_key(self, param: str, lookup: bool = False) -> str:
+        known = self.disk_lookup if lookup and self.disk_lookup else self.disk
+        return known.get(param, f"{self.name}_{param.removeprefix(self.name + '_')}")
 
 
 def method(name: str) -> Method:

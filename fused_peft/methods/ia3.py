@@ -28,7 +28,7 @@ class IA3Config(PeftConfig):
     }
     training_only: ClassVar[frozenset[str]] = frozenset({"init_ia3_weights"})
     beyond_peft: ClassVar[frozenset[str]] = frozenset(
-        {"bias", "scale_bias", "layers_to_transform", "layers_pattern", "target_parameters"}
+        {"bias", "scale_bias", "layers_to_transform", "layers_pattern", "target_parameters", "trainable_token_indices"}
     )
 
     feedforward_modules: list[str] | str | None = field(default=None, metadata=naming("text"))

@@ -87,6 +87,13 @@ def init(W, bias, config, new):
     return params
 
 
+def init_lookup(W, bias, config, new):
+    """As Hugging Face PEFT on embeddings: A 0, so that a row that is never looked up stays, and B N(0, 1)."""
+    params = {**init(W, bias, config, new), "lora_B": new(W.shape[0], config.r).normal_()}
+    params["lora_A"].normal_() if config.init_lora_weights is False else params["lora_A"].zero_()
+    return params
+
+
 def init_from_weight(W, bias, config, new):
     rank_fits(config.r, W)
     how, r, s = config.init_lora_weights, config.r, config.scaling
@@ -128,8 +135,10 @@ LORA = Method(
     B="lora_B",
     example=lambda r: LoraConfig(r=r, lora_alpha=2 * r),
     init=init,
+    init_lookup=init_lookup,
     factors=factors,
     disk=DISK,
+    disk_lookup={"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"},
 )
 PISSA, MILORA, OLORA = (
     Method(

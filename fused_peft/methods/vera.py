@@ -31,7 +31,9 @@ class VeraConfig(PeftConfig):
     training_only: ClassVar[frozenset[str]] = frozenset(
         {"d_initial", "vera_dropout", "save_projection", "init_weights", "projection_shape"}
     )
-    beyond_peft: ClassVar[frozenset[str]] = frozenset({"projection_shape", "target_parameters"})
+    beyond_peft: ClassVar[frozenset[str]] = frozenset(
+        {"projection_shape", "target_parameters", "trainable_token_indices"}
+    )
 
     r: int = 256
     d_initial: float = 0.1

@@ -8,7 +8,7 @@ from torch import nn
 
 from .adapter import Bound
 from .holder import Holder
-from .layer import PeftLinear
+from .layer import PeftLayer
 from .parameter import SUFFIX, PeftParameter
 
 STATE = "_fused_peft"  # the attribute under which get_peft_model leaves its AdapterState
@@ -38,7 +38,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def layers(model: nn.Module) -> Iterator[tuple[str, PeftLinear | PeftParameter]]:
+def layers(model: nn.Module) -> Iterator[tuple[str, PeftLayer | PeftParameter]]:
     """(name, layer) of every adapted layer; of an adapted parameter the parameter's name."""
     return ((_name_of(name, m), m) for name, m in unwrap(model).named_modules() if isinstance(m, Holder))
 

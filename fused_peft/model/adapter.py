@@ -6,7 +6,7 @@ the first beside the base in one fused call, every later one on the outcome z (w
     y = d_out ⊙ (z − b + s·h(drop(x ⊙ d_in) Aᵀ + a) Gᵀ Bᵀ) + b        z made from x ⊙ d_in
 
 What a method gives as its bias is the layer's own and a change; a later one makes that change to the b it finds.
-A base that computes C by itself (kind Opaque) is such a z from the start.
+A base that computes C by itself (kind Opaque) is such a z from the start, and so are the rows of a table (Lookup).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..core import ops
+from ..core import lookup, ops
 from ..core.factors import Factors, NotMergeableError
 from ..core.frozen import Stored, now
 from ..core.sharded import fill, shape_of, whole
@@ -87,7 +87,8 @@ class Bound:
         else:
             W = self.kind.values(layer)
         new = lambda *shape: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
-        return (_stacked_start if self.kind.stacked else Method.start)(method, W, bias, config, new)
+        make = _stacked_start if self.kind.stacked else Method.start_lookup if self.kind.lookup else Method.start
+        return make(method, W, bias, config, new)
 
     @torch.no_grad()
     def reset_adapter_parameters(self) -> None:
@@ -179,11 +180,16 @@ Linear = Callable[..., Tensor]
 
 
 def compose(layer: nn.Module, adapters: Sequence[Bound], x: Tensor, linear: Linear | None = None) -> Tensor:
-    """y (..., N) of a layer with these adapters, one or more, in their order; x (..., K).
+    """y (..., N) of a layer with these adapters, one or more, in their order; x (..., K), or ids (...) of a table.
 
     ``layer`` gives the base: kind, weight, bias, training and, where it computes C by itself, base_forward.
     """
     kind = now(layer)
+    if kind.lookup:
+        y = layer.base_forward(x)
+        for adapter in adapters:
+            y = lookup.plus(y, layer, x, factors_of(adapter))
+        return y
     if kind.opaque and not layer.kind.opaque:  # its own product passes gradients or says that it does not
         if reason := why_not_foreign(layer, adapters):
             raise RuntimeError(reason)

@@ -21,7 +21,7 @@ from ..core.sharded import is_sharded, is_spread
 from ..core.torch_internals import in_backward
 from .adapted import is_pefts, layers, unwrap
 from .adapter import compose, own_product
-from .layer import PeftLinear
+from .layer import PeftLayer
 from .parameter import PeftParameter
 from .prompt import SoftPromptConfig
 from .rows import BASE, Chosen, length_error, lora_form, mixed
@@ -96,7 +96,7 @@ class Switch:
             self._alive.add(self.last)
         return y
 
-    def __call__(self, layer: PeftLinear, x: Tensor) -> Tensor | None:
+    def __call__(self, layer: PeftLayer, x: Tensor) -> Tensor | None:
         """y of a layer of this library; None where the active adapters are to act."""
         names = self.names()
         return None if names is None else self.made(forward(layer, x, names))
@@ -108,14 +108,15 @@ class Switch:
         return type(None), ()
 
 
-def forward(layer: PeftLinear, x: Tensor, names: Chosen) -> Tensor:
-    """y (S, ..., N) of a layer on samples x (S, ..., K), each with the adapter of its name."""
-    if x.dim() < 2 or x.shape[0] != len(names):
+def forward(layer: PeftLayer, x: Tensor, names: Chosen) -> Tensor:
+    """y (S, ..., N) of a layer on samples x (S, ..., K), or ids (S, ...), each with the adapter of its name."""
+    kind = now(layer)
+    if x.dim() < (1 if kind.lookup else 2) or x.shape[0] != len(names):
         raise ValueError(length_error(names, x))
     adapters = layer.adapters
-    kind = now(layer)
     weight = kind.like(layer)
-    joint = kind.opaque == layer.kind.opaque and not (weight.requires_grad or is_spread(weight) or is_sharded(x))
+    spread = weight.requires_grad or is_spread(weight) or is_sharded(x)
+    joint = kind.opaque == layer.kind.opaque and not (kind.lookup or spread)
 
     def base(x: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         if kind.opaque:
@@ -138,14 +139,16 @@ def forward(layer: PeftLinear, x: Tensor, names: Chosen) -> Tensor:
     def alone(name: str | None, x: Tensor) -> Tensor:
         if name is not None:
             return compose(layer, (adapters[name],), x)
-        return layer.base_forward(x) if kind.opaque else ops.plain_linear(x, kind.matrix(layer), layer.bias)
+        if kind.opaque or kind.lookup:
+            return layer.base_forward(x)
+        return ops.plain_linear(x, kind.matrix(layer), layer.bias)
 
     own = [name if name in adapters else None for name in names]
     return mixed(x, own, form, alone, base if joint else None, layer.training)
 
 
 def _members(model: nn.Module) -> list[Member]:
-    def member(name: str, layer: PeftLinear) -> Member:
+    def member(name: str, layer: PeftLayer) -> Member:
         tensors = {n: list(a.adapter_tensors()) for n, a in layer.adapters.items()}
         return Member(name, layer, tensors, layer.merged, lambda switch: layer.__dict__.__setitem__("_batch", switch))
 
@@ -169,11 +172,12 @@ def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]
         loss.backward()                                   # or within the context
 
     For models of get_peft_model with further adapters (the first is "default") and for Hugging Face PEFT's, in training
-    mode too. names has one entry a sample: layers read x (len(names), ..., in_features). Each adapter gets the gradient
-    of its own samples and the others none; a layer that lacks an adapter computes what its base does. The adapters
-    that ``set_adapter`` made active count for nothing meanwhile, but train only if they were made active: set_adapter
-    to all that are to train. Adapters of LoRA's form run in one grouped call, others on their own samples. Heads and
-    biases that train beside the adapters act on every sample, and ``disable_adapter`` within turns all adapters off.
+    mode too. names has one entry a sample: layers read x (len(names), ..., in_features), or ids (len(names), ...). Each
+    adapter gets the gradient of its own samples and the others none; a layer that lacks an adapter computes what its
+    base does. The adapters that ``set_adapter`` made active count for nothing meanwhile, but train only if they were
+    made active: set_adapter to all that are to train. Adapters of LoRA's form run in one grouped call, others on their
+    own samples. Heads and biases that train beside the adapters act on every sample, and ``disable_adapter`` within
+    turns all adapters off.
 
     A forward that activation checkpointing repeats in backward uses the same names, also after the context; where
     forwards with several choices wait for one backward, non-reentrant checkpointing raises RuntimeError. Under

@@ -41,7 +41,7 @@ def vanished(model: nn.Module) -> list[str]:
 
 
 def _vanished(root: nn.Module) -> list[str]:
-    names, heads = root.__dict__[STATE].layers, _lost_heads(root)
+    names, heads = root.__dict__[STATE].layers, _lost_heads(root) | _lost_rows(root)
     if sum(isinstance(m, Holder) for m in root.modules()) >= len(names):
         return [*heads]
     here = {_plain(name) for name, _ in layers(root)}
@@ -66,12 +66,19 @@ def _lost_heads(root: nn.Module) -> dict[str, str]:
     return found
 
 
+def _lost_rows(root: nn.Module) -> dict[str, str]:
+    """{embedding whose trained rows are not called any more: what is there now}"""
+    here, modules = {id(m) for m in root.modules()}, {_plain(n): m for n, m in root.named_modules()}
+    lost = [name for name, tokens in root.__dict__[STATE].tokens.items() if id(tokens) not in here]
+    return {n: f"now another {type(modules[n]).__name__}" if n in modules else "now gone" for n in lost}
+
+
 def _about_vanished(root: nn.Module, gone: list[str]) -> str:
-    state, heads = root.__dict__[STATE], _lost_heads(root)
+    state, heads = root.__dict__[STATE], _lost_heads(root) | _lost_rows(root)
     now = {_plain(name): f"now a {type(m).__name__}" for name, m in root.named_modules()} | heads
     named = few(f"{name} ({now[_plain(name)]})" if _plain(name) in now else name for name in gone)
-    what = "adapted layers and modules_to_save" if heads else "adapted layers"
-    total = len(state.layers) + (len(state.saved) if heads else 0)
+    what = "adapted layers and what trains beside them" if heads else "adapted layers"
+    total = len(state.layers) + (len(state.saved) + len(state.tokens) if heads else 0)
     return (
         f"{len(gone)} of {total} {what} have vanished since get_peft_model: {named}. Code that rebuilds linear layers "
         "(resize_token_embeddings, a float8 conversion) or ties weights (tie_weights) drops what they train; run it "

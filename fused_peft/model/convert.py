@@ -25,11 +25,12 @@ from ..core.sharded import (
     whole,
 )
 from ..methods import Method, PeftConfig, method_of
-from . import checks, model_saving, prompt
+from . import checks, model_saving, prompt, trainable_tokens
 from .adapted import STATE, is_adapted, is_pefts, layers, roots, unwrap
 from .adapter import refuse_inference
+from .embedding import layer_class
 from .holder import Holder
-from .layer import PeftLinear
+from .layer import PeftLayer
 from .parameter import PeftParameter, matrix_shape
 from .parts import adapted_parts
 from .plain import plain_layers, unmark
@@ -46,7 +47,7 @@ class _Plan:
     """Everything get_peft_model will do, made and checked before the model is touched."""
 
     state: AdapterState
-    layers: dict[str, PeftLinear | PeftParameter]
+    layers: dict[str, PeftLayer | PeftParameter]
     copies: dict[str, nn.Module]
     wide: torch.dtype  # of the heads and biases that train in half-precision modules
     plain_prompt: bool = False  # a soft prompt without the encoder that trained it
@@ -86,6 +87,11 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
     with gathered(p for module in originals.values() for p in module.parameters()):
         copies = {name: copy.deepcopy(module) for name, module in originals.items()}
     if soft:
+        if resolved.trainable_token_indices:
+            raise ValueError(
+                f"trainable_token_indices={resolved.trainable_token_indices}: rows train beside an adapter, and "
+                f"{type(config).__name__} makes none; leave it out"
+            )
         resolved = replace(resolved, **prompt.resolve(model, resolved))
         prompt.hooked(model, resolved)
         prompt.warn_positions(model, resolved)
@@ -100,14 +106,15 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
             f"modules_to_save={resolved.modules_to_save!r} also means {both[0]!r}, by the end of its name, and that is "
             f"a target; a module is adapted or trained whole: add {both[0]!r} to exclude_modules"
         )
+    tokens = trainable_tokens.planned(model, resolved, (*targets, *saved), adapter_dtype)
     matrices = (matrix_shape(owner, key) for owner, key in parameters.values())
     resolved = resolved.for_targets([*(shape(module) for module in targets.values()), *matrices])
     with _frozen_as_before(model):
         for name, module in shown(targets, method_of(resolved)):
             try:
-                new[name] = PeftLinear.from_linear(module, resolved.for_module(name), adapter_dtype)
-            except ValueError as e:
-                raise ValueError(f"{name}: {e}") from e
+                new[name] = layer_class(module).made_from(module, resolved.for_module(name), adapter_dtype)
+            except (ValueError, TypeError) as e:
+                raise type(e)(f"{name}: {e}") from e
         for name, (owner, key) in shown(parameters, method_of(resolved)):
             new[name] = adapted_parameter(name, owner, key, resolved, adapter_dtype)
     if any(layer.fan_in_fan_out for layer in new.values()) and hasattr(resolved, "fan_in_fan_out"):
@@ -120,7 +127,7 @@ def plan(model: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None
         if last == "bias" and not any(name.startswith(f"{s}.") for s in saved):
             if _bias_trains(resolved, owner, owner in new):
                 biases[name] = whole(parameter).detach().clone()
-    state = AdapterState(resolved.in_use(), saved=originals, biases=biases)
+    state = AdapterState(resolved.in_use(), saved=originals, biases=biases, tokens=tokens)
     return _Plan(state, new, copies, adapter_dtype or torch.float32)
 
 
@@ -145,7 +152,7 @@ def shown(targets: dict[str, _T], method: Method) -> Iterable[tuple[str, _T]]:
 
 def shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a module that is adapted or can be."""
-    if isinstance(module, PeftLinear):
+    if isinstance(module, PeftLayer):
         return module.out_features, module.in_features
     return kind_of(module).shape(module)
 
@@ -170,7 +177,7 @@ def _frozen_as_before(model: nn.Module):
                     parameter.requires_grad_(flag)
 
 
-def warn_tied(model: nn.Module, new: dict[str, PeftLinear]) -> None:
+def warn_tied(model: nn.Module, new: dict[str, Holder]) -> None:
     holders = Holders(model)
     for name, layer in new.items():
         tied = holders.others(getattr(layer, "weight", None), holder_of(layer, name))
@@ -256,6 +263,8 @@ def carry_out(model: nn.Module, planned: _Plan) -> nn.Module:
             with gathered([own], write=True):
                 own.data = own.data.to(planned.wide)  # a PeftLinear computes in its input's dtype
         model.get_parameter(name).requires_grad_(not planned.state.config.inference_mode)
+    for name, tokens in planned.state.tokens.items():
+        trainable_tokens.install(model, name, tokens.requires_grad_(not planned.state.config.inference_mode))
     planned.state.layers = tuple(planned.layers)
     setattr(model, STATE, planned.state)
     model_saving.redirect(model)
@@ -285,9 +294,9 @@ def put(model: nn.Module, new: dict[int, nn.Module]) -> None:
                 parent._modules[name] = new[id(child)]
 
 
-def install(model: nn.Module, new: dict[str, PeftLinear | PeftParameter]) -> None:
+def install(model: nn.Module, new: dict[str, PeftLayer | PeftParameter]) -> None:
     """Put adapted layers in the places of the modules of their names, and adapted parameters beside theirs."""
-    modules = {name: layer for name, layer in new.items() if isinstance(layer, PeftLinear)}
+    modules = {name: layer for name, layer in new.items() if isinstance(layer, PeftLayer)}
     put(model, {id(model.get_submodule(name)): layer for name, layer in modules.items()})
     for name, layer in new.items():
         if name not in modules:
@@ -378,7 +387,8 @@ def adapted_layers(model: nn.Module, what: str | None = None) -> list[tuple[str,
 
 
 def merge_and_unload(model: nn.Module, safe_merge: bool = False, dequantize: bool = False) -> nn.Module:
-    """Merge, then turn every layer back into its original class; returns the plain model. Raises as ``merge`` does.
+    """Merge, then turn every layer back into its original class, with trained rows in their tables; returns the plain
+    model. Raises as ``merge`` does.
 
     dequantize: layers that are stored in parts (4 or 8 bits), where ``merge`` is refused, become frozen nn.Linear of
     the decoded weight plus the update, computed in fp32, in the dtype that the layer computes in (``compute_dtype`` of
@@ -400,6 +410,9 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, dequantize: boo
             "merge_and_unload would replace layers whose parameters DeepSpeed ZeRO-3 manages; merge(model) works, or "
             "save_pretrained, then load_adapter and merge_and_unload on a model that is not partitioned"
         )
+    if safe_merge:
+        for root in roots(model):
+            trainable_tokens.refuse_infinite(root.__dict__[STATE].tokens)
     decoded = plain_layers(model, safe_merge) if dequantize else {}
     dense = [(name, layer) for name, layer in found if id(layer) not in decoded]
     _merge(model, [(name, layer) for name, layer in dense if not layer.merged], safe_merge)
@@ -419,6 +432,8 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False, dequantize: boo
         state = root.__dict__[STATE]
         for name in state.saved:
             narrow(root.get_submodule(name))
+        for name in state.tokens:
+            trainable_tokens.remove(root, name)
         for name in state.biases:
             narrow(_reader(root, name)[0])
             owner = root.get_submodule(name.rpartition(".")[0])
@@ -446,8 +461,8 @@ def _warn_of_dtypes(model: nn.Module, decoded: Iterable[nn.Linear]) -> None:
 
 @contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the context the model computes what the base model did: adapters off, merged or not; heads of
-    modules_to_save and biases trained in place back at their base values.
+    """Within the context the model computes what the base model did: adapters and trained rows off, merged or not;
+    heads of modules_to_save and biases trained in place back at their base values.
 
     Where there are any of those, ``state_dict``, ``load_state_dict`` and pickling raise RuntimeError meanwhile."""
     model = unwrap(model)
@@ -472,8 +487,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     values = [whole(p).detach().clone() if is_spread(p) else p.data for p, _ in exchanged]
     state.disabled += 1
     try:
-        for _, layer in found:
-            layer.enabled = False
+        for switched in (*(layer for _, layer in found), *state.tokens.values()):
+            switched.enabled = False
         for name, module in trained.items():
             if name in parted:
                 continue
@@ -488,6 +503,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         state.disabled -= 1
         for (_, layer), enabled in zip(found, before, strict=True):
             layer.enabled = enabled
+        for tokens in state.tokens.values():
+            tokens.enabled = state.disabled == 0
         for name, module in trained.items():
             if name not in parted:
                 _set(model, name, module)
@@ -498,7 +515,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 def _bias_in_use(model: nn.Module, name: str) -> Tensor:
     """The tensor that a disabled layer reads as its bias: merged layers read the one kept beside the merged."""
     owner = model.get_submodule(name.rpartition(".")[0])
-    return owner._base_bias if isinstance(owner, PeftLinear) and owner.merged else owner.bias
+    return owner._base_bias if isinstance(owner, PeftLayer) and owner.merged else owner.bias
 
 
 def print_trainable_parameters(model: nn.Module) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from .adapted import is_pefts
 from .adapter import Bound, factors_of, why_not_foreign
 from .convert import adapted_layers
 from .holder import Gathered
-from .layer import PeftLinear
+from .layer import PeftLayer
 from .parameter import PeftParameter
 
 # a row: method, form, backend, why, and the call that the layer makes, where a backend was chosen for one
@@ -71,16 +71,21 @@ def stored_as(kind: Frozen, module: nn.Module) -> str:
     return f"{kind.about(module)} ({bits:.3g} bits a value in all), decoded once each way; "
 
 
-def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dtype: torch.dtype | None) -> Row:
+def explain_layer(layer: PeftLayer, adapters: Sequence[Bound], tokens: int, dtype: torch.dtype | None) -> Row:
     """The row of one layer with these adapters active."""
     names = " + ".join(a.method.name for a in adapters)
     if layer.merged or not layer.enabled or not adapters:
         state = "disabled" if not layer.enabled else "merged" if layer.merged else "no adapter is active"
-        return names or "none", "plain", "torch", f"{state}: one plain linear layer", None
+        plain = "lookup" if layer.kind.lookup else "linear layer"
+        return names or "none", "plain", "torch", f"{state}: one plain {plain}", None
     first = adapters[0]
     if isinstance(layer, PeftParameter):
         return _explain_parameter(layer, names, adapters, tokens, dtype)
     kind = now(layer)
+    if kind.lookup:
+        why = "rows of the table, and of A by one product with B"
+        why += "; no dropout acts on them" if any(a.config.dropout for a in adapters) else ""
+        return names, "lookup", "torch", why, None
     stored, foreign = stored_as(kind, layer.holder()), kind.opaque and not layer.kind.opaque
     if foreign and (reason := why_not_foreign(layer, adapters)):
         return names, "none", "none", reason, None
@@ -116,10 +121,9 @@ def explain_layer(layer: PeftLinear, adapters: Sequence[Bound], tokens: int, dty
 def _product_alone(kind: Frozen, adapter: Bound, tokens: int, dtype: torch.dtype | None) -> str | None:
     """How the product of few rows with a weight in parts is taken, where it is a call of its own (``ops.linear``)."""
     method, W = adapter.method, kind.matrix(adapter.holder())
-    if tokens > ops.FEW or dispatch.is_eager(W.parts[0]) or method.reads_weight or method.output or method.weight:
+    if tokens > ops.FEW or dispatch.is_eager(W.parts[0]) or method.reads_weight or method.weight:
         return None
-    f = method.factors(adapter)
-    if f.hadamard or (f.drop_base and f.p and adapter.training):
+    if method.factors is not None and not ops.apart_in_form(method.factors(adapter), adapter.training):
         return None
     w = frozen.coded(W.spec, W.parts, whole=False)
     inside = w is not None and decode.takes(w, tokens, W.compute or dtype or W.dtype)

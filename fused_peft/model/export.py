@@ -53,6 +53,7 @@ class Piece(NamedTuple):
     biased: bool = False
     stacked: bool = False
     transposed: bool = False
+    lookup: bool = False
     ways: tuple[str, ...] = ()
 
 
@@ -95,7 +96,7 @@ def export_lora(
         A, B, _ = found[piece.name]
         for part, t in ((lora.A, _padded(A, r, -2)), (lora.B, _padded(B, r, -1))):
             t = stacked_slot(t, part == lora.B).on_disk(t) if piece.stacked else t
-            tensors[f"{PREFIX}{piece.stored}.{lora.disk_key(part)}"] = t.contiguous().cpu()
+            tensors[f"{PREFIX}{piece.stored}.{lora.disk_key(part, piece.lookup)}"] = t.contiguous().cpu()
     together = any(map(is_spread, model.parameters()))
     try:
         if not together or torch.distributed.get_rank() == 0:
@@ -161,8 +162,9 @@ def piece_of(name: str, stored: str, adapter: Bound) -> Piece:
     ways = ("fused_peft.save_merged writes the merged model",) if mergeable else ()
     if reads_in_peft(adapter.config):
         ways += (f"fused_peft.save_pretrained writes {method.name} in Hugging Face PEFT's own format, for PEFT alone",)
-    biased, transposed = changes_bias(factors, seen.bias), kind.transposed and not kind.stacked
-    return Piece(name, stored, method.name, factors, change, instead, mergeable, biased, kind.stacked, transposed, ways)
+    biased, transposed = changes_bias(factors, seen.bias), kind.transposed and not (kind.stacked or kind.lookup)
+    piece = Piece(name, stored, method.name, factors, change, instead, mergeable, biased, kind.stacked, transposed)
+    return piece._replace(lookup=kind.lookup, ways=ways)
 
 
 def changes_bias(factors: list[Factors], bias: Tensor | None) -> bool:

@@ -59,8 +59,8 @@ class Holder(Bound):
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the weight is stored (in, out)."""
-        return self.kind.transposed
+        """Whether the weight of a linear layer is stored (in, out)."""
+        return self.kind.transposed and not self.kind.lookup
 
     @property
     def matrix(self) -> Tensor:

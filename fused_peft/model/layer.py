@@ -1,4 +1,4 @@
-"""PeftLinear: a frozen linear layer and its adapters by name, of which some are active."""
+"""An adapted layer in the place of the module whose tensors it took over; PeftLinear, of a linear layer."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from ..methods import Method, PeftConfig, method_of
 from .adapter import compose
 from .holder import Holder
 
-# what a PeftLinear keeps on itself beside nn.Linear's attributes
+# what an adapted layer keeps on itself beside its module's attributes
 OWN = ("method", "config", "merged", "enabled", "active", "kind", "base_class")
 OWN += ("tensor_names", "buffer_names", "awaits_weight")
 
 
-def why_not_adaptable(module: nn.Module) -> str | None:
-    """Why ``PeftLinear`` cannot take the place of a module, or None when it can."""
-    if isinstance(module, PeftLinear):
+def why_not_adaptable(module: nn.Module, lookups: bool = False) -> str | None:
+    """Why no adapted layer can take the place of a module, or None; lookups: whether one of a table may."""
+    if isinstance(module, PeftLayer):
         return "it already carries an adapter; merge_and_unload it first"
     kind = kind_of(module)
     if isinstance(kind, str):
         return kind
+    if kind.lookup and not lookups:
+        return (
+            f"{type(module).__name__} is not a linear layer but looks up rows; fused_peft.get_peft_model adapts it, or "
+            "PeftEmbedding.from_embedding"
+        )
     if taken := [name for name in OWN if hasattr(module, name)]:
         return f"it has an attribute {taken[0]!r}, which an adapted layer uses for itself; rename it, or exclude it"
     return None
@@ -43,98 +48,48 @@ def readable(linear: nn.Module, method: Method) -> Frozen:
     return kind
 
 
-class PeftLinear(Holder, nn.Linear):
-    """Drop-in linear layer: x (..., in_features) -> y (..., out_features), base weight frozen, adapter trainable.
-
-    The keys ``weight`` and ``bias`` are those of nn.Linear; each trainable tensor of the method is a parameter beside
-    them under the method's name for it (``lora_A``, ``d_in``, ...). Every parameter exists from construction on.
-
-    Args:
-        in_features, out_features, bias, device, dtype: as for nn.Linear; device may be "meta".
-        config: one of the library's configs, e.g. ``LoraConfig(r=16)``.
-        adapter_dtype: dtype of the adapter; None means fp32 where the weight is fp16 or bf16 (gradients then come out
-            in fp32, the computation stays in the input's dtype), else the weight's dtype.
-
-    Raises TypeError when config is no config of this library, ValueError when the layer cannot carry it.
-    """
+class PeftLayer(Holder):
+    """What takes the place of a module and holds its tensors under their own keys, the adapter's beside them. Mixed in
+    in front of the module's class."""
 
     kind: Frozen = DENSE
-    base_class: type = nn.Linear
-    _batch: Callable[[PeftLinear, Tensor], Tensor | None] | None = None  # what chooses an adapter for each sample
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        config: PeftConfig | None = None,
-        device=None,
-        dtype=None,
-        adapter_dtype: torch.dtype | None = None,
-    ):
-        method_of(config)
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.merged, self.enabled, self.active = False, True, None
-        self._attach(config, adapter_dtype)
-        self.freeze_base()
+    base_class: type = nn.Module
+    _batch: Callable[[PeftLayer, Tensor], Tensor | None] | None = None  # what chooses an adapter for each sample
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> PeftLinear:
-        """A PeftLinear around an existing nn.Linear, Transformers Conv1D, or module with in_features and out_features.
-
-        Shares the weight and bias Parameters (no copy), which are frozen, and keeps hooks, training mode and
-        attributes. A Conv1D's weight stays (in, out), under the same key. A module whose forward is its own computes
-        C itself, the adapter beside it; the result is an instance of its class too. Raises TypeError or ValueError,
-        with nothing changed, when the module or the config does not fit.
-        """
-        layer = cls.around(linear, method_of(config))
+    def made_from(cls, module: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None) -> PeftLayer:
+        """The layer that takes a module's place, with an adapter. TypeError or ValueError where the two do not fit."""
+        layer = cls.around(module, method_of(config))
         layer._attach(config, adapter_dtype)
         layer.active = None
         layer.freeze_base()
         return layer
 
     @classmethod
-    def around(cls, linear: nn.Module, method: Method) -> PeftLinear:
-        """A layer without an adapter yet, for one of a method; raises as ``from_linear`` does."""
-        kind = kind_of(linear)
-        if reason := why_not_adaptable(linear):
-            raise TypeError(f"linear={type(linear).__name__}(...) cannot be adapted: {reason}")
-        layer = cls.__new__(cls if kind in (DENSE, TRANSPOSED) else _also(type(linear), cls))
+    def around(cls, module: nn.Module, method: Method) -> PeftLayer:
+        """A layer without an adapter yet, for one of a method. TypeError where module or method do not fit."""
+        kind, what = kind_of(module), "embedding" if cls.kind.lookup else "linear"
+        reason = why_not_adaptable(module, lookups=cls.kind.lookup)
+        if not reason and cls.kind.lookup and not kind.lookup:
+            reason = "it is no nn.Embedding; give it to PeftLinear.from_linear"
+        if reason:
+            raise TypeError(f"{what}={type(module).__name__}(...) cannot be adapted: {reason}")
+        layer = cls.__new__(cls if kind in (DENSE, TRANSPOSED) else _also(type(module), cls))
         if kind.opaque and method.needs_weight:
-            kind = readable(linear, method)
-        layer.__dict__.update(linear.__dict__)
+            kind = readable(module, method)
+        layer.__dict__.update(module.__dict__)
         for registry in ("_parameters", "_buffers", "_modules"):
-            layer.__dict__[registry] = dict(linear.__dict__[registry])
+            layer.__dict__[registry] = dict(module.__dict__[registry])
         if layer.__dict__.pop("forward", None) is not None:  # hooks that place and offload tensors: they stay with it
             for name in ("_old_forward", "_hf_hook"):
                 layer.__dict__.pop(name, None)
-            if kind.opaque:
-                layer.__dict__["_hooked"] = linear
-        layer.kind, layer.base_class = kind, type(linear)
-        layer.out_features, layer.in_features = kind.shape(linear)
+            if kind.opaque or kind.lookup:
+                layer.__dict__["_hooked"] = module
+        layer.kind, layer.base_class = kind, type(module)
+        layer.out_features, layer.in_features = kind.shape(module)
         layer.merged, layer.enabled = False, True
         layer.active = ()
         return layer
-
-    def __setstate__(self, state: dict) -> None:
-        """As it was pickled, by an older version too; RuntimeError where that kept other tensors."""
-        state = dict(state)
-        for old, new in (("adapter_names", "tensor_names"), ("_base_class", "base_class")):
-            if old in state:
-                state[new] = state.pop(old)
-        if state.pop("fan_in_fan_out", False):
-            state["kind"] = TRANSPOSED
-        super().__setstate__(state)
-        if self.method is None:
-            return
-        own = tuple(name for name in self._buffers if not name.startswith("_base_"))
-        self.__dict__.setdefault("buffer_names", own)
-        if lacks := [n for n in (*self.tensor_names, *self.method.disk_buffers) if not hasattr(self, n)]:
-            raise RuntimeError(
-                f"this {self.method.name} layer was pickled by an older version of fused_peft and lacks "
-                f"{', '.join(lacks)}; load the pickle with that version and call save_pretrained there: load_adapter "
-                "reads that folder"
-            )
 
     def freeze_base(self) -> None:
         for name, t in self._parameters.items():
@@ -142,31 +97,10 @@ class PeftLinear(Holder, nn.Linear):
                 t.requires_grad_(False)
 
     def reset_parameters(self) -> None:
-        """Initialise the base weight as nn.Linear does, and the adapter as its method does (for ``to_empty``)."""
+        """Initialise the base weight as its class does, and the adapter as its method does (for ``to_empty``)."""
         super().reset_parameters()
         if self.method is not None:
             self.reset_adapter_parameters()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """y (..., out_features) in x's dtype (or autocast's); x (..., in_features) in the weight's dtype.
-
-        Raises ValueError (width, device) or TypeError (dtype) when x does not fit.
-        """
-        if self._batch is not None and self.enabled and not self.merged:
-            if (y := self._batch(self, x)) is not None:
-                return y
-        if self.enabled and not self.merged and self.active != ():
-            return compose(self, (self,) if self.active is None else self.active_adapters(), x)
-        if self.merged and self.enabled:
-            self._warn_if_training()
-        if self.merged and not self.enabled:
-            weight, bias = self.kind.placed(self._base_weight), self._base_bias
-            if is_sharded(weight) and not is_sharded(x):
-                weight, bias = whole(weight), None if bias is None else whole(bias)
-            return ops.plain_linear(x, weight, bias)
-        if self.kind.opaque:
-            return self.base_forward(x)
-        return ops.plain_linear(x, now(self).matrix(self), self.bias)
 
     def base_forward(self, x: Tensor) -> Tensor:
         """What the layer was before it was adapted, on its tensors as they are now."""
@@ -193,7 +127,8 @@ class PeftLinear(Holder, nn.Linear):
         hooked = plain.__dict__.pop("_hooked", None)
         if hooked is not None:
             return hooked
-        for name in (*OWN, *(("in_features", "out_features") if _is_conv1d(self.base_class) else ())):
+        lacks_shape = _is_conv1d(self.base_class) or self.kind.lookup
+        for name in (*OWN, *(("in_features", "out_features") if lacks_shape else ())):
             plain.__dict__.pop(name, None)
         plain.__dict__.pop("_batch", None)
         plain._modules.pop("added", None)
@@ -221,9 +156,96 @@ class PeftLinear(Holder, nn.Linear):
         self.awaits_weight = self.awaits_weight and (self.kind.like(self).is_meta or not whole)
 
     def __reduce_ex__(self, protocol):
-        if type(self) is _also(self.base_class, PeftLinear):  # a class made for this base, which no module holds
-            return _revived, (self.base_class,), self.__dict__
+        adapted = next(c for c in type(self).__mro__ if PeftLayer in c.__bases__)
+        if type(self) is _also(self.base_class, adapted):  # a class made for this base, which no module holds
+            return _revived, (self.base_class, adapted), self.__dict__
         return super().__reduce_ex__(protocol)
+
+
+class PeftLinear(PeftLayer, nn.Linear):
+    """Drop-in linear layer: x (..., in_features) -> y (..., out_features), base weight frozen, adapter trainable.
+
+    The keys ``weight`` and ``bias`` are those of nn.Linear; each trainable tensor of the method is a parameter beside
+    them under the method's name for it (``lora_A``, ``d_in``, ...). Every parameter exists from construction on.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for nn.Linear; device may be "meta".
+        config: one of the library's configs, e.g. ``LoraConfig(r=16)``.
+        adapter_dtype: dtype of the adapter; None means fp32 where the weight is fp16 or bf16 (gradients then come out
+            in fp32, the computation stays in the input's dtype), else the weight's dtype.
+
+    Raises TypeError when config is no config of this library, ValueError when the layer cannot carry it.
+    """
+
+    base_class: type = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: PeftConfig | None = None,
+        device=None,
+        dtype=None,
+        adapter_dtype: torch.dtype | None = None,
+    ):
+        method_of(config)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.merged, self.enabled, self.active = False, True, None
+        self._attach(config, adapter_dtype)
+        self.freeze_base()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, config: PeftConfig, adapter_dtype: torch.dtype | None = None) -> PeftLinear:
+        """A PeftLinear around an existing nn.Linear, Transformers Conv1D, or module with in_features and out_features.
+
+        Shares the weight and bias Parameters (no copy), which are frozen, and keeps hooks, training mode and
+        attributes. A Conv1D's weight stays (in, out), under the same key. A module whose forward is its own computes
+        C itself, the adapter beside it; the result is an instance of its class too. Raises TypeError or ValueError,
+        with nothing changed, when the module or the config does not fit.
+        """
+        return cls.made_from(linear, config, adapter_dtype)
+
+    def __setstate__(self, state: dict) -> None:
+        """As it was pickled, by an older version too; RuntimeError where that kept other tensors."""
+        state = dict(state)
+        for old, new in (("adapter_names", "tensor_names"), ("_base_class", "base_class")):
+            if old in state:
+                state[new] = state.pop(old)
+        if state.pop("fan_in_fan_out", False):
+            state["kind"] = TRANSPOSED
+        super().__setstate__(state)
+        if self.method is None:
+            return
+        own = tuple(name for name in self._buffers if not name.startswith("_base_"))
+        self.__dict__.setdefault("buffer_names", own)
+        if lacks := [n for n in (*self.tensor_names, *self.method.disk_buffers) if not hasattr(self, n)]:
+            raise RuntimeError(
+                f"this {self.method.name} layer was pickled by an older version of fused_peft and lacks "
+                f"{', '.join(lacks)}; load the pickle with that version and call save_pretrained there: load_adapter "
+                "reads that folder"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y (..., out_features) in x's dtype (or autocast's); x (..., in_features) in the weight's dtype.
+
+        Raises ValueError (width, device) or TypeError (dtype) when x does not fit.
+        """
+        if self._batch is not None and self.enabled and not self.merged:
+            if (y := self._batch(self, x)) is not None:
+                return y
+        if self.enabled and not self.merged and self.active != ():
+            return compose(self, (self,) if self.active is None else self.active_adapters(), x)
+        if self.merged and self.enabled:
+            self._warn_if_training()
+        if self.merged and not self.enabled:
+            weight, bias = self.kind.placed(self._base_weight), self._base_bias
+            if is_sharded(weight) and not is_sharded(x):
+                weight, bias = whole(weight), None if bias is None else whole(bias)
+            return ops.plain_linear(x, weight, bias)
+        if self.kind.opaque:
+            return self.base_forward(x)
+        return ops.plain_linear(x, now(self).matrix(self), self.bias)
 
 
 def _is_conv1d(kind: type) -> bool:
@@ -233,12 +255,12 @@ def _is_conv1d(kind: type) -> bool:
 
 @functools.cache
 def _also(base: type, adapted: type) -> type:
-    """PeftLinear that is an instance of a base class with a forward of its own as well, so that its checkpoint code and
-    its checks by class stay."""
+    """An adapted class whose layers are instances of a base class with a forward of its own as well, so that its
+    checkpoint code and its checks by class stay."""
     if issubclass(adapted, base) or _is_conv1d(base):
         return adapted
     return type(f"Peft{base.__name__}", (adapted, base), {"__module__": adapted.__module__})
 
 
-def _revived(base: type) -> PeftLinear:
-    return PeftLinear.__new__(_also(base, PeftLinear))
+def _revived(base: type, adapted: type = PeftLinear) -> PeftLayer:
+    return adapted.__new__(_also(base, adapted))

@@ -225,7 +225,7 @@ def load_adapter(
     if added:
         put_addition(model, added)
     elif adapted:
-        refuse_settings(layers, resolve(model, config), path / CONFIG_NAME)
+        refuse_settings(model, state, layers, resolve(model, config), path / CONFIG_NAME)
     else:
         with torch.inference_mode(False):
             carry_out(model, planned)

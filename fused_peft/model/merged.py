@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 
 import torch
@@ -11,11 +10,13 @@ from torch import Tensor, nn
 from ..core.factors import NotMergeableError
 from ..core.sharded import is_spread
 from .adapted import few, plain_name, unwrap
+from .base_state import plain_state, token_rows, writer
 from .convert import adapted_layers, refuse_shared
 from .holder import Holder
-from .parameter import SUFFIX, PeftParameter
+from .parameter import PeftParameter
 from .save import folder
 from .state import refuse_pefts, refuse_while_disabled
+from .trainable_tokens import refuse_infinite
 from .wide import narrowed
 
 
@@ -47,10 +48,13 @@ def _merged(model: nn.Module, what: str, safe_merge: bool) -> tuple[dict[str, Te
         if reason := layer.kind.why_unwritable(layer):
             raise NotMergeableError(f"{name}: {reason}; keep the layer unmerged")
     found = [(plain_name(name), layer) for name, layer in found]
-    own = {f"{name}.{t}" for name, layer in found for t in (*layer.tensor_names, *layer.buffer_names)}
-    within = tuple(f"{n}{SUFFIX}." if isinstance(layer, PeftParameter) else f"{n}.added." for n, layer in found)
-    state = {plain_name(key): t for key, t in model.state_dict().items()}
-    state = {key: t for key, t in state.items() if key not in own and not key.startswith(within)}
+    state = plain_state(model, found)
+    for name, rows in token_rows(model):
+        if safe_merge:
+            refuse_infinite({name: rows})
+        table = model.get_submodule(name).weight
+        with_rows = rows.folded(table)
+        state = {key: with_rows if _same(t, table) else t for key, t in state.items()}
     for key, dtype in narrowed(model).items():
         state[plain_name(key)] = state[plain_name(key)].to(dtype)
     new = []
@@ -93,8 +97,8 @@ def save_merged(
     """
     model = unwrap(model)
     refuse_pefts(model, "save_merged")
-    write = getattr(type(model), "save_pretrained", None)
-    if write is None or "state_dict" not in inspect.signature(write).parameters:
+    write = writer(model)
+    if write is None:
         raise TypeError(
             f"model={type(model).__name__} is no Transformers model, so it has no folder to be loaded from; call "
             "torch.save(merged_state_dict(model), file)"
@@ -117,7 +121,6 @@ def save_merged(
             f"{apart[0]} are tied in model.config and were trained apart, so from_pretrained would make them one; set "
             "model.config.tie_word_embeddings = False before get_peft_model"
         )
-    write = write.__wrapped__ if hasattr(write, "guarded") else write  # it keeps adapted models from losing adapters
     write(model, path, state_dict=state, max_shard_size=max_shard_size)
 
 

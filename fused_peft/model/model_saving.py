@@ -1,12 +1,16 @@
 """What ``save_pretrained`` of an adapted Hugging Face model does: the adapter goes into the folder, not the base model.
 
 The model's own would write base and adapter as one checkpoint, from which ``from_pretrained`` gives the base model back
-without a word. Here the folder has no config.json, so that it is loaded as an adapter or not at all.
+without a word. Here the folder has no config.json, so that it is loaded as an adapter or not at all. A base that has no
+name, by which it could be loaded again, goes into a folder of its own within.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -15,8 +19,12 @@ from torch import Tensor, nn
 from ..core.sharded import is_spread, shape_of
 from . import adapter_config, save
 from .adapted import STATE, layers
+from .base_state import base_state_dict, writer
+from .holder import DEFAULT
 from .parts import guard, saves
 
+BASE_NAME = "base_model"  # the folder of a base without a name, within the adapter's
+_CHECKPOINT = re.compile(r"checkpoint-\d+|tmp-checkpoint-\d+")  # Trainer's folders
 STATE_NAME = "model.safetensors"  # where Trainer looks for the state of a model that it resumes
 
 
@@ -37,7 +45,8 @@ class _SavesAdapter:
     ) -> None:
         """``fused_peft.save_pretrained``. With ``state_dict`` among the arguments, as Trainer calls it, a file of
         everything that training changes goes beside the adapter, from which it resumes exactly; the config goes with
-        it, and a model with other settings refuses to load it."""
+        it, and a model with other settings refuses to load it. A base that was made in memory goes along, except into
+        Trainer's checkpoints, so that ``from_pretrained`` finds one."""
         if push_to_hub:
             raise ValueError(
                 "push_to_hub=True: an adapted model saves its adapter into a folder; upload that with "
@@ -46,13 +55,30 @@ class _SavesAdapter:
         state = kwargs.get("state_dict")
         if not is_main_process and (state is not None or not any(map(is_spread, self.model.parameters()))):
             return
-        save.save_pretrained(self.model, save_directory, state_dict=state)
+        write = self._base_writer(Path(save_directory))
+        base = None if write is None else str(Path(save_directory).absolute() / BASE_NAME)
+        save.put_adapter(self.model, save_directory, DEFAULT, state, base)
         for name in self.model.__dict__[STATE].added:  # PEFT's layout
-            save.save_pretrained(self.model, Path(save_directory) / name, adapter_name=name, state_dict=state)
+            save.put_adapter(self.model, Path(save_directory) / name, name, state, base)
+        if base is not None and is_main_process:
+            write(self.model, base, state_dict=base_state_dict(self.model))
+            warnings.warn(
+                f"{type(self.model).__name__} has no name by which its weights could be loaded again, so they are "
+                f"saved too, in {base}; set model.config.name_or_path to where they are before get_peft_model",
+                stacklevel=2,
+            )
         if "state_dict" in kwargs and is_main_process:
             trained = save.apart(_changing(self.model, self.model.state_dict() if state is None else state))
             trained[adapter_config.ENTRY] = adapter_config.packed(self.model.__dict__[STATE].config)
             save_file(trained, Path(save_directory) / STATE_NAME, metadata={"format": "pt"})
+
+    def _base_writer(self, folder: Path) -> Callable | None:
+        """What writes the base model beside the adapter; None where it has a name, or cannot be written."""
+        model, config = self.model, self.model.__dict__[STATE].config
+        quantised = getattr(model, "hf_quantizer", None) is not None
+        if config.base_model_name_or_path or _CHECKPOINT.fullmatch(folder.name) or quantised:
+            return None
+        return None if any(map(is_spread, model.parameters())) else writer(model)
 
 
 class _KeepsSize:
@@ -67,8 +93,9 @@ class _KeepsSize:
         model, embeddings = self.model, self.model.get_input_embeddings()
         saved = {id(m) for name in model.__dict__[STATE].saved for m in model.get_submodule(name).modules()}
         adapted = {id(layer) for _, layer in layers(model)}
+        rows = {id(model.get_submodule(name)) for name in model.__dict__[STATE].tokens}
         replaced = {id(embeddings), id(model.get_output_embeddings())}
-        names = [n for n, m in model.named_modules() if id(m) in replaced & (saved | adapted)]
+        names = [n for n, m in model.named_modules() if id(m) in replaced & (saved | adapted | rows)]
         if not names:
             return type(model).resize_token_embeddings(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
         size = shape_of(embeddings.weight)[0]

@@ -18,11 +18,13 @@ from . import prompt
 from .adapted import few, layers, unwrap
 from .adapter import Adapter, why_not_together
 from .convert import adapted_parameter, install, shape, shown, unload, warn_tied
+from .embedding import layer_class
 from .holder import DEFAULT
-from .layer import PeftLinear
+from .layer import PeftLayer
 from .parameter import SUFFIX, PeftParameter, matrix_shape
 from .state import AdapterState, refuse_while_disabled, state_of
 from .targets import check_parameters, find_parameters, find_targets, resolve
+from .trainable_tokens import FIELD
 from .unmet import warn_of_unmet
 
 
@@ -32,8 +34,8 @@ class Addition:
 
     name: str
     config: PeftConfig
-    layers: dict[str, PeftLinear | PeftParameter]  # every layer that gets it
-    new: dict[str, PeftLinear | PeftParameter]  # those that were not adapted before
+    layers: dict[str, PeftLayer | PeftParameter]  # every layer that gets it
+    new: dict[str, PeftLayer | PeftParameter]  # those that were not adapted before
     adapters: dict[str, Adapter]
 
 
@@ -43,7 +45,7 @@ def add_adapter(
     """Give a model of get_peft_model a further adapter, inactive until ``set_adapter``.
 
     Its modules may be others than the first one's. adapter_dtype: as for get_peft_model. Raises ValueError or TypeError
-    with the model unchanged: a name that is taken, no match, biases or modules_to_save (only the first adapter has
+    with the model unchanged: a name that is taken, no match, biases, token rows or modules_to_save (only the first has
     those), soft prompts, sharded weights; RuntimeError while merged or disabled.
     """
     put_addition(unwrap(model), addition(model, adapter_name, config, adapter_dtype))
@@ -64,12 +66,13 @@ def addition(model: nn.Module, name: str, config: PeftConfig, adapter_dtype: tor
         raise ValueError(f"adapter_name={name!r}: a model with a soft prompt takes no further adapter")
     for field, value, none in (
         ("modules_to_save", config.modules_to_save, None),
+        (FIELD, config.trainable_token_indices, None),
         ("bias", config.bias, "none"),
         ("target_modules", config.target_modules if method.trains_other_biases else True, True),
     ):
         if value != none and value != []:
             raise ValueError(
-                f"{field}={value!r}: only the first adapter of a model trains heads and biases; leave it out of "
+                f"{field}={value!r}: only the first adapter of a model trains heads, biases and rows; leave it out of "
                 f"{name!r}, or put it into the config of get_peft_model"
             )
     if merged := [n for n, layer in layers(model) if layer.merged]:
@@ -88,13 +91,13 @@ def addition(model: nn.Module, name: str, config: PeftConfig, adapter_dtype: tor
     around, new, adapters = {}, {}, {}
     for layer_name, module in shown(targets, method):
         try:
-            if isinstance(module, PeftLinear):
+            if isinstance(module, PeftLayer):
                 layer = module
             else:
-                layer = new[layer_name] = PeftLinear.around(module, method)
+                layer = new[layer_name] = layer_class(module).around(module, method)
             adapters[layer_name] = layer.made_adapter(name, config.for_module(layer_name), adapter_dtype)
-        except ValueError as e:
-            raise ValueError(f"{layer_name}: {e}") from e
+        except (ValueError, TypeError) as e:
+            raise type(e)(f"{layer_name}: {e}") from e
         around[layer_name] = layer
     for layer_name, (owner, key) in shown(parameters, method):
         layer = owner._modules.get(key + SUFFIX)

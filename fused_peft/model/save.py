@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ from .adapter_config import (
 from .checks import refuse_vanished
 from .holder import DEFAULT
 from .state import AdapterState, refuse_while_disabled, state_of
+from .trainable_tokens import FIELD, KEY, asked
 
 PREFIX = "base_model.model."
 
@@ -81,12 +82,13 @@ def _slot(layer: Bound, name: str) -> Slot:
 def disk_name(name: str, layers: dict[str, Bound]) -> str:
     """The name under which an adapted layer's tensors are stored: of parameters of one module the last one's are at the
     module, and each before it one base_layer further in, as PEFT's wrappers nest."""
-    layer = layers[name]
-    if not hasattr(layer, "parameter_name"):
+    one = layers[name].holder()
+    if not hasattr(one, "parameter_name"):
         return name
-    owner = name.removesuffix(f".{layer.parameter_name}")
-    beside = [n for n, other in layers.items() if getattr(other, "owner", None) is layer.owner]
-    order = sorted(beside, key=lambda n: [*layer.owner._parameters].index(layers[n].parameter_name))
+    owner = name.removesuffix(f".{one.parameter_name}")
+    held = {n: layer.holder() for n, layer in layers.items()}
+    beside = [n for n, other in held.items() if getattr(other, "owner", None) is one.owner]
+    order = sorted(beside, key=lambda n: [*one.owner._parameters].index(held[n].parameter_name))
     return owner + ".base_layer" * (len(order) - 1 - order.index(name))
 
 
@@ -99,7 +101,7 @@ def slots_of(layers: dict[str, Bound], state: AdapterState, find: Callable[[str]
     for name, layer in layers.items():
         stored = disk_name(name, layers)
         for param in layer.tensor_names:
-            slots[f"{PREFIX}{stored}.{layer.method.disk_key(param)}"] = _slot(layer, param)
+            slots[f"{PREFIX}{stored}.{layer.method.disk_key(param, layer.kind.lookup)}"] = _slot(layer, param)
         for buffer in layer.method.disk_buffers:
             tensor = getattr(layer, buffer)
             slots[f"{PREFIX}{stored}.{layer.method.disk_key(buffer)}"] = Slot(tensor, tuple(tensor.shape))
@@ -107,7 +109,8 @@ def slots_of(layers: dict[str, Bound], state: AdapterState, find: Callable[[str]
 
 
 def slots_beside(layers: dict[str, Bound], state: AdapterState, find: Callable[[str], Tensor]) -> dict[str, Slot]:
-    """The same of what a checkpoint holds beside the adapters' own tensors: biases, embeddings, modules_to_save."""
+    """The same of what a checkpoint holds beside the adapters' own tensors: biases, embeddings and rows of them,
+    modules_to_save."""
     slots = {}
     prefix = "base_model." if isinstance(state.config, prompt.SoftPromptConfig) else PREFIX
     for name in (*state.biases, *state.embeddings):
@@ -120,6 +123,9 @@ def slots_beside(layers: dict[str, Bound], state: AdapterState, find: Callable[[
         for key in original.state_dict():
             tensor = find(f"{name}.{key}")
             slots[f"{prefix}{name}.{key}"] = Slot(tensor, shape_of(tensor))
+    for name, tokens in state.tokens.items():
+        V = tokens.trainable_tokens_delta
+        slots[f"{PREFIX}{name}.{KEY}.trainable_tokens_delta"] = Slot(V, shape_of(V))
     return slots
 
 
@@ -180,6 +186,13 @@ def save_pretrained(
     old one. Where parameters are sharded (FSDP2, tensor parallel, ZeRO-3) every process calls it, the first one writes;
     or one process does, with the model's whole ``state_dict`` gathered before.
     """
+    put_adapter(model, path, adapter_name, state_dict)
+
+
+def put_adapter(
+    model: nn.Module, path: str | os.PathLike, adapter_name: str, state_dict: dict | None, base: str | None = None
+) -> None:
+    """``save_pretrained``; base: the name to give the base model in the config, in place of the config's own."""
     model = unwrap(model)
     state = state_of(model).of(adapter_name)
     refuse_while_disabled(model, "save_pretrained")
@@ -202,7 +215,7 @@ def save_pretrained(
     try:
         if not together or torch.distributed.get_rank() == 0:
             _warn_residual(layers, state.config)
-            write(path, state.config, tensors)
+            write(path, replace(state.config, base_model_name_or_path=base) if base else state.config, tensors)
     finally:
         if together:
             torch.distributed.barrier()  # nobody reads the files before they are there
@@ -286,7 +299,7 @@ def refuse_other(model: nn.Module, stored: PeftConfig, where: str) -> None:
     """AdapterFormatError where a training checkpoint's values, of a model with the config ``stored``, would compute
     something else in this one; ``where`` the config stands."""
     refuse_method(state_of(model), stored, where)
-    refuse_settings(layers_of(model), stored, where)
+    refuse_settings(model, state_of(model), layers_of(model), stored, where)
 
 
 def refuse_method(state: AdapterState, config: PeftConfig, where: Path | str) -> None:
@@ -297,9 +310,17 @@ def refuse_method(state: AdapterState, config: PeftConfig, where: Path | str) ->
         )
 
 
-def refuse_settings(layers: dict[str, Bound], stored: PeftConfig, where: Path | str) -> None:
+def refuse_settings(
+    model: nn.Module, state: AdapterState, layers: dict[str, Bound], stored: PeftConfig, where: Path | str
+) -> None:
     """Values are replaced, settings are not: AdapterFormatError where the ones that the values were trained with would
     compute something else, a warning where they only say how to train."""
+    mine = {name: [*tokens.indices] for name, tokens in state.tokens.items()}
+    if asked(model, stored) != mine:
+        raise AdapterFormatError(
+            f"{where} has {FIELD}={stored.trainable_token_indices!r}, but the rows that train in the model are "
+            f"{mine or 'none'}; load it into a plain model, or adapt that with load_config(path)"
+        )
     trains = {}
     for name, layer in layers.items():
         mine, theirs = layer.config, stored.for_module(name)

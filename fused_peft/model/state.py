@@ -14,6 +14,7 @@ from ..methods import PeftConfig
 from .adapted import STATE, few, is_adapted, is_pefts, unwrap
 from .holder import DEFAULT
 from .parts import about_parts, adapted_parts, guard
+from .trainable_tokens import TrainableTokens
 
 _P, _R = ParamSpec("_P"), TypeVar("_R")
 
@@ -43,6 +44,7 @@ class AdapterState:
     saved: dict[str, nn.Module] = field(default_factory=dict)  # modules_to_save: name -> frozen original
     biases: dict[str, Tensor] = field(default_factory=dict)  # trained in place: parameter name -> base value
     embeddings: dict[str, Tensor] = field(default_factory=dict)  # brought along by a loaded adapter: name -> base value
+    tokens: dict[str, TrainableTokens] = field(default_factory=dict)  # rows that train: name of the embedding -> those
     disabled: int = 0  # how many disable_adapter contexts are open
     layers: tuple[str, ...] = ()  # the names of the adapted layers, by which a vanished one is noticed
     told: tuple[str, ...] = ()  # the vanished ones that on_step has warned of

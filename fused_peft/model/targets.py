@@ -13,7 +13,7 @@ from torch import nn
 
 from ..core.frozen import is_foreign, is_linear
 from ..methods import PeftConfig
-from .layer import PeftLinear, why_not_adaptable
+from .layer import PeftLayer, PeftLinear, why_not_adaptable
 from .moe_names import converted, renamed
 from .parameter import base_of
 from .parameter import why_not as why_not_parameter
@@ -141,8 +141,8 @@ def resolve(model: nn.Module, config: PeftConfig) -> PeftConfig:
 def find_targets(
     model: nn.Module, config: PeftConfig, asked: PeftConfig | None = None, again: bool = False
 ) -> dict[str, nn.Module]:
-    """{name: linear module} that a resolved config adapts. asked: the user's own config, which errors quote.
-    again: a layer that is adapted already is found too.
+    """{name: linear module or nn.Embedding} that a resolved config adapts. asked: the user's own config, which errors
+    quote. again: a layer that is adapted already is found too.
 
     Raises ValueError when nothing matches, naming near misses, and TypeError when a match cannot be adapted.
     """
@@ -154,7 +154,7 @@ def find_targets(
     if not found and not find_parameters(model, config):
         raise ValueError(_no_match(model, asked, config))
     for name, module in found.items():
-        reason = None if again and isinstance(module, PeftLinear) else why_not_adaptable(module)
+        reason = None if again and isinstance(module, PeftLayer) else why_not_adaptable(module, lookups=True)
         parent, _, last = name.rpartition(".")
         if isinstance(modules[parent], nn.TransformerEncoderLayer) and last in ("linear1", "linear2"):
             reason = "nn.TransformerEncoderLayer reads its weight directly in eval mode, past any adapter; exclude it"

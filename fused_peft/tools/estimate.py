@@ -18,7 +18,7 @@ from ..core.frozen import Frozen, Stored, is_foreign, kind_of
 from ..methods import PeftConfig
 from ..model.adapter import factors_of
 from ..model.convert import carry_out, plan
-from ..model.layer import PeftLinear
+from ..model.layer import PeftLayer
 from ..model.parameter import PeftParameter
 from ..model.plain import dtype_beside
 
@@ -27,7 +27,7 @@ from ..model.plain import dtype_beside
 class LayerEstimate:
     """Bytes that one adapted layer, or stack of experts, keeps for backward; peft_* None where PEFT has no such layer.
 
-    x: the layer's input, where it is kept as it came. beyond_x: everything else.
+    x: the layer's input (of an embedding the ids), where it is kept as it came. beyond_x: everything else.
     """
 
     name: str
@@ -128,7 +128,7 @@ def estimate(
     The model is not changed and none of its values are read: it may be on the meta device. Nothing of its size is made.
 
     Args:
-        model: any nn.Module with linear layers.
+        model: any nn.Module with linear layers or embeddings.
         config: e.g. ``LoraConfig(r=16, target_modules="all-linear")``.
         tokens: rows of x a step, batch size times sequence length. x has the weight's dtype (of a weight stored in
             parts, that of the model's other frozen parameters, else the one that its layer computes in) and needs a
@@ -149,7 +149,7 @@ def estimate(
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     packed = [(kind, m) for m in twin.modules() if (kind := _packed(m)) is not None]
     beside = dtype_beside(twin, [m for _, m in packed])
-    x_of = {id(layer): _x(layer, tokens, beside) for _, layer in found if isinstance(layer, PeftLinear)}
+    x_of = {id(layer): _x(layer, tokens, beside) for _, layer in found if isinstance(layer, PeftLayer)}
     rows = tuple(
         LayerEstimate(name, *_kept(layer, tokens, x_of), *_kept_by_peft(layer, tokens, device, x_of))
         for name, layer in found
@@ -218,7 +218,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 def _packed(m: nn.Module) -> Frozen | None:
     """The kind of a layer whose weight is stored in parts."""
-    kind = getattr(m, "kind", None) if isinstance(m, PeftLinear) else kind_of(m)
+    kind = getattr(m, "kind", None) if isinstance(m, PeftLayer) else kind_of(m)
     return kind if isinstance(kind, Frozen) and kind.packed else None
 
 
@@ -235,8 +235,10 @@ def _plain(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
             yield t
 
 
-def _x(layer: PeftLinear, tokens: int, beside: torch.dtype | None) -> Tensor:
+def _x(layer: PeftLayer, tokens: int, beside: torch.dtype | None) -> Tensor:
     """A layer's input on the meta device. ValueError where its dtype is not known."""
+    if layer.kind.lookup:
+        return torch.empty(tokens, dtype=torch.int64, device="meta")
     dtype = layer.kind.like(layer).dtype
     if isinstance(W := None if layer.kind.opaque else layer.kind.matrix(layer), Stored):
         dtype = beside or W.compute or W.dtype
@@ -248,13 +250,13 @@ def _x(layer: PeftLinear, tokens: int, beside: torch.dtype | None) -> Tensor:
     return torch.empty(tokens, layer.in_features, dtype=dtype, device="meta", requires_grad=True)
 
 
-def _decoded(layer: PeftLinear, x_of: dict[int, Tensor]) -> int:
+def _decoded(layer: PeftLayer, x_of: dict[int, Tensor]) -> int:
     """Bytes of a layer's weight decoded for a call."""
     compute = layer.kind.matrix(layer).compute or x_of[id(layer)].dtype
     return layer.out_features * layer.in_features * compute.itemsize
 
 
-def _kept(layer: PeftLinear | PeftParameter, tokens: int, x_of: dict[int, Tensor]) -> tuple[int, int]:
+def _kept(layer: PeftLayer | PeftParameter, tokens: int, x_of: dict[int, Tensor]) -> tuple[int, int]:
     """Bytes of x, and of everything else, that a layer on the meta device keeps: storages, the layer's own left out."""
     if isinstance(layer, PeftParameter):
         return _kept_by_parameter(layer, tokens)
@@ -295,7 +297,7 @@ def _kept_by_parameter(layer: PeftParameter, tokens: int) -> tuple[int, int]:
 
 
 def _kept_by_peft(
-    layer: PeftLinear, M: int, device: torch.device, x_of: dict[int, Tensor]
+    layer: PeftLayer, M: int, device: torch.device, x_of: dict[int, Tensor]
 ) -> tuple[int, int] | tuple[None, None]:
     """The same of PEFT's layer with this config: LoRA, rsLoRA, DoRA, AdaLoRA and (IA)³, else (None, None). Of experts
     PEFT forms W + s·B A, keeps it and the factors in W's dtype, and no x.
@@ -308,6 +310,9 @@ def _kept_by_peft(
             return None, None
         tensors, W = layer.adapter_tensors(), layer.weight
         return 0, W.nbytes + sum(t.numel() * W.element_size() for t in tensors if t.dtype != W.dtype)
+    if layer.kind.lookup:  # the ids, A[:, ids]
+        A = getattr(layer, layer.tensor_names[0])
+        return (8 * M, M * layer.config.r * A.itemsize) if layer.method.disk_lookup else (None, None)
     config, N, K, base = layer.config, layer.out_features, layer.in_features, x_of[id(layer)].dtype
     if layer.kind.packed and (config.peft_type != "LORA" or config.use_dora):
         return None, None  # classes of their own there
