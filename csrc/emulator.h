@@ -3,10 +3,10 @@
 // happens: a load lands, a product reads its operands, a store reads shared memory. A kernel that waits too little then
 // gives wrong numbers, and one that waits for what never comes is reported with who waits for what.
 //
-// Memory is weak. What a thread writes with an ordinary instruction is its own until a release shows it, of its own or of
-// a thread that it has met since. TMA sees it where the writer's proxy fence orders it, in blocks that have acquired it and
-// fenced too; elsewhere perhaps what was there before. What the launch before writes is there for a block that has waited.
-// Products want wgmma's fence before the first one, and after registers were the thread's.
+// Memory is weak. What a thread writes with an ordinary instruction is its own until a release shows it, of its own or
+// of a thread that it has met since. TMA sees it where the writer's proxy fence orders it, in blocks that have acquired
+// it and fenced too; elsewhere perhaps what was there before. What the launch before writes is there for a block that
+// has waited. Products want wgmma's fence before the first one, and after registers were the thread's.
 //
 // Functions that order or wait know the line they are called from; the one whose line is ``left_out`` does nothing.
 // Written from the PTX manual, not from the kernel: layouts and arithmetic here share no code with schedule.cuh.
@@ -408,7 +408,7 @@ struct Machine {
     }
     for (Write& w : writes) {
       if (!w.landed) std::memcpy(w.to, &w.value, 4);
-      if (!w.shown && counters.count(w.to) && error.empty()) error = "ends with a counter that a launch after it may not see";
+      if (!w.shown && counters.count(w.to) && error.empty()) error = "a launch that begins may not see the counter";
     }
     while (!before_ended && !events.empty()) {  // for the next to find
       auto event = std::move(events.back());
@@ -506,7 +506,8 @@ inline Machine& machine() { return *current; }
 inline Fiber& self() { return *current->fiber; }
 
 // What lies before the point that these threads have come to.
-inline std::shared_ptr<const Past> common(const std::vector<Fiber*>& threads, std::shared_ptr<const Past> past = nullptr) {
+inline std::shared_ptr<const Past> common(const std::vector<Fiber*>& threads,
+                                          std::shared_ptr<const Past> past = nullptr) {
   Past all;
   auto add = [&all](const std::vector<Write*>& writes, size_t acquired) {
     std::copy_if(writes.begin(), writes.end(), std::back_inserter(all.writes), [](Write* w) { return !w->shown; });
@@ -734,8 +735,8 @@ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
     std::memcpy(&to[j], b.at(b.generic, uint32_t(b.exchange[first + 8 * j + lane / 4]) + lane % 4 * 4, 4), 4);
   meet_warp();
 }
-// Lanes wait for each other, but it orders no memory: a row is written once the lanes that give it are there, and may at
-// once be what TMA sees.
+// Lanes wait for each other, but it orders no memory: a row is written once the lanes that give it are there, and may
+// be what TMA sees at once.
 inline void store_matrices(uint32_t row, const uint32_t (&from)[4]) {
   Block& b = *self().block;
   int warp = thread() / 32 * 32, lane = thread() % 32;
@@ -750,7 +751,8 @@ inline void store_matrices(uint32_t row, const uint32_t (&from)[4]) {
       for (int l = 4 * i; l < 4 * i + 4; ++l) {
         uint32_t address = here[8 * j + i].row + l % 4 * 4;
         for (auto* view : {&b.generic, &b.async})
-          if (view == &b.generic || machine().random() % 2) std::memcpy(b.at(*view, address, 4), &here[l].from[j], 4);
+          if (view == &b.generic || machine().random() % 2)
+            std::memcpy(b.at(*view, address, 4), &here[l].from[j], 4);
         here[l].thread->written.push_back({address, 4});
       }
     }
