@@ -1,6 +1,7 @@
 """The simulation of csrc/'s schedule: its arithmetic on a few tiles, what it finds, and the choice that rests on it."""
 
 import csv
+import re
 import shutil
 import sys
 from itertools import product
@@ -119,3 +120,33 @@ def test_the_choice_is_never_slower():
 )
 def test_the_rule(M, K, r, BM, chosen):
     assert rates.inlines(M, K, r, BM) is chosen
+
+
+def test_the_page_has_the_committed_figures():
+    page = (ROOT / "csrc/README.md").read_text()
+    lines = re.findall(r"^\| (\d+) × (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (\w+) \|$", page, re.M)
+    assert len(lines) == 4
+    for M, N, *figures in lines:
+        row = next(r for r in COMMITTED if (r["M"], r["N"], r["r"]) == (M, N, "16"))
+        assert figures == [row[name] for name in ("inline", "inline_banded", "late", "choice")]
+
+
+def test_the_old_order_took_what_is_simulated():
+    """INLINE with its first column in bands, measured in a layer, less what the layer takes beside its GEMM: as LATE's
+    takes with dropout, whose GEMM and ``down`` were measured alone. The measurement's own range is 0.013."""
+
+    def measured(name, figure, **chosen):
+        with (ROOT / f"bench/results/gpu/{name}.csv").open() as file:
+            found = [r for r in csv.DictReader(file) if all(r[k] == v for k, v in chosen.items())]
+        return float(found[0][figure])
+
+    shape = {"M": "8192", "K": "4096", "N": "4096"}
+    layer = {**shape, "step": "forward", "graph": "yes"}
+    lora, dropped = (
+        measured("speed", "ratio_p50", **layer, method=method, contender="cuda") for method in ("lora", "lora+dropout")
+    )
+    frozen = 1e3 * measured("speed", "ms_p50", **layer, method="lora", contender="frozen")
+    plain, late = (measured("gemm", "ratio_p50", **shape, contender=who) for who in ("cuda", "cuda+update"))
+    down = measured("launches", "us", **shape, method="lora+dropout", contender="triton", kernel="down") / frozen
+    beside = dropped - late - down
+    assert figure(8192, 4096, 16, "inline_banded") == pytest.approx((lora - beside) / plain, abs=0.013)
