@@ -164,6 +164,7 @@ struct Block {
   std::map<int, std::vector<Row>> storing;   // by warp
   std::map<int, std::pair<int, int>> warps;  // at the cluster's barrier: how many lanes, and how long they were apart
   size_t seen = 0;                           // changes of memory that TMA here sees
+  bool waited = false;                       // for the launch before
 
   uint8_t* at(std::vector<uint8_t>& view, uint32_t address, int bytes) {
     if (address < BASE || address + bytes > BASE + view.size()) fail("shared memory address out of range");
@@ -214,7 +215,7 @@ struct Machine {
   std::unordered_map<const uint8_t*, std::vector<size_t>> changed;  // where -> which
   const uint8_t *lowest = nullptr, *highest = nullptr;              // of them
   std::set<const uint8_t*> counters;
-  bool before_ended = true;  // the launch before
+  bool overlaps = false, before_ended = true;  // the launch before
   size_t before_changes = 0;
   int64_t tickets = 0;
   unsigned slowness;  // how many turns of the threads what is asynchronous takes on average: 2, 8 or 32
@@ -280,7 +281,7 @@ struct Machine {
         words.push_back({to, value});
         std::memset(to, 0xFF, 4);
       }
-    before_ended = false;
+    overlaps = true, before_ended = false;
     later([this, words] {
       for (auto& [to, value] : words) change(to, value);
       before_ended = true;
@@ -650,6 +651,7 @@ inline void wait_for_launch_before(int line = __builtin_LINE()) {
   Machine* m = &machine();
   m->wait("the launch before", [=] { return m->before_ended; });
   self().block->seen = std::max(self().block->seen, m->before_changes);
+  self().block->waited = true;
 }
 template <int REGISTERS>
 void give_registers() {}
@@ -697,6 +699,7 @@ inline void store(const TensorMap* map, uint32_t from, int column, int row) {
   check_box(*map, from);
   Machine* m = &machine();
   Block* b = self().block;
+  if (m->overlaps && !b->waited) fail("a result over what the launch before may still read");
   int64_t ticket = ++m->tickets;
   m->pending[ticket] = true;
   self().stores.push_back(ticket);
