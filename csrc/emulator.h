@@ -179,9 +179,10 @@ struct Fiber {
   ucontext_t context;
   std::vector<uint8_t> stack;
   std::function<bool()> until;
-  std::string why;
+  const char* why = "";
+  int64_t which = 0;
   bool done = false;
-  int spins = 0;
+  int spins = 0, rest = 0;  // rest: turns that it stands still for
   int64_t products_issued = 0;
   std::vector<int64_t> product_groups;           // products issued when each was committed
   std::vector<std::pair<uint32_t, int>> written;  // shared memory not yet fenced
@@ -218,13 +219,15 @@ struct Machine {
   bool overlaps = false, before_ended = true;  // the launch before
   size_t before_changes = 0;
   int64_t tickets = 0;
+  bool stalls;        // whether single threads stand still for a while
   unsigned slowness;  // how many turns of the threads what is asynchronous takes on average: 2, 8 or 32
   ucontext_t scheduler;
   Fiber* fiber = nullptr;
   std::string error;
   std::function<void()> body;
 
-  Machine(int count, int cluster, int threads, uint32_t seed, std::function<void()> run) : random(seed), slowness(2u << seed % 3 * 2), body(run) {
+  Machine(int count, int cluster, int threads, uint32_t seed, std::function<void()> run)
+      : random(seed), stalls(seed % 4 == 3), slowness(2u << seed % 3 * 2), body(run) {
     clusters.resize(count / cluster);
     for (int i = 0; i < count; ++i) {
       auto block = std::make_unique<Block>();
@@ -363,10 +366,12 @@ struct Machine {
 
   void leave() { swapcontext(&fiber->context, &scheduler); }
 
-  void wait(std::string why, std::function<bool()> until) {
+  template <class F>
+  void wait(const char* why, int64_t which, F until) {
     ++fiber->apart;
     if (until()) return;
-    fiber->why = std::move(why);
+    fiber->why = why;
+    fiber->which = which;
     fiber->until = std::move(until);
     leave();
   }
@@ -387,6 +392,11 @@ struct Machine {
         left = true;
         if (rests[f->block->index]) continue;
         if (f->until && !f->until()) continue;
+        if (f->rest || (stalls && random() % 256 == 0)) {
+          f->rest = f->rest ? f->rest - 1 : random() % 64;
+          moved = true;
+          continue;
+        }
         f->until = nullptr;
         fiber = f;
         swapcontext(&scheduler, &f->context);
@@ -402,7 +412,7 @@ struct Machine {
         for (Fiber* f : order)
           if (!f->done) {
             error = "deadlock: block " + std::to_string(f->block->index) + " thread " + std::to_string(f->thread) +
-                    " waits for " + f->why;
+                    " waits for " + f->why + " " + std::to_string(f->which);
             if (f->thread % 128 == 0) break;
           }
       }
@@ -539,7 +549,7 @@ inline void meet(Block& b, int name, size_t threads) {
     meeting.here.clear();
     ++meeting.generation;
   }
-  machine().wait("threads at sync " + std::to_string(name), [=, &meeting] { return meeting.generation != mine; });
+  machine().wait("threads at sync", name, [=, &meeting] { return meeting.generation != mine; });
   self().apart = 0;
 }
 inline void meet_warp() { meet(*self().block, 100 + self().thread / 32, 32); }
@@ -649,7 +659,7 @@ inline void fence_device(int line = __builtin_LINE()) {
 inline void wait_for_launch_before(int line = __builtin_LINE()) {
   if (line == left_out) return;
   Machine* m = &machine();
-  m->wait("the launch before", [=] { return m->before_ended; });
+  m->wait("the launch before", 0, [=] { return m->before_ended; });
   self().block->seen = std::max(self().block->seen, m->before_changes);
   self().block->waited = true;
 }
@@ -684,7 +694,7 @@ inline void barrier_arrive(uint32_t address, int rank, int line = __builtin_LINE
 inline void barrier_wait(uint32_t address, uint32_t parity, int line = __builtin_LINE()) {
   if (line == left_out) return;
   Barrier* b = &barrier(*self().block, address);
-  machine().wait("mbarrier at " + std::to_string(address), [=] { return (b->phase & 1) != parity; });
+  machine().wait("the mbarrier at", address, [=] { return (b->phase & 1) != parity; });
   know(self(), common({&self()}, b->past));
 }
 
@@ -721,7 +731,7 @@ void store_wait_read(int line = __builtin_LINE()) {
   Machine* m = &machine();
   int groups = int(f->store_groups.size()) - PENDING;
   int64_t upto = groups > 0 ? f->store_groups[groups - 1] : 0;
-  m->wait("its stores", [=] {
+  m->wait("its stores", upto, [=] {
     for (int64_t i = 0; i < upto; ++i)
       if (m->pending.count(f->stores[i])) return false;
     return true;
@@ -840,7 +850,7 @@ void products_wait(int line = __builtin_LINE()) {
   int groups = int(f->product_groups.size()) - PENDING;
   int64_t upto = groups > 0 ? f->product_groups[groups - 1] : 0;
   Warpgroup* g = &f->block->groups[f->thread / 128];
-  machine().wait("its products", [=] { return g->first >= upto; });
+  machine().wait("its products", upto, [=] { return g->first >= upto; });
   f->touched |= upto == f->products_issued;
 }
 inline Product& issue(int n, uint64_t b, int accumulate, bool across, float* d) {
