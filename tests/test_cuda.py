@@ -200,7 +200,7 @@ SITES = [
     for name in re.findall(r"ptx::(\w+)", text)
     if name not in NEITHER.split()
 ]
-FORMS = [next(p for p in FEW if p.form == form) for form in ("INLINE", "LATE", "MASKED", "SCALED")]
+FORMS = [next(p for p in FEW if p.form == form) for form in ("LATE", "MASKED", "SCALED", "INLINE")]
 WAYS = [(order, (2 - order % 2, 1)) for order in range(6)]
 
 
