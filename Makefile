@@ -103,6 +103,7 @@ bench: $(VENV)/dev
 	$(BIN)/python bench/estimate.py --out bench/results/estimate.csv
 	$(BIN)/python bench/experts.py --out bench/results/experts_predicted.csv
 	$(BIN)/python bench/packed.py --out bench/results/packed_predicted.csv
+	$(BIN)/python bench/hopper.py --out bench/results/hopper_predicted.csv
 	$(MAKE) report
 
 # in the Python environment of a GPU machine, whose PyTorch has CUDA

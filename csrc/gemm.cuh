@@ -160,7 +160,7 @@ struct Producer {
   // T of the row of tiles is in memory. The last to see the flag lowers it, for the launch after this one.
   FUSED_PEFT_DEVICE void wait_for_flag(int row) {
     uint32_t* flag = p.flags + row;
-    while (!ptx::read_acquire(flag)) ptx::pause();
+    while (!ptx::peek(flag)) ptx::pause();
     if (ptx::add(flag, 1) == static_cast<uint32_t>(p.schedule.padded_n())) ptx::write(flag, 0u);
     ptx::fence_async();
   }
@@ -322,7 +322,6 @@ struct Consumer {
           ptx::write(p.t + (static_cast<int64_t>(m) * p.R + r) / 2, ptx::pack<T>(inner[block][i], inner[block][i + 1]));
       }
     ptx::fence_async();
-    ptx::fence_device();
     ptx::sync_named<128 * CONSUMERS>(1);
     if (group == 0 && thread == 0) ptx::add(p.flags + tile.m, 1);
   }

@@ -15,6 +15,9 @@ extern "C" Status fused_peft_cast(const Cast* c) {
   for (int64_t i = 0; i < c->size(0) + c->size(1); ++i) c->dtype == BF16 ? cast_one<bf16>(*c, i) : cast_one<fp16>(*c, i);
   return nullptr;
 }
+
+// From now on the function called at this line of gemm.cuh, one of those that order or wait, does nothing; 0: none.
+extern "C" void fused_peft_leave_out(int line) { emulator::left_out = line; }
 #else
 extern "C" Status fused_peft_open(const char* library) { return driver.open(library); }
 

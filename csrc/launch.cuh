@@ -45,7 +45,7 @@ inline bool describe(TensorMap* map, const void* data, int rows, int columns, in
 template <class P>
 Status prepare(const Call& c, Parameters* p) {
   if (c.cluster_m * c.cluster_n > 2 || c.cluster_m * c.cluster_n < 1) return "clusters are of one or two blocks";
-  p->schedule = {ceil_div(c.M, P::BM), ceil_div(c.N, P::BN), c.cluster_m, c.cluster_n, c.group};
+  p->schedule = {ceil_div(c.M, P::BM), ceil_div(c.N, P::BN), c.cluster_m, c.cluster_n, c.group, P::FORM == INLINE};
   p->d_out = {c.d_out, c.d_out ? c.d_out_kind : NONE};
   p->bias = {c.bias, c.bias ? c.bias_kind : NONE};
   p->seed = c.seed;
@@ -78,6 +78,7 @@ Status start(const Call& c) {
   try {
     emulator::Machine machine(p.schedule.blocks(c.processors), p.schedule.size(), THREADS, c.seed_of_order,
                               [&p] { run<P>(p); });
+    if (p.overlap && c.s) machine.launch_before(c.s, c.M, 2 * c.R, 2 * c.s_stride);
     machine.run();
   } catch (const std::exception& e) {
     error = e.what();

@@ -52,6 +52,7 @@ class Gemm:
             x=self.x, w=self.w, b=self.b, seed=self.seed, **of, **strides, M=M, N=N, K=K, R=R, threshold=self.threshold,
             dtype=KINDS[dtype], bias_inside=inside, across=plan.across, cluster_m=cluster[0], cluster_n=cluster[1],
             group=group, processors=processors, seed_of_order=order, stream=self.stream(),
+            overlap=plan.form != "INLINE",
         )  # fmt: skip
         start(plan, call)
         assert not flags.any(), "flags are left raised"
