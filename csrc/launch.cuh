@@ -12,7 +12,7 @@ struct Call {
   const void *x, *w, *s, *b, *a, *d_in, *d_out, *bias;
   const int32_t* seed;
   void *y, *z, *t;
-  uint32_t* flags;
+  uint32_t* flags;  // zeros, left zero: a counter and, from the eighth on, one a row of tiles
   int64_t x_stride, w_stride, s_stride, b_stride, a_stride;
   int M, N, K, R, threshold;
   int dtype, d_in_kind, d_out_kind, bias_kind;
@@ -68,9 +68,9 @@ Status prepare(const Call& c, Parameters* p) {
   p->bias = {c.bias, c.bias ? c.bias_kind : NONE};
   p->seed = c.seed;
   p->t = static_cast<uint32_t*>(c.t);
-  p->flags = c.flags;
+  p->counter = c.flags, p->flags = c.flags + 8;
   p->M = c.M, p->N = c.N, p->K = c.K, p->R = c.R, p->threshold = c.threshold, p->d_in_kind = c.d_in_kind;
-  p->bias_inside = c.bias_inside, p->has_y = c.y, p->has_z = c.z, p->overlap = c.overlap;
+  p->bias_inside = c.bias_inside, p->has_y = c.y, p->has_z = c.z, p->overlap = c.overlap && P::FORM != INLINE;
   int rows_x = P::BM / c.cluster_n, rows_w = P::BN / c.cluster_m;
   bool fine = describe(&p->x, c.x, c.M, c.K, c.x_stride, rows_x, DEPTH, c.dtype);
   if (P::ACROSS) fine &= describe(&p->w, c.w, c.K, c.N, c.w_stride, DEPTH / c.cluster_m, DEPTH, c.dtype);
@@ -120,13 +120,8 @@ Status start(const Call& c) {
   cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(p.schedule.size()), 1, 1};
-  if (P::FORM == INLINE) {  // blocks wait for each other's T: all of them run at once, or none
-    attributes[1].id = cudaLaunchAttributeCooperative;
-    attributes[1].val.cooperative = 1;
-  } else {
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = c.overlap;
-  }
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = p.overlap;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(p.schedule.blocks(c.processors));
   config.blockDim = dim3(THREADS);
@@ -134,15 +129,7 @@ Status start(const Call& c) {
   config.stream = static_cast<cudaStream_t>(c.stream);
   config.attrs = attributes;
   config.numAttrs = 2;
-  error = cudaLaunchKernelEx(&config, gemm<P>, static_cast<const Parameters>(p));
-  if (error == cudaErrorCooperativeLaunchTooLarge) {  // part of the GPU is not ours: as many blocks as it can hold
-    int clusters = 0;
-    said(error);
-    error = cudaOccupancyMaxActiveClusters(&clusters, gemm<P>, &config);
-    config.gridDim = dim3(static_cast<unsigned>(clusters * p.schedule.size()));
-    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, gemm<P>, static_cast<const Parameters>(p));
-  }
-  return said(error);
+  return said(cudaLaunchKernelEx(&config, gemm<P>, static_cast<const Parameters>(p)));
 }
 #endif
 

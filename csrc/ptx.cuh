@@ -77,6 +77,16 @@ FUSED_PEFT_DEVICE void barrier_arrive(uint32_t barrier, int rank) {
       "r"(rank)
       : "memory");
 }
+// A word into the shared memory of a block of the cluster; it counts as 4 bytes on the barrier there.
+FUSED_PEFT_DEVICE void send(uint32_t word, uint32_t to, uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there, then;\n"
+      "mapa.shared::cluster.u32 there, %1, %3;\n"
+      "mapa.shared::cluster.u32 then, %2, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %0, [then];\n}" ::"r"(word),
+      "r"(to), "r"(barrier), "r"(rank)
+      : "memory");
+}
 FUSED_PEFT_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -184,6 +194,12 @@ FUSED_PEFT_DEVICE uint32_t read_acquire(const uint32_t* from) {
 FUSED_PEFT_DEVICE uint32_t add(uint32_t* to, uint32_t value) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
+  return before;
+}
+// the next of a count from zero; nothing else is ordered by it
+FUSED_PEFT_DEVICE uint32_t take(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
 }
 FUSED_PEFT_DEVICE void pause() { __nanosleep(64); }

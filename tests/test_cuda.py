@@ -157,6 +157,19 @@ MUTANTS = {  # what is wrong: file, old, new, form
     "the flag goes up before all have stored": ("gemm", "ptx::sync_named<128 * CONSUMERS>(1);", "", "INLINE"),
     "the flag stays up": ("gemm", "ptx::write(flag, 0u)", "(void)flag", "INLINE"),
     "T of the wrong rows": ("gemm", "int m = row(tile, block, i), r", "int m = row(tile, block, 0), r", "INLINE"),
+    "a tile's number is read before it is told": (
+        "gemm", "  ptx::barrier_wait(memory + P::TOLD + 8 * turn.stage, turn.phase);\n", "", "LATE",
+    ),
+    "the neighbour is not told": ("gemm", "to < p.schedule.size(); ++to", "to < 1; ++to", "LATE"),
+    "the counter stays up": ("gemm", "ptx::write(p.counter, 0u);", "", "LATE"),
+    "tiles are a block's by its number, whether it runs or not": (
+        "gemm",
+        "rank ? 0 : ptx::take(p.counter), number;\n    while ((number = tell(drawn)) < p.schedule.count()) {\n"
+        "      if (!rank) drawn = ptx::take(p.counter);",
+        "ptx::block() / p.schedule.size(), number;\n    while ((number = tell(drawn)) < p.schedule.count()) {\n"
+        "      drawn += clusters;",
+        "INLINE",
+    ),
 }  # fmt: skip
 
 
@@ -252,6 +265,33 @@ def test_compiled_backward_uses_it_too(forced):
     layer = fp.PeftLinear(72, 136, config=fp.LoraConfig(r=8, lora_dropout=0.1), dtype=torch.float16)
     x = torch.randn(130, 72, dtype=torch.float16, requires_grad=True)
     torch.compile(layer, backend="aot_eager", fullgraph=True)(x).sum().backward()  # strict: any other backend raises
+
+
+@emulated
+def test_processors_may_be_limited(forced, monkeypatch):
+    blocks, start = [], extension.call
+
+    def call(name, struct, emulated):
+        blocks.append(struct.processors)
+        start(name, struct, emulated)
+
+    monkeypatch.setattr(extension, "call", call)
+    layer = fp.PeftLinear(136, 264, config=fp.LoraConfig(r=16), dtype=torch.float16)
+    x = torch.randn(130, 136, dtype=torch.float16)
+    results = []
+    for most in ("", "3", "1"):
+        monkeypatch.setenv("FUSED_PEFT_SMS", most)
+        kernels().launch.most_processors.cache_clear()
+        results.append(layer(x))
+    assert blocks == [4, 3, 1]
+    assert all(torch.equal(results[0], y) for y in results)
+    for wrong in ("0", "-4", "half"):
+        monkeypatch.setenv("FUSED_PEFT_SMS", wrong)
+        kernels().launch.most_processors.cache_clear()
+        with pytest.raises(ValueError, match=f"FUSED_PEFT_SMS='{wrong}' must be a positive integer"):
+            layer(x)
+    monkeypatch.undo()
+    kernels().launch.most_processors.cache_clear()
 
 
 @emulated

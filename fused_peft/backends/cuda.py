@@ -57,7 +57,7 @@ class _Gemm:
         vectors = {f"{n}_kind": KINDS[args[n].dtype] for n in ("d_in", "d_out", "bias") if args[n] is not None}
         pairs = ((n, args[n]) for n in ("x", "w", "s", "b", "a"))
         rows = {f"{n}_stride": t.stride(0) for n, t in pairs if t is not None}
-        flags = self._flags_for(x, BM) if form == "INLINE" else None
+        flags = self._flags_for(x, BM)
         call = Call(
             **args, **vectors, **rows, dtype=KINDS[x.dtype], cluster_m=cluster_m, cluster_n=cluster_n,
             processors=grid[0], flags=flags, seed_of_order=EMULATOR["seed"],
@@ -66,8 +66,8 @@ class _Gemm:
         extension.call(plan.name, call, not x.is_cuda)
 
     def _flags_for(self, x: Tensor, BM: int) -> Tensor:
-        """Zeros, one a row of tiles, which the kernel leaves zero: one buffer a stream, or of its own in a graph."""
-        n = -(-x.shape[0] // BM) + 1  # a cluster may reach one past the edge
+        """Zeros, eight and one a row of tiles, which the kernel leaves zero: one buffer a stream, or a graph's."""
+        n = -(-x.shape[0] // BM) + 9  # a cluster may reach one past the edge
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return torch.zeros(n, dtype=torch.int32, device=x.device)
         key = x.device, base.kernels().launch.stream(x.device)
@@ -206,6 +206,8 @@ class Cuda(hopper.Hopper):
             "inner": inner, "overlap": S is not None, "BM": BM, "BN": BN, "group": config.group,
             "cluster": config.cluster,
         }  # fmt: skip
-        processors = k.launch.processors(x.device) if x.is_cuda else EMULATOR["processors"]
+        processors = k.launch.processors(x.device)
+        if not x.is_cuda:
+            processors = min(processors, EMULATOR["processors"])
         k.launch.submit(GEMM, (processors,), args, config, x.device)
         return k.gemm_lowrank.Result(y, z, None, T)
