@@ -1,8 +1,11 @@
 // The host's side: a call in plain C becomes tensor maps, a schedule and one launch; nothing of PyTorch is needed.
 #pragma once
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 
 #include "gemm.cuh"
+#include "zeros.cuh"
 
 namespace fused_peft {
 
@@ -12,7 +15,6 @@ struct Call {
   const void *x, *w, *s, *b, *a, *d_in, *d_out, *bias;
   const int32_t* seed;
   void *y, *z, *t;
-  uint32_t* flags;  // zeros, left zero: a counter and, from the eighth on, one a row of tiles
   int64_t x_stride, w_stride, s_stride, b_stride, a_stride;
   int M, N, K, R, threshold;
   int dtype, d_in_kind, d_out_kind, bias_kind;
@@ -33,6 +35,12 @@ inline decltype(&cuTensorMapEncodeTiled) encoder() {
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
   }();
   return found;
+}
+
+inline Status said(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();  // or the next check elsewhere reports it again
+  return cudaGetErrorString(error);
 }
 #endif
 
@@ -60,6 +68,52 @@ inline bool describe(TensorMap* map, const void* data, int rows, int columns, in
 #endif
 }
 
+// What Zeros needs of CUDA.
+struct Cuda {
+#ifdef FUSED_PEFT_EMULATE
+  static Status look(void* handle, Stream* stream) {
+    *stream = {0, reinterpret_cast<uint64_t>(handle), false};
+    return nullptr;
+  }
+  static Status zeros(size_t bytes, void** data) {
+    *data = std::calloc(bytes, 1);
+    return *data ? nullptr : "no memory";
+  }
+#else
+  static Status look(void* handle, Stream* stream) {
+    unsigned long long id = 0;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    auto given = static_cast<cudaStream_t>(handle);
+    cudaError_t error = cudaGetDevice(&stream->device);
+    if (error == cudaSuccess) error = cudaStreamGetId(given, &id);
+    if (error == cudaSuccess) error = cudaStreamIsCapturing(given, &status);
+    stream->id = id, stream->capturing = status != cudaStreamCaptureStatusNone;
+    return said(error);
+  }
+  static Status zeros(size_t bytes, void** data) {
+    auto mode = cudaStreamCaptureModeRelaxed;  // of this thread: a capture elsewhere would forbid it to allocate
+    cudaStream_t own = nullptr;
+    cudaError_t error = cudaThreadExchangeStreamCaptureMode(&mode);
+    if (error == cudaSuccess) error = cudaMalloc(data, bytes);
+    if (error == cudaSuccess) error = cudaStreamCreateWithFlags(&own, cudaStreamNonBlocking);
+    if (error == cudaSuccess) error = cudaMemsetAsync(*data, 0, bytes, own);
+    if (error == cudaSuccess) error = cudaStreamSynchronize(own);
+    if (own) cudaStreamDestroy(own);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    return said(error);
+  }
+#endif
+};
+
+// The launch's counter and flags; a cluster may reach one row of tiles past the edge.
+inline Status lend(const Call& c, Parameters* p) {
+  static Zeros<Cuda> zeros;
+  uint32_t* words = nullptr;
+  Status wrong = zeros.get(c.stream, 8 + p->schedule.padded_m(), &words);
+  p->counter = words, p->flags = words + 8;  // in sectors of their own
+  return wrong;
+}
+
 template <class P>
 Status prepare(const Call& c, Parameters* p) {
   if (c.cluster_m * c.cluster_n > 2 || c.cluster_m * c.cluster_n < 1) return "clusters are of one or two blocks";
@@ -68,7 +122,6 @@ Status prepare(const Call& c, Parameters* p) {
   p->bias = {c.bias, c.bias ? c.bias_kind : NONE};
   p->seed = c.seed;
   p->t = static_cast<uint32_t*>(c.t);
-  p->counter = c.flags, p->flags = c.flags + 8;
   p->M = c.M, p->N = c.N, p->K = c.K, p->R = c.R, p->threshold = c.threshold, p->d_in_kind = c.d_in_kind;
   p->bias_inside = c.bias_inside, p->has_y = c.y, p->has_z = c.z, p->overlap = c.overlap && P::FORM != INLINE;
   int rows_x = P::BM / c.cluster_n, rows_w = P::BN / c.cluster_m;
@@ -84,7 +137,8 @@ Status prepare(const Call& c, Parameters* p) {
   if (c.z) fine &= describe(&p->z, c.z, c.M, c.N, c.N, 16, DEPTH, c.dtype);
   if (P::FORM == INLINE) fine &= describe(&p->a, c.a, c.R, c.K, c.a_stride, P::INNER, DEPTH, c.dtype);
   if (P::FORM == SCALED) fine &= describe(&p->d_in, c.d_in, 1, c.K, ceil_div(c.K, 8) * 8, 1, DEPTH, c.d_in_kind);
-  return fine ? nullptr : "cuTensorMapEncodeTiled refuses an operand: TMA wants 16-byte rows";
+  if (!fine) return "cuTensorMapEncodeTiled refuses an operand: TMA wants 16-byte rows";
+  return lend(c, p);
 }
 
 #ifdef FUSED_PEFT_EMULATE
@@ -97,19 +151,16 @@ Status start(const Call& c) {
     emulator::Machine machine(p.schedule.blocks(c.processors), p.schedule.size(), THREADS, c.seed_of_order,
                               [&p] { run<P>(p); });
     machine.run();
+    for (int i = 0; i < 8 + p.schedule.padded_m(); ++i)
+      if (p.counter[i]) emulator::fail("the counter or a flag is left raised");
   } catch (const std::exception& e) {
+    std::memset(p.counter, 0, 4 * (8 + p.schedule.padded_m()));
     error = e.what();
     return error.c_str();
   }
   return nullptr;
 }
 #else
-inline Status said(cudaError_t error) {
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // or the next check elsewhere reports it again
-  return cudaGetErrorString(error);
-}
-
 template <class P>
 Status start(const Call& c) {
   Parameters p;

@@ -90,8 +90,8 @@ def arch_of(device: torch.device) -> tuple[int, int]:
 
 @cache
 def most_processors() -> float:
-    """FUSED_PEFT_SMS: how many streaming multiprocessors a persistent GEMM takes at most, so that others, NCCL's kernels
-    for one, find some free. Raises ValueError where it is no positive integer."""
+    """FUSED_PEFT_SMS: streaming multiprocessors that a persistent GEMM takes at most, so that NCCL's kernels, for one,
+    find some free. Raises ValueError where it is no positive integer."""
     said = os.environ.get("FUSED_PEFT_SMS", "")
     if said and not (said.isdecimal() and int(said)):
         raise ValueError(f"FUSED_PEFT_SMS={said!r} must be a positive integer, or unset for all of the GPU")

@@ -38,7 +38,6 @@ class Gemm:
     ):
         (M, N, K, R), plan, dtype = self.sizes, self.plan, self.x.dtype
         y, z, t = (torch.full((M, n), torch.nan, dtype=dtype, device=self.device) for n in (N, N, R))
-        flags = torch.zeros(M // plan.BM + 10, dtype=torch.int32, device=self.device)
         of = {"s": self.s} if plan.form != "INLINE" else {"a": self.a, "t": t}
         if plan.form == "SCALED":
             of |= {"d_in": self.d_in, "d_in_kind": KINDS[self.d_in.dtype]}
@@ -49,12 +48,11 @@ class Gemm:
         pairs = ((n, getattr(self, n)) for n in ("x", "w", "s", "b", "a"))
         strides = {f"{n}_stride": operand.stride(0) for n, operand in pairs}
         call = Call(
-            x=self.x, w=self.w, b=self.b, seed=self.seed, flags=flags, **of, **strides, M=M, N=N, K=K, R=R,
-            threshold=self.threshold, dtype=KINDS[dtype], bias_inside=inside, across=plan.across, cluster_m=cluster[0],
+            x=self.x, w=self.w, b=self.b, seed=self.seed, **of, **strides, M=M, N=N, K=K, R=R, threshold=self.threshold,
+            dtype=KINDS[dtype], bias_inside=inside, across=plan.across, cluster_m=cluster[0],
             cluster_n=cluster[1], group=group, processors=processors, seed_of_order=order, stream=self.stream(),
         )  # fmt: skip
         start(plan, call)
-        assert not flags.any(), "the counter or a flag is left raised"
         found = {"y": y, "z": z} | ({"t": t} if plan.form == "INLINE" else {})
         return {name: out for name, out in found.items() if name == "t" or name in want}
 

@@ -47,6 +47,7 @@ def _program(tmp_path, source, *include):
         "-std=c++17",
         "-O1",
         "-w",
+        "-pthread",
         *(f"-I{i}" for i in (CSRC, *include)),
         source,
         "-o",
@@ -60,6 +61,31 @@ def _program(tmp_path, source, *include):
 def test_index_arithmetic_exhaustively(tmp_path):
     done = _program(tmp_path, ROOT / "tests/schedule_test.cpp")
     assert done.returncode == 0, done.stdout
+
+
+@compiles
+def test_who_shares_counters_and_flags(tmp_path):
+    done = _program(tmp_path, ROOT / "tests/zeros_test.cpp")
+    assert done.returncode == 0, done.stdout
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("stream.capturing ? fresh : of_streams", "false ? fresh : of_streams"),
+        ("{stream.device, stream.id}", "{stream.device, 0}"),
+        ("{stream.device, stream.id}", "{0, stream.id}"),
+        ("chunk = {chunk.data + whole,", "chunk = {chunk.data,"),
+        ("mine.words < words", "!mine.words"),
+    ],
+)
+def test_wrong_ways_to_share_them_are_noticed(old, new, tmp_path):
+    text = (CSRC / "zeros.cuh").read_text()
+    assert text.count(old) == 1
+    (tmp_path / "zeros.cuh").write_text(text.replace(old, new))
+    (tmp_path / "zeros_test.cpp").write_text((ROOT / "tests/zeros_test.cpp").read_text())
+    assert _program(tmp_path, tmp_path / "zeros_test.cpp").returncode
 
 
 @pytest.mark.skipif(

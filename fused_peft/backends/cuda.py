@@ -44,9 +44,6 @@ class _Gemm:
         "bias_inside", "across", "form", "inner", "overlap", "BM", "BN", "group", "cluster",
     )  # fmt: skip
 
-    def __init__(self):
-        self._flags: dict[tuple, Tensor] = {}
-
     def __getitem__(self, grid):
         return lambda **args: self._start(grid, **args)
 
@@ -57,23 +54,12 @@ class _Gemm:
         vectors = {f"{n}_kind": KINDS[args[n].dtype] for n in ("d_in", "d_out", "bias") if args[n] is not None}
         pairs = ((n, args[n]) for n in ("x", "w", "s", "b", "a"))
         rows = {f"{n}_stride": t.stride(0) for n, t in pairs if t is not None}
-        flags = self._flags_for(x, BM)
         call = Call(
             **args, **vectors, **rows, dtype=KINDS[x.dtype], cluster_m=cluster_m, cluster_n=cluster_n,
-            processors=grid[0], flags=flags, seed_of_order=EMULATOR["seed"],
+            processors=grid[0], seed_of_order=EMULATOR["seed"],
             stream=base.kernels().launch.stream(x.device),
         )  # fmt: skip
         extension.call(plan.name, call, not x.is_cuda)
-
-    def _flags_for(self, x: Tensor, BM: int) -> Tensor:
-        """Zeros, eight and one a row of tiles, which the kernel leaves zero: one buffer a stream, or a graph's."""
-        n = -(-x.shape[0] // BM) + 9  # a cluster may reach one past the edge
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return torch.zeros(n, dtype=torch.int32, device=x.device)
-        key = x.device, base.kernels().launch.stream(x.device)
-        if key not in self._flags or self._flags[key].numel() < n:
-            self._flags[key] = torch.zeros(max(n, 1024), dtype=torch.int32, device=x.device)
-        return self._flags[key]
 
 
 GEMM = _Gemm()

@@ -92,7 +92,7 @@ class Call(_Struct):
     """csrc/launch.cuh's Call."""
 
     _fields_ = _fields(
-        pointers="x w s b a d_in d_out bias seed y z t flags",
+        pointers="x w s b a d_in d_out bias seed y z t",
         longs="x_stride w_stride s_stride b_stride a_stride",
         ints="M N K R threshold dtype d_in_kind d_out_kind bias_kind bias_inside across cluster_m cluster_n group "
         "processors overlap seed_of_order",
