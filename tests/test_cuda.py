@@ -117,7 +117,7 @@ FEW = [p for p in PLANS if (p.dtype, p.BM, p.BN) == ("bf16", 128, 192)]
 @emulated
 @pytest.mark.parametrize("plan", FEW, ids=lambda p: p.name)
 def test_options(plan):
-    gemm = Gemm(plan, 70, 200, 136, 40 if plan.inner != 16 else 8, vectors=torch.float16)
+    gemm = Gemm(plan, 70, 200, 136, {16: 8, 32: 24}.get(plan.inner, 40), vectors=torch.float16)
     for options in ({"vectors": False}, {"want": ("y",)}, {"want": ("z",)}, {"inside": False, "group": 1}):
         assert not gemm.disagreement(**options)
     if plan.form in ("LATE", "SCALED"):
@@ -291,6 +291,27 @@ def test_compiled_backward_uses_it_too(forced):
     layer = fp.PeftLinear(72, 136, config=fp.LoraConfig(r=8, lora_dropout=0.1), dtype=torch.float16)
     x = torch.randn(130, 72, dtype=torch.float16, requires_grad=True)
     torch.compile(layer, backend="aot_eager", fullgraph=True)(x).sum().backward()  # strict: any other backend raises
+
+
+@emulated
+def test_T_is_made_inside_or_before_as_the_config_says(forced, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cuda.GEMM, "_start", lambda grid, form, **_: seen.append(form))
+    x = torch.randn(130, 136, dtype=torch.float16)
+    for inline in (True, False):
+        cuda.configs.insist("gemm_cuda", inline=inline)
+        for r in (8, 24, 64, 72):
+            fp.PeftLinear(136, 264, config=fp.LoraConfig(r=r), dtype=torch.float16)(x)
+    cuda.configs.insist("gemm_cuda")
+    assert seen == ["INLINE"] * 3 + ["LATE"] * 5
+
+
+def test_the_closed_form_makes_T_inside_where_that_is_predicted_faster():
+    inline = lambda M, r: cuda.config_of_gemm((9, 0), 16, M, 4096, 4096, r).inline  # noqa: E731
+    assert inline(8192, 16)
+    assert not inline(2048, 16)
+    assert not inline(8192, 0)
+    assert not inline(8192, 128)  # no plan has so many columns
 
 
 @emulated

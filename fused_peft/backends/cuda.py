@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.operands import Problem
 from ..kernels import configs
-from . import extension, hopper
+from . import extension, hopper, rates
 from . import triton as base
 from .extension import KINDS, Call, Cast, Factor, Plan
 from .hopper import HALF, LEAST
@@ -32,7 +32,12 @@ def config_of_gemm(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: 
     BM, BN = min(extension.TILES, key=waves)
     paired = tiles(M, BM) if BN >= BM else tiles(N, BN)  # an odd one out is computed for nothing
     whole = tiles(M, BM) * tiles(N, BN) >= 132 and (paired % 2 == 0 or paired >= 16)
-    return configs.Config(BM, BN, 64, 12, 4, cluster=2 if whole else 1)
+    inline = 0 < r <= max(extension.INNER) and rates.inlines(M, K, r, BM)
+    return configs.Config(BM, BN, 64, 12, 4, cluster=2 if whole else 1, inline=inline)
+
+
+def config_for(device: torch.device, M: int, N: int, K: int, r: int) -> configs.Config:
+    return configs.choose("gemm_cuda", base.kernels().launch.arch_of(device), 16, M, N, K, r)
 
 
 class _Gemm:
@@ -158,7 +163,22 @@ class Cuda(hopper.Hopper):
             and _inlines(r, mask, o.a, o.G, o.h, o.d_in)
             and fits(x, o.w, o.w.shape[0], None, o.c, None, o.d_out, o.bias, None, False, None)
             and _rows(o.w)
+            and config_for(x.device, x.shape[0], *o.w.shape, r).inline
         )
+
+    def ways(self, p: Problem) -> dict[str, dict]:
+        """Where T can be made inside the GEMM or before it, both, for calibration to test and time: fields of its
+        config, by names that begin with the backend's."""
+        if p.present & {"a", "d_in", "c"} or p.G != "none" or p.h != "identity" or p.p or p.groups or p.stored:
+            return {}
+        if "w" not in p.present or p.M < LEAST or p.r % 8 or not 0 < p.r <= max(extension.INNER):
+            return {}
+        return {"cuda INLINE": {"inline": True}, "cuda LATE": {"inline": False}}
+
+    def tiles(self, p: Problem) -> tuple[str, configs.Config]:
+        """The key in a record's tiles that a call's forward GEMM goes by, and the config that it now has."""
+        of = "gemm_cuda", p.arch or (9, 0), 16, p.M, p.N, p.K, p.r
+        return configs.key(*of), configs.choose(*of)
 
     def product(
         self, x, w, like, update=None, c=None, d_in=None, d_out=None, bias=None, bias_inside=True, mask=None,
@@ -169,8 +189,8 @@ class Cuda(hopper.Hopper):
             return super().product(x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
         inline, across = isinstance(update, k.gemm_lowrank.Inline), not _rows(w)
         R = 0 if update is None else update.B.shape[1]
-        arch, K = k.launch.arch_of(x.device), x.shape[1]
-        config = configs.choose("gemm_cuda", arch, 16, M, N, K, R)
+        K = x.shape[1]
+        config = config_for(x.device, M, N, K, R)
         inner = 0
         if inline:
             inner = min(n for n in extension.INNER if n >= R)

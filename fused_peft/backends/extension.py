@@ -26,7 +26,7 @@ from ..core.paths import source_dir
 
 KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # enum Kind of csrc/gemm.cuh
 TILES = ((128, 256), (256, 128), (128, 192))  # rows and columns that csrc/ is compiled for
-INNER = (16, 64)  # the most r of an INLINE plan; the second accumulator of 256 x 128 and 64 would spill
+INNER = (16, 32, 64)  # the most r of an INLINE plan; the second accumulator of 256 x 128 and 64 would spill
 ARCH = "-gencode=arch=compute_90a,code=sm_90a"
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")  # an assert in device code is a call, and ptxas then serialises every wgmma
 EMULATED = ("-O2", "-std=c++17", "-DFUSED_PEFT_EMULATE")
