@@ -22,8 +22,9 @@ enum Form { LATE, MASKED, SCALED, INLINE };
 enum Kind { NONE, FP32, BF16, FP16 };  // of a vector's elements
 
 struct Vector {
-  const void* data;
+  TensorMap map;
   int kind;
+  FUSED_PEFT_HOST_DEVICE int bytes() const { return kind == NONE ? 0 : kind == FP32 ? 4 : 2; }  // of an element
 };
 
 struct Parameters {
@@ -46,6 +47,7 @@ struct Plan {
   static constexpr int BLOCKS = BM / CONSUMERS / 64;  // of 64 rows, a warpgroup's
   static constexpr int X_BYTES = BM * ROW, W_BYTES = BN * ROW, A_BYTES = INNER * ROW;
   static constexpr int D_BYTES = FORM == SCALED ? DEPTH * 4 : 0;
+  static constexpr int BIAS = BN * 4;  // where the bias lies in a stage, behind d_out
   static constexpr int TURNS = 8;  // tiles' numbers on their way from the one who draws them to those who need them
   static constexpr int LIMIT = 227 * 1024, STAGE_BYTES = X_BYTES + W_BYTES + A_BYTES + D_BYTES + 16;
   static constexpr int STAGES = 4 * (STAGE_BYTES + CONSUMERS * 16 * ROW) + ATOM <= LIMIT ? 4 : 3;
@@ -63,28 +65,17 @@ struct Plan {
   static_assert(FORM != INLINE || INNER, "INLINE needs the columns of A's tile");
 };
 
-FUSED_PEFT_DEVICE void put_pair(float (&to)[16], int i, float2 pair) {
-  to[2 * i] = pair.x;
-  to[2 * i + 1] = pair.y;
-}
-
-// A vector's entries at eight pairs of columns, the first pair at ``at`` and the others 8 apart; ``otherwise`` outside.
-// n is even, and so is ``at``. The kind is asked once, so that the loads follow each other.
-FUSED_PEFT_DEVICE void entries(float (&to)[16], const Vector& v, int at, int n, float otherwise) {
+// A vector's entries, in shared memory, at eight pairs of columns, the first pair at ``at`` and the others 8 apart;
+// ``otherwise`` where there is no vector. The kind is asked once, so that the loads follow each other.
+FUSED_PEFT_DEVICE void entries(float (&to)[16], uint32_t v, int kind, int at, float otherwise) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) to[i] = otherwise;
-  if (v.kind == FP32) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (at + 8 * i < n) put_pair(to, i, ptx::read(reinterpret_cast<const float2*>(v.data) + at / 2 + 4 * i));
-  } else if (v.kind != NONE) {
-    uint32_t both[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      both[i] = at + 8 * i < n ? ptx::read(static_cast<const uint32_t*>(v.data) + at / 2 + 4 * i) : 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (at + 8 * i < n) put_pair(to, i, v.kind == BF16 ? ptx::unpack<bf16>(both[i]) : ptx::unpack<fp16>(both[i]));
+  for (int i = 0; i < 16; i += 2) {
+    float2 pair = {otherwise, otherwise};
+    if (kind == FP32) pair = ptx::read_shared<float2>(v + 4 * at + 32 * i / 2);
+    else if (kind == BF16) pair = ptx::unpack<bf16>(ptx::read_shared<uint32_t>(v + 2 * at + 16 * i / 2));
+    else if (kind == FP16) pair = ptx::unpack<fp16>(ptx::read_shared<uint32_t>(v + 2 * at + 16 * i / 2));
+    to[i] = pair.x;
+    to[i + 1] = pair.y;
   }
 }
 
@@ -177,10 +168,22 @@ struct Producer {
     ptx::fence_async();
   }
 
+  // The entries of d_out and of the bias at the tile's columns, in the tile's last stage.
+  FUSED_PEFT_DEVICE void vectors(const Tile& tile) {
+    int bytes = P::BN * (p.d_out.bytes() + p.bias.bytes());
+    if (!bytes) return;
+    claim(bytes);
+    uint32_t to = memory + slot.stage * P::X_BYTES;
+    if (p.d_out.kind) part(&p.d_out.map, to, tile.n * P::BN, 0, false);
+    if (p.bias.kind) part(&p.bias.map, to + P::BIAS, tile.n * P::BN, 0, false);
+    slot.advance(P::STAGES);
+  }
+
   FUSED_PEFT_DEVICE void tile(const Tile& tile) {
     if (P::FORM == MASKED) rank_pair(tile);
     main_pair(tile);
     if (P::FORM != MASKED) rank_pair(tile);
+    vectors(tile);
   }
 
   // Tell all who work on the tile its number.
@@ -387,12 +390,20 @@ struct Consumer {
 
   FUSED_PEFT_DEVICE void epilogue(const Tile& tile) {
     int top = tile.m * P::BM + group * P::BLOCKS * 64 + thread / 32 * 16;
+    bool vectors = p.d_out.kind || p.bias.kind;
+    uint32_t v = memory + slot.stage * P::X_BYTES;
+    if (vectors) await();
 #pragma unroll
     for (int from = 0; from < COUNT; from += 32) {
       int left = tile.n * N + from * 2;
       float by[16], plus[16];  // of this panel's columns: each is in two accumulators of a block
-      entries(by, p.d_out, column(tile, from), p.N, 1.f);
-      entries(plus, p.bias, column(tile, from), p.N, 0.f);
+      entries(by, v, p.d_out.kind, accumulator_column(thread, from), 1.f);
+      entries(plus, v + P::BIAS, p.bias.kind, accumulator_column(thread, from), 0.f);
+      if (vectors && from + 32 == COUNT) {
+        ptx::sync_warp();
+        release(slot.stage);
+        slot.advance(P::STAGES);
+      }
 #pragma unroll
       for (int block = 0; block < P::BLOCKS; ++block) {
         auto z = [&](int i) { return acc[block][from + i] + (p.bias_inside ? plus[i / 4 * 2 + i % 2] : 0.f); };

@@ -118,8 +118,7 @@ template <class P>
 Status prepare(const Call& c, Parameters* p) {
   if (c.cluster_m * c.cluster_n > 2 || c.cluster_m * c.cluster_n < 1) return "clusters are of one or two blocks";
   p->schedule = {ceil_div(c.M, P::BM), ceil_div(c.N, P::BN), c.cluster_m, c.cluster_n, c.group};
-  p->d_out = {c.d_out, c.d_out ? c.d_out_kind : NONE};
-  p->bias = {c.bias, c.bias ? c.bias_kind : NONE};
+  p->d_out.kind = c.d_out ? c.d_out_kind : NONE, p->bias.kind = c.bias ? c.bias_kind : NONE;
   p->seed = c.seed;
   p->t = static_cast<uint32_t*>(c.t);
   p->M = c.M, p->N = c.N, p->K = c.K, p->R = c.R, p->threshold = c.threshold, p->d_in_kind = c.d_in_kind;
@@ -137,6 +136,8 @@ Status prepare(const Call& c, Parameters* p) {
   if (c.z) fine &= describe(&p->z, c.z, c.M, c.N, c.N, 16, DEPTH, c.dtype);
   if (P::FORM == INLINE) fine &= describe(&p->a, c.a, c.R, c.K, c.a_stride, P::INNER, DEPTH, c.dtype);
   if (P::FORM == SCALED) fine &= describe(&p->d_in, c.d_in, 1, c.K, ceil_div(c.K, 8) * 8, 1, DEPTH, c.d_in_kind);
+  if (c.d_out) fine &= describe(&p->d_out.map, c.d_out, 1, c.N, ceil_div(c.N, 8) * 8, 1, P::BN, c.d_out_kind);
+  if (c.bias) fine &= describe(&p->bias.map, c.bias, 1, c.N, ceil_div(c.N, 8) * 8, 1, P::BN, c.bias_kind);
   if (!fine) return "cuTensorMapEncodeTiled refuses an operand: TMA wants 16-byte rows";
   return lend(c, p);
 }

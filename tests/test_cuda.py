@@ -196,6 +196,9 @@ MUTANTS = {  # what is wrong: file, old, new, form
         "      drawn += clusters;",
         "INLINE",
     ),
+    "d_out and the bias are read before they are there": ("gemm", "    if (vectors) await();\n", "", "LATE"),
+    "their stage is not given back": ("gemm", "release(slot.stage);\n        slot", "slot", "LATE"),
+    "the bias lies on d_out": ("gemm", "part(&p.bias.map, to + P::BIAS,", "part(&p.bias.map, to,", "LATE"),
 }  # fmt: skip
 
 
