@@ -161,6 +161,8 @@ struct Machine {
   std::vector<Event> events;
   std::map<int64_t, bool> pending;  // tickets of stores that have not read yet
   int64_t tickets = 0;
+  std::vector<int> waiting, alive;  // clusters that have no room yet; threads that have not ended, by cluster
+  size_t room;                      // clusters that run at once, as on a GPU of which others hold a part: of odd seeds
   unsigned slowness;  // how many turns of the threads what is asynchronous takes on average: 2, 8 or 32
   ucontext_t scheduler;
   Fiber* fiber = nullptr;
@@ -169,6 +171,10 @@ struct Machine {
 
   Machine(int count, int cluster, int threads, uint32_t seed, std::function<void()> run) : random(seed), slowness(2u << seed % 3 * 2), body(run) {
     clusters.resize(count / cluster);
+    alive.assign(clusters.size(), cluster * threads);
+    for (size_t i = 0; i < clusters.size(); ++i) waiting.push_back(i);
+    std::shuffle(waiting.begin(), waiting.end(), random);
+    room = seed % 2 ? 1 + random() % clusters.size() : clusters.size();
     for (int i = 0; i < count; ++i) {
       auto block = std::make_unique<Block>();
       block->machine = this;
@@ -224,18 +230,25 @@ struct Machine {
     current = this;
     std::vector<Fiber*> order;
     for (auto& f : fibers) order.push_back(f.get());
+    std::vector<bool> begun(clusters.size());
     for (bool left = true; left && error.empty();) {
+      size_t busy = 0;
+      for (size_t i = 0; i < clusters.size(); ++i) busy += begun[i] && alive[i];
+      for (; busy < room && !waiting.empty(); ++busy, waiting.pop_back()) begun[waiting.back()] = true;
       std::shuffle(order.begin(), order.end(), random);
       left = false;
       bool moved = false;
       for (Fiber* f : order) {
         if (f->done) continue;
         left = true;
+        int cluster = f->block->index / f->block->cluster->size();
+        if (!begun[cluster]) continue;
         if (f->until && !f->until()) continue;
         f->until = nullptr;
         fiber = f;
         swapcontext(&scheduler, &f->context);
         moved = true;
+        alive[cluster] -= f->done;
         if (!error.empty()) break;
       }
       try {
@@ -463,6 +476,17 @@ inline void barrier_wait(uint32_t address, uint32_t parity) {
   machine().wait("mbarrier at " + std::to_string(address), [=] { return (b->phase & 1) != parity; });
 }
 
+inline void send(uint32_t word, uint32_t to, uint32_t bar, int rank) {
+  Block* there = self().block->cluster->at(rank);
+  if (to % 4) fail("a word that is not aligned");
+  machine().later([=] {
+    std::memcpy(there->at(there->generic, to, 4), &word, 4);
+    Barrier& full = barrier(*there, bar);
+    full.bytes -= 4;
+    full.settle();
+  });
+}
+
 inline void prefetch(const TensorMap*) {}
 inline void load(const TensorMap* map, uint32_t to, uint32_t bar, int column, int row) {
   emulator::load(map, to, bar, column, row, uint16_t(1 << self().block->rank));
@@ -551,6 +575,7 @@ inline uint32_t add(uint32_t* to, uint32_t value) {
   *to += value;
   return before;
 }
+inline uint32_t take(uint32_t* counter) { return (*counter)++; }
 inline void pause() {
   if (++self().spins > 100000) fail("spins for ever on a flag");
   self().until = [] { return true; };

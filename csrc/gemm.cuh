@@ -2,6 +2,7 @@
 //
 // Persistent blocks of one producer warpgroup, which starts TMA loads into a ring of stages, and two consumer warpgroups,
 // which multiply with wgmma, each half of the tile's rows. The result leaves through TMA while the next tile begins.
+// Clusters draw their tiles from one counter, so that a tile waits at most for tiles whose blocks are running.
 //   LATE    the low-rank pair after the main one; with ``overlap`` S may still be in the making when the kernel starts
 //   MASKED  the low-rank pair first, and dropout's mask on it: dx = dz W + drop(dT A)
 //   SCALED  x ⊙ d_in in place of x: the tile goes through registers; the low-rank pair last
@@ -21,16 +22,17 @@ enum Form { LATE, MASKED, SCALED, INLINE };
 enum Kind { NONE, FP32, BF16, FP16 };  // of a vector's elements
 
 struct Vector {
-  const void* data;
+  TensorMap map;
   int kind;
+  FUSED_PEFT_HOST_DEVICE int bytes() const { return kind == NONE ? 0 : kind == FP32 ? 4 : 2; }  // of an element
 };
 
 struct Parameters {
   TensorMap x, w, s, b, y, z, a, d_in;
   Vector d_out, bias;
   const int32_t* seed;
-  uint32_t* t;      // (M, R) 16-bit, R even
-  uint32_t* flags;  // one a row of tiles, zero before and after
+  uint32_t* t;                 // (M, R) 16-bit, R even
+  uint32_t *counter, *flags;   // of tiles drawn; INLINE's, one a row of tiles. Zero before and after
   Schedule schedule;
   int M, N, K, R, threshold, d_in_kind;
   bool bias_inside, has_y, has_z, overlap;
@@ -45,55 +47,58 @@ struct Plan {
   static constexpr int BLOCKS = BM / CONSUMERS / 64;  // of 64 rows, a warpgroup's
   static constexpr int X_BYTES = BM * ROW, W_BYTES = BN * ROW, A_BYTES = INNER * ROW;
   static constexpr int D_BYTES = FORM == SCALED ? DEPTH * 4 : 0;
+  static constexpr int BIAS = BN * 4;  // where the bias lies in a stage, behind d_out
+  static constexpr int TURNS = 8;  // tiles' numbers on their way from the one who draws them to those who need them
   static constexpr int LIMIT = 227 * 1024, STAGE_BYTES = X_BYTES + W_BYTES + A_BYTES + D_BYTES + 16;
   static constexpr int STAGES = 4 * (STAGE_BYTES + CONSUMERS * 16 * ROW) + ATOM <= LIMIT ? 4 : 3;
   // offsets in shared memory, tiles of 128-byte rows first
   static constexpr int W = STAGES * X_BYTES, A = W + STAGES * W_BYTES, PANELS = A + STAGES * A_BYTES;
   static constexpr int PANEL_BYTES = 16 * ROW;
-  static constexpr int REST = STAGES * (D_BYTES + 16) + ATOM;  // and what aligning the start may cost
+  static constexpr int REST = STAGES * (D_BYTES + 16) + TURNS * 12 + ATOM;  // and what aligning the start may cost
   static constexpr int DEEP = PANELS + 2 * 4 * CONSUMERS * PANEL_BYTES + REST <= LIMIT ? 2 : 1;  // panels a warp
   static constexpr int D = PANELS + DEEP * 4 * CONSUMERS * PANEL_BYTES, FULL = D + STAGES * D_BYTES;
-  static constexpr int EMPTY = FULL + STAGES * 8, BYTES = EMPTY + STAGES * 8 + ATOM;
+  static constexpr int EMPTY = FULL + STAGES * 8, TOLD = EMPTY + STAGES * 8, NUMBER = TOLD + TURNS * 8;
+  static constexpr int BYTES = NUMBER + TURNS * 4 + ATOM;
   static_assert(BYTES <= LIMIT, "shared memory");
+  // A number is written over when every tile since has filled a stage, and all who read it have given back a stage since.
+  static_assert(TURNS > STAGES, "numbers of tiles");
   static_assert(FORM != INLINE || INNER, "INLINE needs the columns of A's tile");
 };
 
 #ifdef FUSED_PEFT_DEVICE  // what follows is not for the host
 
-FUSED_PEFT_DEVICE void put_pair(float (&to)[16], int i, float2 pair) {
-  to[2 * i] = pair.x;
-  to[2 * i + 1] = pair.y;
-}
-
-// A vector's entries at eight pairs of columns, the first pair at ``at`` and the others 8 apart; ``otherwise`` outside.
-// n is even, and so is ``at``. The kind is asked once, so that the loads follow each other.
-FUSED_PEFT_DEVICE void entries(float (&to)[16], const Vector& v, int at, int n, float otherwise) {
+// A vector's entries, in shared memory, at eight pairs of columns, the first pair at ``at`` and the others 8 apart;
+// ``otherwise`` where there is no vector. The kind is asked once, so that the loads follow each other.
+FUSED_PEFT_DEVICE void entries(float (&to)[16], uint32_t v, int kind, int at, float otherwise) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) to[i] = otherwise;
-  if (v.kind == FP32) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (at + 8 * i < n) put_pair(to, i, ptx::read(reinterpret_cast<const float2*>(v.data) + at / 2 + 4 * i));
-  } else if (v.kind != NONE) {
-    uint32_t both[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      both[i] = at + 8 * i < n ? ptx::read(static_cast<const uint32_t*>(v.data) + at / 2 + 4 * i) : 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (at + 8 * i < n) put_pair(to, i, v.kind == BF16 ? ptx::unpack<bf16>(both[i]) : ptx::unpack<fp16>(both[i]));
+  for (int i = 0; i < 16; i += 2) {
+    float2 pair = {otherwise, otherwise};
+    if (kind == FP32) pair = ptx::read_shared<float2>(v + 4 * at + 32 * i / 2);
+    else if (kind == BF16) pair = ptx::unpack<bf16>(ptx::read_shared<uint32_t>(v + 2 * at + 16 * i / 2));
+    else if (kind == FP16) pair = ptx::unpack<fp16>(ptx::read_shared<uint32_t>(v + 2 * at + 16 * i / 2));
+    to[i] = pair.x;
+    to[i + 1] = pair.y;
   }
 }
 
-// The side that loads. One thread runs it.
+// The number of the tile at a turn, once it is told.
+template <class P>
+FUSED_PEFT_DEVICE int told(uint32_t memory, Slot& turn) {
+  ptx::barrier_wait(memory + P::TOLD + 8 * turn.stage, turn.phase);
+  int number = ptx::read_shared<int>(memory + P::NUMBER + 4 * turn.stage);
+  turn.advance(P::TURNS);
+  return number;
+}
+
+// The side that loads. One thread runs it; that of the cluster's first block also draws the tiles.
 template <class P>
 struct Producer {
   const Parameters& p;
   uint32_t memory;
-  int mine_m, mine_n;  // this block's place in its cluster
-  Slot slot;
+  int rank, mine_m, mine_n;  // this block's place in its cluster
+  Slot slot, turn;
 
-  FUSED_PEFT_DEVICE Producer(const Parameters& p, uint32_t memory, int rank) : p(p), memory(memory) {
+  FUSED_PEFT_DEVICE Producer(const Parameters& p, uint32_t memory, int rank) : p(p), memory(memory), rank(rank) {
     mine_m = p.schedule.cluster_m > 1 ? rank : 0;
     mine_n = p.schedule.cluster_n > 1 ? rank : 0;
     for (const TensorMap* map : {&p.x, &p.w}) ptx::prefetch(map);
@@ -165,10 +170,46 @@ struct Producer {
     ptx::fence_async();
   }
 
+  // The entries of d_out and of the bias at the tile's columns, in the tile's last stage.
+  FUSED_PEFT_DEVICE void vectors(const Tile& tile) {
+    int bytes = P::BN * (p.d_out.bytes() + p.bias.bytes());
+    if (!bytes) return;
+    claim(bytes);
+    uint32_t to = memory + slot.stage * P::X_BYTES;
+    if (p.d_out.kind) part(&p.d_out.map, to, tile.n * P::BN, 0, false);
+    if (p.bias.kind) part(&p.bias.map, to + P::BIAS, tile.n * P::BN, 0, false);
+    slot.advance(P::STAGES);
+  }
+
   FUSED_PEFT_DEVICE void tile(const Tile& tile) {
     if (P::FORM == MASKED) rank_pair(tile);
     main_pair(tile);
     if (P::FORM != MASKED) rank_pair(tile);
+    vectors(tile);
+  }
+
+  // Tell all who work on the tile its number.
+  FUSED_PEFT_DEVICE int tell(int number) {
+    ptx::barrier_expect(memory + P::TOLD + 8 * turn.stage, 4);
+    if (rank) return told<P>(memory, turn);
+    for (int to = 0; to < p.schedule.size(); ++to)
+      ptx::send(number, memory + P::NUMBER + 4 * turn.stage, memory + P::TOLD + 8 * turn.stage, to);
+    turn.advance(P::TURNS);
+    return number;
+  }
+
+  // All tiles of this block. The next number is drawn before a tile's loads, and has come when they are started; each
+  // cluster draws one past the end, and the last of them puts the counter back.
+  FUSED_PEFT_DEVICE void tiles(int clusters) {
+    int drawn = rank ? 0 : ptx::take(p.counter), number;
+    while ((number = tell(drawn)) < p.schedule.count()) {
+      if (!rank) drawn = ptx::take(p.counter);
+      tile(p.schedule.at(number, rank));
+    }
+    if (!rank && number == p.schedule.count() + clusters - 1) {
+      ptx::write(p.counter, 0u);
+      ptx::fence_device();  // a launch that begins before this one has ended draws from it
+    }
   }
 };
 
@@ -181,7 +222,7 @@ struct Consumer {
   const Parameters& p;
   uint32_t memory;
   int group, thread;  // which warpgroup, and the thread in it
-  Slot slot;
+  Slot slot, turn;
   int panel = 0;
   float acc[P::BLOCKS][COUNT];
   uint32_t left[2][P::BLOCKS][4];  // SCALED: x's step under way and the next; products read them until they are waited for
@@ -351,12 +392,20 @@ struct Consumer {
 
   FUSED_PEFT_DEVICE void epilogue(const Tile& tile) {
     int top = tile.m * P::BM + group * P::BLOCKS * 64 + thread / 32 * 16;
+    bool vectors = p.d_out.kind || p.bias.kind;
+    uint32_t v = memory + slot.stage * P::X_BYTES;
+    if (vectors) await();
 #pragma unroll
     for (int from = 0; from < COUNT; from += 32) {
       int left = tile.n * N + from * 2;
       float by[16], plus[16];  // of this panel's columns: each is in two accumulators of a block
-      entries(by, p.d_out, column(tile, from), p.N, 1.f);
-      entries(plus, p.bias, column(tile, from), p.N, 0.f);
+      entries(by, v, p.d_out.kind, accumulator_column(thread, from), 1.f);
+      entries(plus, v + P::BIAS, p.bias.kind, accumulator_column(thread, from), 0.f);
+      if (vectors && from + 32 == COUNT) {
+        ptx::sync_warp();
+        release(slot.stage);
+        slot.advance(P::STAGES);
+      }
 #pragma unroll
       for (int block = 0; block < P::BLOCKS; ++block) {
         auto z = [&](int i) { return acc[block][from + i] + (p.bias_inside ? plus[i / 4 * 2 + i % 2] : 0.f); };
@@ -386,6 +435,12 @@ struct Consumer {
     }
     epilogue(tile);
   }
+
+  FUSED_PEFT_DEVICE void tiles(int rank) {
+    int number;
+    while ((number = ptx::uniform(told<P>(memory, turn))) < p.schedule.count()) tile(p.schedule.at(number, rank));
+    ptx::store_wait_read<0>();
+  }
 };
 
 template <class P>
@@ -397,24 +452,24 @@ FUSED_PEFT_DEVICE void run(const Parameters& p) {
       ptx::barrier_init(memory + P::FULL + 8 * i, 1);
       ptx::barrier_init(memory + P::EMPTY + 8 * i, 4 * CONSUMERS * p.schedule.size());
     }
+    for (int i = 0; i < P::TURNS; ++i) ptx::barrier_init(memory + P::TOLD + 8 * i, 1);
     ptx::fence_barriers();
   }
   if (p.schedule.size() > 1) ptx::sync_cluster();
   else ptx::sync_block();
 
-  int size = p.schedule.size(), step = ptx::blocks() / size;
+  int size = p.schedule.size();
   if (warp < 4) {
     ptx::give_registers<40>();
     if (ptx::thread() == 0) {
       Producer<P> producer(p, memory, rank);
-      for (int i = ptx::block() / size; i < p.schedule.count(); i += step) producer.tile(p.schedule.at(i, rank));
+      producer.tiles(ptx::blocks() / size);
     }
     ptx::sync_warp();
   } else {
     ptx::take_registers<232>();
     Consumer<P> consumer{p, memory, warp / 4 - 1, ptx::thread() % 128};
-    for (int i = ptx::block() / size; i < p.schedule.count(); i += step) consumer.tile(p.schedule.at(i, rank));
-    ptx::store_wait_read<0>();
+    consumer.tiles(rank);
   }
   if (size > 1) ptx::sync_cluster();  // a neighbour may still write or arrive here
 }
