@@ -255,14 +255,14 @@ struct Consumer {
 
   // The main pair's stages. ``first``: nothing is in the accumulators. The last stage's products are still under way at the
   // end; that stage is returned, for ``finish``.
-  template <bool FIRST_COLUMN>
+  template <bool FIRST_COLUMN, Kind D_IN = NONE>
   FUSED_PEFT_DEVICE int main_pair(int first, float (&inner)[P::BLOCKS][P::INNER ? P::INNER / 2 : 1]) {
     int before = -1;
     for (int k = 0; k < p.K; k += DEPTH) {
       await();
       uint32_t w = memory + P::W + slot.stage * P::W_BYTES;
       if constexpr (P::FORM == SCALED) {
-        scaled_stage(w, k, first, before);
+        scaled_stage<D_IN>(w, k, first, before);
       } else {
         ptx::products_begin();
 #pragma unroll
@@ -296,6 +296,7 @@ struct Consumer {
   }
 
   // One stage with x's tile scaled on its way through registers, a step at a time; one product is always under way.
+  template <Kind D_IN>
   FUSED_PEFT_DEVICE void scaled_stage(uint32_t w, int k, int first, int before) {
     uint32_t d = memory + P::D + slot.stage * P::D_BYTES;
 #pragma unroll
@@ -306,7 +307,7 @@ struct Consumer {
         int row = thread / 32 * 16 + matrix_row(lane()), piece = 2 * step + matrix_piece(lane());
         ptx::load_matrices(now[block], x_tile(slot.stage, block) + swizzled(row, piece));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) now[block][i] = scaled(now[block][i], d, step * STEP + i / 2 * 8 + thread % 4 * 2);
+        for (int i = 0; i < 4; ++i) now[block][i] = scaled<D_IN>(now[block][i], d, step * STEP + i / 2 * 8 + thread % 4 * 2);
       }
       ptx::products_begin();
 #pragma unroll
@@ -320,10 +321,11 @@ struct Consumer {
     }
   }
 
+  template <Kind D_IN>
   FUSED_PEFT_DEVICE uint32_t scaled(uint32_t both, uint32_t d, int column) const {
     float2 v = ptx::unpack<T>(both), by;
-    if (p.d_in_kind == FP32) by = ptx::read_shared<float2>(d + 4 * column);
-    else if (p.d_in_kind == BF16) by = ptx::unpack<bf16>(ptx::read_shared<uint32_t>(d + 2 * column));
+    if constexpr (D_IN == FP32) by = ptx::read_shared<float2>(d + 4 * column);
+    else if constexpr (D_IN == BF16) by = ptx::unpack<bf16>(ptx::read_shared<uint32_t>(d + 2 * column));
     else by = ptx::unpack<fp16>(ptx::read_shared<uint32_t>(d + 2 * column));
     return ptx::pack<T>(v.x * by.x, v.y * by.y);
   }
@@ -459,6 +461,12 @@ struct Consumer {
       } else {
         rank_pair(false, main_pair<false>(true, inner));
       }
+    } else if constexpr (P::FORM == SCALED) {
+      int before;
+      if (p.d_in_kind == FP32) before = main_pair<false, FP32>(true, inner);
+      else if (p.d_in_kind == BF16) before = main_pair<false, BF16>(true, inner);
+      else before = main_pair<false, FP16>(true, inner);
+      rank_pair(false, before);
     } else {
       rank_pair(false, main_pair<false>(true, inner));
     }
