@@ -31,8 +31,8 @@ struct Parameters {
   TensorMap x, w, s, b, y, z, a, d_in;
   Vector d_out, bias;
   const int32_t* seed;
-  uint32_t* t;                 // (M, R) 16-bit, R even
-  uint32_t *counter, *flags;   // of tiles drawn; INLINE's, one a row of tiles. Zero before and after
+  uint32_t* t;                // (M, R) 16-bit, R even
+  uint32_t *counter, *flags;  // of tiles drawn; INLINE's, one a row of tiles. Zero before and after
   Schedule schedule;
   int M, N, K, R, threshold, d_in_kind;
   bool bias_inside, has_y, has_z, overlap;
@@ -60,8 +60,9 @@ struct Plan {
   static constexpr int EMPTY = FULL + STAGES * 8, TOLD = EMPTY + STAGES * 8, NUMBER = TOLD + TURNS * 8;
   static constexpr int BYTES = NUMBER + TURNS * 4 + ATOM;
   static_assert(BYTES <= LIMIT, "shared memory");
+  static constexpr int AHEAD = FORM == MASKED ? 2 : 1;  // tiles drawn beyond the one that is loaded
   // A number is written over when every tile since has filled a stage, and all who read it have given back a stage since.
-  static_assert(TURNS > STAGES, "numbers of tiles");
+  static_assert(TURNS >= STAGES + AHEAD, "numbers of tiles");
   static_assert(FORM != INLINE || INNER, "INLINE needs the columns of A's tile");
 };
 
@@ -198,15 +199,28 @@ struct Producer {
     return number;
   }
 
+  FUSED_PEFT_DEVICE int draw() { return rank ? 0 : ptx::take(p.counter); }
+
   // All tiles of this block. The next number is drawn before a tile's loads, and has come when they are started; each
-  // cluster draws one past the end, and the last of them puts the counter back.
+  // cluster draws AHEAD past the end, and the last of them puts the counter back.
   FUSED_PEFT_DEVICE void tiles(int clusters) {
-    int drawn = rank ? 0 : ptx::take(p.counter), number;
-    while ((number = tell(drawn)) < p.schedule.count()) {
-      if (!rank) drawn = ptx::take(p.counter);
-      tile(p.schedule.at(number, rank));
+    int drawn = draw(), number;
+    if constexpr (P::AHEAD == 1) {
+      while ((number = tell(drawn)) < p.schedule.count()) {
+        drawn = draw();
+        tile(p.schedule.at(number, rank));
+      }
+    } else {
+      number = tell(drawn);
+      drawn = draw();
+      while (number < p.schedule.count()) {
+        int next = tell(drawn);
+        drawn = draw();
+        tile(p.schedule.at(number, rank));
+        number = next;
+      }
     }
-    if (!rank && number == p.schedule.count() + clusters - 1) {
+    if (!rank && drawn == p.schedule.count() + P::AHEAD * clusters - 1) {
       ptx::write(p.counter, 0u);
       ptx::fence_device();  // a launch that begins before this one has ended draws from it
     }
@@ -225,6 +239,9 @@ struct Consumer {
   Slot slot, turn;
   int panel = 0;
   float acc[P::BLOCKS][COUNT];
+  Tile next;         // MASKED: the tile after this one,
+  uint32_t keep[4];  // and which of its accumulators dropout keeps, two bits a pair
+  int32_t seed[2];
   uint32_t left[2][P::BLOCKS][4];  // SCALED: x's step under way and the next; products read them until they are waited for
 
   FUSED_PEFT_DEVICE int lane() const { return thread % 32; }
@@ -240,14 +257,14 @@ struct Consumer {
 
   // The main pair's stages. ``first``: nothing is in the accumulators. The last stage's products are still under way at the
   // end; that stage is returned, for ``finish``.
-  template <bool FIRST_COLUMN>
+  template <bool FIRST_COLUMN, Kind D_IN = NONE>
   FUSED_PEFT_DEVICE int main_pair(int first, float (&inner)[P::BLOCKS][P::INNER ? P::INNER / 2 : 1]) {
     int before = -1;
     for (int k = 0; k < p.K; k += DEPTH) {
       await();
       uint32_t w = memory + P::W + slot.stage * P::W_BYTES;
       if constexpr (P::FORM == SCALED) {
-        scaled_stage(w, k, first, before);
+        scaled_stage<D_IN>(w, k, first, before);
       } else {
         ptx::products_begin();
 #pragma unroll
@@ -264,6 +281,8 @@ struct Consumer {
           }
         }
         ptx::products_commit();
+        if constexpr (P::FORM == MASKED)
+          if (k < STEPS * DEPTH) choose(k / DEPTH);
         ptx::products_wait<1>();  // the stage before
         if (before >= 0) release(before);
       }
@@ -279,6 +298,7 @@ struct Consumer {
   }
 
   // One stage with x's tile scaled on its way through registers, a step at a time; one product is always under way.
+  template <Kind D_IN>
   FUSED_PEFT_DEVICE void scaled_stage(uint32_t w, int k, int first, int before) {
     uint32_t d = memory + P::D + slot.stage * P::D_BYTES;
 #pragma unroll
@@ -289,7 +309,7 @@ struct Consumer {
         int row = thread / 32 * 16 + matrix_row(lane()), piece = 2 * step + matrix_piece(lane());
         ptx::load_matrices(now[block], x_tile(slot.stage, block) + swizzled(row, piece));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) now[block][i] = scaled(now[block][i], d, step * STEP + i / 2 * 8 + thread % 4 * 2);
+        for (int i = 0; i < 4; ++i) now[block][i] = scaled<D_IN>(now[block][i], d, step * STEP + i / 2 * 8 + thread % 4 * 2);
       }
       ptx::products_begin();
 #pragma unroll
@@ -303,10 +323,11 @@ struct Consumer {
     }
   }
 
+  template <Kind D_IN>
   FUSED_PEFT_DEVICE uint32_t scaled(uint32_t both, uint32_t d, int column) const {
     float2 v = ptx::unpack<T>(both), by;
-    if (p.d_in_kind == FP32) by = ptx::read_shared<float2>(d + 4 * column);
-    else if (p.d_in_kind == BF16) by = ptx::unpack<bf16>(ptx::read_shared<uint32_t>(d + 2 * column));
+    if constexpr (D_IN == FP32) by = ptx::read_shared<float2>(d + 4 * column);
+    else if constexpr (D_IN == BF16) by = ptx::unpack<bf16>(ptx::read_shared<uint32_t>(d + 2 * column));
     else by = ptx::unpack<fp16>(ptx::read_shared<uint32_t>(d + 2 * column));
     return ptx::pack<T>(v.x * by.x, v.y * by.y);
   }
@@ -338,18 +359,29 @@ struct Consumer {
   }
   FUSED_PEFT_DEVICE int column(const Tile& tile, int i) const { return tile.n * N + accumulator_column(thread, i); }
 
-  // Dropout on what the accumulators hold. N is even, so two neighbours share a hash.
-  FUSED_PEFT_DEVICE void mask(const Tile& tile) {
-    int32_t seed[2] = {ptx::read(p.seed), ptx::read(p.seed + 1)};
+  // Dropout's hashes cost more than the pair that they mask, so those of the next tile are made a few a stage, while
+  // products run. N is even, and two neighbours share a hash: the pair 4 step + w is in the word w.
+  static constexpr int PAIRS = COUNT / 2, STEPS = P::BLOCKS * PAIRS / 4;
+  FUSED_PEFT_DEVICE void choose(int step) {
+    int block = 4 * step / PAIRS, first = 4 * step % PAIRS;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      uint32_t m = row(next, block, 2 * w), n = column(next, 2 * first) + w / 2 * 8;
+      uint32_t bits = hash(seed, (m * p.N + n) >> 1);
+      keep[w] |= (kept(bits, 0, p.threshold) | kept(bits, 1, p.threshold) << 1) << 2 * step;
+    }
+  }
+
+  // What the accumulators hold, less what is dropped.
+  FUSED_PEFT_DEVICE void mask() {
 #pragma unroll
     for (int block = 0; block < P::BLOCKS; ++block)
 #pragma unroll
-      for (int i = 0; i < COUNT; i += 2) {
-        uint32_t at = static_cast<uint32_t>(row(tile, block, i)) * p.N + column(tile, i);
-        uint32_t bits = hash(seed, at >> 1);
-        if (!kept(bits, 0, p.threshold)) acc[block][i] = 0;
-        if (!kept(bits, 1, p.threshold)) acc[block][i + 1] = 0;
+      for (int i = 0; i < COUNT; ++i) {
+        int pair = block * PAIRS + i / 2;
+        if (!(keep[pair % 4] >> (pair / 4 * 2 + i % 2) & 1)) acc[block][i] = 0;
       }
+    for (uint32_t& word : keep) word = 0;
   }
 
   // T to memory, for the low-rank pair of this row of tiles and for backward; then the flag.
@@ -420,8 +452,9 @@ struct Consumer {
     float inner[P::BLOCKS][P::INNER ? P::INNER / 2 : 1];
     if constexpr (P::FORM == MASKED) {
       rank_pair(true, -1);
-      mask(tile);
+      mask();
       finish(main_pair<false>(false, inner));
+      for (int step = ceil_div(p.K, DEPTH); step < STEPS; ++step) choose(step);
     } else if constexpr (P::FORM == INLINE) {
       if (tile.n == 0) {
         finish(main_pair<true>(true, inner));
@@ -430,15 +463,42 @@ struct Consumer {
       } else {
         rank_pair(false, main_pair<false>(true, inner));
       }
+    } else if constexpr (P::FORM == SCALED) {
+      int before;
+      if (p.d_in_kind == FP32) before = main_pair<false, FP32>(true, inner);
+      else if (p.d_in_kind == BF16) before = main_pair<false, BF16>(true, inner);
+      else before = main_pair<false, FP16>(true, inner);
+      rank_pair(false, before);
     } else {
       rank_pair(false, main_pair<false>(true, inner));
     }
     epilogue(tile);
   }
 
+  // The tile of a number; past the last one any, whose mask nobody asks for.
+  FUSED_PEFT_DEVICE Tile after(int number, int rank) const {
+    return p.schedule.at(number < p.schedule.count() ? number : 0, rank);
+  }
+
   FUSED_PEFT_DEVICE void tiles(int rank) {
-    int number;
-    while ((number = ptx::uniform(told<P>(memory, turn))) < p.schedule.count()) tile(p.schedule.at(number, rank));
+    int number = ptx::uniform(told<P>(memory, turn));
+    if constexpr (P::FORM == MASKED) {
+      seed[0] = ptx::read(p.seed), seed[1] = ptx::read(p.seed + 1);
+      for (uint32_t& word : keep) word = 0;
+      next = after(number, rank);
+      for (int step = 0; step < STEPS; ++step) choose(step);
+    }
+    while (number < p.schedule.count()) {
+      if constexpr (P::FORM == MASKED) {
+        Tile now = next;
+        number = ptx::uniform(told<P>(memory, turn));
+        next = after(number, rank);
+        tile(now);
+      } else {
+        tile(p.schedule.at(number, rank));
+        number = ptx::uniform(told<P>(memory, turn));
+      }
+    }
     ptx::store_wait_read<0>();
   }
 };

@@ -315,7 +315,7 @@ def step_of(p: Problem, device: torch.device, seed: int) -> Callable[[], object]
 
 
 def timed(p: Problem, names: list[str], device: torch.device) -> dict[str, float]:
-    """{backend: seconds} of a call's forward and backward, the median of rounds in which each has its turn."""
+    """{backend or way: seconds} of a call's forward and backward, the median of rounds in which each has its turn."""
     replay.ready()
     size = p.dtype.itemsize * (p.M * (p.K + p.N) + p.N * p.K) if p.stored is None else stored.nbytes(p)
     runs = [step_of(p, device, seed) for seed in range(timing.copies_of(size, device))]
