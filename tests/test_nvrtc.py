@@ -240,6 +240,16 @@ def test_another_version_or_source_is_compiled_anew(tmp_path, monkeypatch):
     plans.fingerprint.cache_clear()
 
 
+def test_all_kernels_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(extension, "driver_version", lambda: (13, 0))
+    compiler = Compiler("13.0")
+    monkeypatch.setattr(nvrtc, "find", lambda driver: compiler)
+    for _ in range(2):
+        extension.prepare()
+        assert len(set(compiler.compiled)) == len(compiler.compiled) == len(PLANS) + 1
+
+
 # Where it is looked for, and why it cannot be had
 
 
