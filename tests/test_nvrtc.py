@@ -57,10 +57,9 @@ def test_a_plan_is_compiled_as_it_has_to_be(plan, found, tmp_path):
 
 
 def test_an_assert_between_products_is_refused(found, tmp_path, monkeypatch):
-    end = "        ptx::products_commit();\n        ptx::products_wait<1>();"
-    text = plans.headers()["gemm.cuh"].decode()
-    assert end in text
-    changed = {**plans.headers(), "gemm.cuh": text.replace(end, "assert(k < 1 << 20);\n" + end, 1).encode()}
+    commit, text = "ptx::products_commit();", plans.headers()["gemm.cuh"].decode()
+    assert commit in text
+    changed = {**plans.headers(), "gemm.cuh": text.replace(commit, f"assert(slot.stage < 99); {commit}").encode()}
     monkeypatch.setattr(compile_csrc, "headers", lambda: changed)
     options = tuple(option for option in nvrtc.OPTIONS if option != "-DNDEBUG")
     monkeypatch.setattr(nvrtc.Nvrtc.compile, "__defaults__", (options,))
