@@ -5,7 +5,7 @@ every launch is made, one thread. No GPU is needed, and none takes part.
 
 Ours: 72 x 64 x 64, r = 16, bf16, adapters in fp32, every launch that an H100 would get; with calls replayed, and
 through Python alone. HF PEFT's layer, and the frozen one: 4 x 16 x 16, r = 2, where PyTorch's CPU kernels stand for
-launches. Contenders in turn, a sample is CALLS calls.
+launches. Contenders in turn, a sample is CALLS calls. With ``--backend cuda`` ours launch csrc/'s GEMM.
 """
 
 from __future__ import annotations
