@@ -1,5 +1,6 @@
 // A stand-in for the CUDA driver: loads every kernel, runs none, and writes down on demand what each is launched with.
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 typedef int Result;
@@ -98,5 +99,13 @@ Result cuFuncSetAttribute(void* function, int what, int value) { return 0; }
 Result cuFuncSetCacheConfig(void* function, int what) { return 0; }
 Result cuOccupancyMaxActiveClusters(int* count, void* function, const void* config) { return *count = 1, 0; }
 Result cuPointerGetAttribute(void* value, int what, uintptr_t pointer) { return memcpy(value, &pointer, 8), 0; }
+Result cuStreamGetId(void* stream, unsigned long long* id) { return *id = (uintptr_t)stream, 0; }
+Result cuMemAlloc_v2(unsigned long long* data, size_t bytes) { return *data = (uintptr_t)malloc(bytes), 0; }
+Result cuMemsetD8Async(unsigned long long data, unsigned char value, size_t bytes, void* stream) {
+    return memset((void*)(uintptr_t)data, value, bytes), 0;
+}
+Result cuStreamCreate(void** stream, unsigned flags) { return *stream = (void*)1, 0; }
+Result cuStreamSynchronize(void* stream) { return 0; }
+Result cuStreamDestroy_v2(void* stream) { return 0; }
 Result cuStreamIsCapturing(void* stream, int* status) { return *status = 0, 0; }
 Result cuGetErrorString(Result result, const char** text) { return *text = "the stand-in has no such error", 0; }

@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 
 namespace fused_peft {
@@ -11,7 +12,7 @@ namespace fused_peft {
 using Status = const char*;  // what went wrong; null when nothing did
 
 struct LaunchAttribute {  // CUlaunchAttribute
-  enum Id : int { COOPERATIVE = 2, CLUSTER = 4, PROGRAMMATIC = 6 };
+  enum Id : int { CLUSTER = 4, PROGRAMMATIC = 6 };
   alignas(8) Id id;
   alignas(8) unsigned value[16];
 };
@@ -29,7 +30,7 @@ struct Kernel {
 };
 
 struct Driver {
-  enum { RELAXED = 2, COOPERATIVE_TOO_LARGE = 720, SHARED_BYTES = 8 };  // of several enums
+  enum { RELAXED = 2, NON_BLOCKING = 1, SHARED_BYTES = 8 };  // of several enums
   enum Type { FP16 = 6, FP32 = 7, BF16 = 9 };  // of a tensor map's elements
   enum { SWIZZLE_128B = 3, L2_256B = 3 };
 
@@ -44,9 +45,15 @@ struct Driver {
   int (*load)(void**, const void*, void*, void*, unsigned, void*, void*, unsigned);
   int (*get_kernel)(void**, void*, const char*);
   int (*set_attribute)(int, int, void*, int);
-  int (*clusters)(int*, void*, const LaunchConfig*);
   int (*capture_mode)(int*);
   int (*capturing)(void*, int*);
+  int (*get_device)(int*);
+  int (*stream_id)(void*, unsigned long long*);
+  int (*allocate)(unsigned long long*, size_t);
+  int (*create_stream)(void**, unsigned);
+  int (*set_bytes)(unsigned long long, unsigned char, size_t, void*);
+  int (*synchronize)(void*);
+  int (*destroy_stream)(void*);
 
   Status open(const char* library) {
     void* handle = dlopen(library, RTLD_LAZY);
@@ -60,8 +67,11 @@ struct Driver {
                find(get_context, "cuCtxGetCurrent") && find(set_context, "cuCtxSetCurrent") &&
                find(primary, "cuDevicePrimaryCtxRetain") && find(load, "cuLibraryLoadData") &&
                find(get_kernel, "cuLibraryGetKernel") && find(set_attribute, "cuKernelSetAttribute") &&
-               find(clusters, "cuOccupancyMaxActiveClusters") &&
-               find(capture_mode, "cuThreadExchangeStreamCaptureMode") && find(capturing, "cuStreamIsCapturing");
+               find(capture_mode, "cuThreadExchangeStreamCaptureMode") && find(capturing, "cuStreamIsCapturing") &&
+               find(get_device, "cuCtxGetDevice") && find(stream_id, "cuStreamGetId") &&
+               find(allocate, "cuMemAlloc_v2") && find(create_stream, "cuStreamCreate") &&
+               find(set_bytes, "cuMemsetD8Async") && find(synchronize, "cuStreamSynchronize") &&
+               find(destroy_stream, "cuStreamDestroy_v2");
     return all ? nullptr : "the driver lacks a function of CUDA 12";
   }
 
@@ -94,6 +104,22 @@ struct Driver {
     int result = load(&library, cubin, nullptr, nullptr, 0, nullptr, nullptr, 0);
     if (!result) result = get_kernel(&kernel->handle, library, name);
     capture_mode(&mode);
+    return said(result);
+  }
+
+  // Device memory of zeros, outside any stream of the caller's and any capture.
+  Status zeros(size_t bytes, void** data) const {
+    int mode = RELAXED;
+    unsigned long long made = 0;
+    void* own = nullptr;
+    capture_mode(&mode);
+    int result = allocate(&made, bytes);
+    if (!result) result = create_stream(&own, NON_BLOCKING);
+    if (!result) result = set_bytes(made, 0, bytes, own);
+    if (!result) result = synchronize(own);
+    if (own) destroy_stream(own);
+    capture_mode(&mode);
+    *data = reinterpret_cast<void*>(made);
     return said(result);
   }
 

@@ -220,6 +220,8 @@ struct Machine {
   size_t before_changes = 0;
   int64_t tickets = 0;
   bool stalls;        // whether single threads stand still for a while
+  std::vector<int> waiting, alive;  // clusters that have no room yet; threads that have not ended, by cluster
+  size_t room;                      // clusters that run at once, as on a GPU of which others hold a part: of odd seeds
   unsigned slowness;  // how many turns of the threads what is asynchronous takes on average: 2, 8 or 32
   ucontext_t scheduler;
   Fiber* fiber = nullptr;
@@ -229,6 +231,10 @@ struct Machine {
   Machine(int count, int cluster, int threads, uint32_t seed, std::function<void()> run)
       : random(seed), stalls(seed % 4 == 3), slowness(2u << seed % 3 * 2), body(run) {
     clusters.resize(count / cluster);
+    alive.assign(clusters.size(), cluster * threads);
+    for (size_t i = 0; i < clusters.size(); ++i) waiting.push_back(i);
+    std::shuffle(waiting.begin(), waiting.end(), random);
+    room = seed % 2 ? 1 + random() % clusters.size() : clusters.size();
     for (int i = 0; i < count; ++i) {
       auto block = std::make_unique<Block>();
       block->machine = this;
@@ -381,7 +387,11 @@ struct Machine {
     current = this;
     std::vector<Fiber*> order;
     for (auto& f : fibers) order.push_back(f.get());
+    std::vector<bool> begun(clusters.size());
     for (bool left = true; left && error.empty();) {
+      size_t busy = 0;
+      for (size_t i = 0; i < clusters.size(); ++i) busy += begun[i] && alive[i];
+      for (; busy < room && !waiting.empty(); ++busy, waiting.pop_back()) begun[waiting.back()] = true;
       std::shuffle(order.begin(), order.end(), random);
       left = false;
       bool moved = false;
@@ -391,6 +401,8 @@ struct Machine {
         if (f->done) continue;
         left = true;
         if (rests[f->block->index]) continue;
+        int cluster = f->block->index / f->block->cluster->size();
+        if (!begun[cluster]) continue;
         if (f->until && !f->until()) continue;
         if (f->rest || (stalls && random() % 256 == 0)) {
           f->rest = f->rest ? f->rest - 1 : random() % 64;
@@ -401,6 +413,7 @@ struct Machine {
         fiber = f;
         swapcontext(&scheduler, &f->context);
         moved = true;
+        alive[cluster] -= f->done;
         if (!error.empty()) break;
       }
       try {
@@ -696,6 +709,17 @@ inline void barrier_wait(uint32_t address, uint32_t parity, int line = __builtin
   Barrier* b = &barrier(*self().block, address);
   machine().wait("the mbarrier at", address, [=] { return (b->phase & 1) != parity; });
   know(self(), common({&self()}, b->past));
+}
+
+inline void send(uint32_t word, uint32_t to, uint32_t bar, int rank) {
+  Block* there = self().block->cluster->at(rank);
+  if (to % 4) fail("a word that is not aligned");
+  machine().later([=] {
+    std::memcpy(there->at(there->generic, to, 4), &word, 4);
+    Barrier& full = barrier(*there, bar);
+    full.bytes -= 4;
+    full.settle();
+  });
 }
 
 inline void prefetch(const TensorMap*) {}

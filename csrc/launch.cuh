@@ -1,9 +1,12 @@
 // The host's side: a call in plain C becomes tensor maps, a schedule and one launch. A C++ compiler alone builds it.
 #pragma once
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 
 #include "driver.h"
 #include "gemm.cuh"
+#include "zeros.cuh"
 
 namespace fused_peft {
 
@@ -13,7 +16,6 @@ struct Call {
   const void *x, *w, *s, *b, *a, *d_in, *d_out, *bias;
   const int32_t* seed;
   void *y, *z, *t;
-  uint32_t* flags;
   int64_t x_stride, w_stride, s_stride, b_stride, a_stride;
   int M, N, K, R, threshold;
   int dtype, d_in_kind, d_out_kind, bias_kind;
@@ -42,17 +44,47 @@ inline bool describe(TensorMap* map, const void* data, int rows, int columns, in
 #endif
 }
 
+// What Zeros needs of CUDA.
+struct Cuda {
+#ifdef FUSED_PEFT_EMULATE
+  static Status look(void* handle, Stream* stream) {
+    *stream = {0, reinterpret_cast<uint64_t>(handle), false};
+    return nullptr;
+  }
+  static Status zeros(size_t bytes, void** data) {
+    *data = std::calloc(bytes, 1);
+    return *data ? nullptr : "no memory";
+  }
+#else
+  static Status look(void* handle, Stream* stream) {
+    unsigned long long id = 0;
+    int result = driver.get_device(&stream->device);
+    if (!result) result = driver.stream_id(handle, &id);
+    stream->id = id, stream->capturing = driver.captures(handle);
+    return driver.said(result);
+  }
+  static Status zeros(size_t bytes, void** data) { return driver.zeros(bytes, data); }
+#endif
+};
+
+// The launch's counter and flags; a cluster may reach one row of tiles past the edge.
+inline Status lend(const Call& c, Parameters* p) {
+  static Zeros<Cuda> zeros;
+  uint32_t* words = nullptr;
+  Status wrong = zeros.get(c.stream, 8 + p->schedule.padded_m(), &words);
+  p->counter = words, p->flags = words + 8;  // in sectors of their own
+  return wrong;
+}
+
 template <class P>
 Status prepare(const Call& c, Parameters* p) {
   if (c.cluster_m * c.cluster_n > 2 || c.cluster_m * c.cluster_n < 1) return "clusters are of one or two blocks";
   p->schedule = {ceil_div(c.M, P::BM), ceil_div(c.N, P::BN), c.cluster_m, c.cluster_n, c.group, P::FORM == INLINE};
-  p->d_out = {c.d_out, c.d_out ? c.d_out_kind : NONE};
-  p->bias = {c.bias, c.bias ? c.bias_kind : NONE};
+  p->d_out.kind = c.d_out ? c.d_out_kind : NONE, p->bias.kind = c.bias ? c.bias_kind : NONE;
   p->seed = c.seed;
   p->t = static_cast<uint32_t*>(c.t);
-  p->flags = c.flags;
   p->M = c.M, p->N = c.N, p->K = c.K, p->R = c.R, p->threshold = c.threshold, p->d_in_kind = c.d_in_kind;
-  p->bias_inside = c.bias_inside, p->has_y = c.y, p->has_z = c.z, p->overlap = c.overlap;
+  p->bias_inside = c.bias_inside, p->has_y = c.y, p->has_z = c.z, p->overlap = c.overlap && P::FORM != INLINE;
   int rows_x = P::BM / c.cluster_n, rows_w = P::BN / c.cluster_m;
   bool fine = describe(&p->x, c.x, c.M, c.K, c.x_stride, rows_x, DEPTH, c.dtype);
   if (P::ACROSS) fine &= describe(&p->w, c.w, c.K, c.N, c.w_stride, DEPTH / c.cluster_m, DEPTH, c.dtype);
@@ -66,7 +98,10 @@ Status prepare(const Call& c, Parameters* p) {
   if (c.z) fine &= describe(&p->z, c.z, c.M, c.N, c.N, 16, DEPTH, c.dtype);
   if (P::FORM == INLINE) fine &= describe(&p->a, c.a, c.R, c.K, c.a_stride, P::INNER, DEPTH, c.dtype);
   if (P::FORM == SCALED) fine &= describe(&p->d_in, c.d_in, 1, c.K, ceil_div(c.K, 8) * 8, 1, DEPTH, c.d_in_kind);
-  return fine ? nullptr : "cuTensorMapEncodeTiled refuses an operand: TMA wants 16-byte rows";
+  if (c.d_out) fine &= describe(&p->d_out.map, c.d_out, 1, c.N, ceil_div(c.N, 8) * 8, 1, P::BN, c.d_out_kind);
+  if (c.bias) fine &= describe(&p->bias.map, c.bias, 1, c.N, ceil_div(c.N, 8) * 8, 1, P::BN, c.bias_kind);
+  if (!fine) return "cuTensorMapEncodeTiled refuses an operand: TMA wants 16-byte rows";
+  return lend(c, p);
 }
 
 #ifdef FUSED_PEFT_EMULATE
@@ -80,7 +115,10 @@ Status start(const Call& c) {
                               [&p] { run<P>(p); });
     if (p.overlap && c.s) machine.launch_before(c.s, c.M, 2 * c.R, 2 * c.s_stride);
     machine.run();
+    for (int i = 0; i < 8 + p.schedule.padded_m(); ++i)
+      if (p.counter[i]) emulator::fail("the counter or a flag is left raised");
   } catch (const std::exception& e) {
+    std::memset(p.counter, 0, 4 * (8 + p.schedule.padded_m()));
     error = e.what();
     return error.c_str();
   }
@@ -93,20 +131,12 @@ Status start(const Call& c, Kernel* kernel) {
   if (Status wrong = driver.bind(c.device)) return wrong;
   if (Status wrong = driver.allow(kernel, c.device, P::BYTES)) return wrong;
   if (Status wrong = prepare<P>(c, &p)) return wrong;
-  LaunchAttribute attributes[2] = {{LaunchAttribute::CLUSTER, {static_cast<unsigned>(p.schedule.size()), 1, 1}}};
-  if (P::FORM == INLINE) attributes[1] = {LaunchAttribute::COOPERATIVE, {1}};  // blocks wait for each other's T: all
-  else attributes[1] = {LaunchAttribute::PROGRAMMATIC, {c.overlap != 0}};      // of them run at once, or none
+  LaunchAttribute attributes[2] = {{LaunchAttribute::CLUSTER, {static_cast<unsigned>(p.schedule.size()), 1, 1}},
+                                   {LaunchAttribute::PROGRAMMATIC, {p.overlap}}};
   LaunchConfig config = {
       {static_cast<unsigned>(p.schedule.blocks(c.processors)), 1, 1}, {THREADS, 1, 1}, P::BYTES, c.stream, attributes, 2};
   void* parameters[1] = {&p};
-  int result = driver.launch_ex(&config, kernel->handle, parameters, nullptr);
-  if (result == Driver::COOPERATIVE_TOO_LARGE) {  // part of the GPU is not ours: as many blocks as it can hold
-    int clusters = 0;
-    result = driver.clusters(&clusters, kernel->handle, &config);
-    config.grid[0] = static_cast<unsigned>(clusters * p.schedule.size());
-    if (!result) result = driver.launch_ex(&config, kernel->handle, parameters, nullptr);
-  }
-  return driver.said(result);
+  return driver.said(driver.launch_ex(&config, kernel->handle, parameters, nullptr));
 }
 #endif
 

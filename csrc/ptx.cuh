@@ -80,6 +80,16 @@ FUSED_PEFT_DEVICE void barrier_arrive(uint32_t barrier, int rank) {
       "r"(rank)
       : "memory");
 }
+// A word into the shared memory of a block of the cluster; it counts as 4 bytes on the barrier there.
+FUSED_PEFT_DEVICE void send(uint32_t word, uint32_t to, uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there, then;\n"
+      "mapa.shared::cluster.u32 there, %1, %3;\n"
+      "mapa.shared::cluster.u32 then, %2, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %0, [then];\n}" ::"r"(word),
+      "r"(to), "r"(barrier), "r"(rank)
+      : "memory");
+}
 FUSED_PEFT_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(
       "{\n.reg .pred done;\n"
@@ -198,6 +208,12 @@ FUSED_PEFT_DEVICE uint32_t add(uint32_t* to, uint32_t value) {
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
   return before;
 }
+// the next of a count from zero; nothing else is ordered by it
+FUSED_PEFT_DEVICE uint32_t take(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
 FUSED_PEFT_DEVICE void pause() { __nanosleep(64); }
 
 // warpgroup matrix products: d (64 x N, fp32) = a bᵀ, plus d where ``accumulate``
@@ -211,8 +227,9 @@ FUSED_PEFT_DEVICE void products_wait() {
 
 #define WGMMA_8 \
   "%0, %1, %2, %3, %4, %5, %6, %7"
-#define WGMMA_32 WGMMA_8 ", " \
-  "%8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, " \
+#define WGMMA_16 WGMMA_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_32 WGMMA_16 ", " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, " \
   "%28, %29, %30, %31"
 #define WGMMA_64 WGMMA_32 ", " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
@@ -225,8 +242,9 @@ FUSED_PEFT_DEVICE void products_wait() {
   "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define WGMMA_D8 \
   "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-#define WGMMA_D32 WGMMA_D8, \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+#define WGMMA_D16 WGMMA_D8, \
+  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+#define WGMMA_D32 WGMMA_D16, \
   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
 #define WGMMA_D64 WGMMA_D32, \
@@ -260,6 +278,7 @@ FUSED_PEFT_DEVICE void products_wait() {
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(ACROSS))
 #define WGMMA_NEXT_10 "11"
 #define WGMMA_NEXT_13 "14"
+#define WGMMA_NEXT_18 "19"
 #define WGMMA_NEXT_34 "35"
 #define WGMMA_NEXT_37 "38"
 #define WGMMA_NEXT_66 "67"
@@ -282,6 +301,10 @@ FUSED_PEFT_DEVICE void product(float (&d)[N / 2], uint64_t a, uint64_t b, int ac
   if constexpr (N == 16) {
     if constexpr (BF16) WGMMA_SHARED(16, 8, 8, 9, 10, "bf16");
     else WGMMA_SHARED(16, 8, 8, 9, 10, "f16");
+  }
+  else if constexpr (N == 32) {
+    if constexpr (BF16) WGMMA_SHARED(32, 16, 16, 17, 18, "bf16");
+    else WGMMA_SHARED(32, 16, 16, 17, 18, "f16");
   }
   else if constexpr (N == 64) {
     if constexpr (BF16) WGMMA_SHARED(64, 32, 32, 33, 34, "bf16");

@@ -7,7 +7,6 @@
 // none for; there the call goes to Python, as it does the first time. `linear` is the differentiable call itself.
 
 #include <cstring>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <unordered_map>
@@ -86,7 +85,6 @@ struct Step {
     // a function in C that launches what it is given: the struct in ``bytes``, its pointers in ``parameters``
     Function host = nullptr;
     uint32_t stream_at = 0;
-    int64_t zeros_at = -1, zeros = 0;  // a pointer to so many words that are zero before and after; -1: none
     // a PyTorch operation, or a function of Python on tensors
     c10::optional<c10::OperatorHandle> operation;
     std::vector<c10::IValue> arguments;
@@ -127,29 +125,12 @@ void launch(const Step& step, const Tensors& slots, void* stream) {
           "the launch of ", step.name);
 }
 
-// Words that launches find zero and leave so: of a stream, whose launches follow each other; in a graph of their own.
-Tensor zeros(int64_t words, const at::TensorOptions& options, void* stream) {
-    if (driver.capturing && driver.captures(stream)) return at::zeros({words}, options);
-    static std::mutex mine;
-    static auto& made = *new std::map<std::pair<int, void*>, Tensor>;  // never destroyed: CUDA is gone by then
-    std::lock_guard<std::mutex> lock(mine);
-    Tensor& t = made[{options.device().index(), stream}];
-    if (!t.defined() || t.numel() < words) t = at::zeros({std::max<int64_t>(words, 1024)}, options);
-    return t;
-}
-
 void start(const Step& step, const Tensors& slots, void* stream) {
     alignas(64) char buffer[MOST];
     std::memcpy(buffer, step.bytes.data(), step.bytes.size());
     for (const Parameter& p : step.parameters) {
         char* data = static_cast<char*>(slots[p.slot].data_ptr()) + p.offset;
         std::memcpy(buffer + p.at, &data, sizeof(data));
-    }
-    Tensor words;
-    if (step.zeros_at >= 0) {
-        words = zeros(step.zeros, step.options, stream);
-        void* data = words.data_ptr();
-        std::memcpy(buffer + step.zeros_at, &data, sizeof(data));
     }
     std::memcpy(buffer + step.stream_at, &stream, sizeof(stream));
     check(step.host(buffer), "the launch of ", step.name);
@@ -531,18 +512,14 @@ void add_launch(Plan& plan, const std::string& name, py::object kernel, std::vec
     plan.steps.push_back(std::move(step));
 }
 
-// pointers: (place in the struct, Ref); zeros: (place, words, a tensor that tells the device) or None
+// pointers: (place in the struct, Ref)
 void add_call(Plan& plan, const std::string& name, int64_t function, const std::string& bytes, uint32_t stream_at,
-              const std::vector<std::pair<uint32_t, Ref>>& pointers, py::object zeros) {
+              const std::vector<std::pair<uint32_t, Ref>>& pointers) {
     Step step;
     step.name = name, step.host = reinterpret_cast<Function>(function), step.stream_at = stream_at;
     TORCH_CHECK(function && bytes.size() <= MOST, "no function that can be called: ", name);
     step.bytes.assign(bytes.begin(), bytes.end());
     for (const auto& [at, ref] : pointers) step.parameters.push_back({at, ref.slot, ref.offset, -1});
-    if (!zeros.is_none()) {
-        const auto [at, words, like] = py::cast<std::tuple<int64_t, int64_t, Tensor>>(zeros);
-        step.zeros_at = at, step.zeros = words, step.options = like.options();
-    }
     plan.steps.push_back(std::move(step));
 }
 
@@ -579,8 +556,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .def("function", add_function)
         .def("launch", add_launch)
         .def("call", [](Plan& plan, const std::string& name, int64_t function, py::bytes bytes, uint32_t stream_at,
-                        const std::vector<std::pair<uint32_t, Ref>>& pointers, py::object zeros) {
-            add_call(plan, name, function, bytes, stream_at, pointers, std::move(zeros));
+                        const std::vector<std::pair<uint32_t, Ref>>& pointers) {
+            add_call(plan, name, function, bytes, stream_at, pointers);
         })
         .def("finish", finish)
         .def_property_readonly("steps", [](const Plan& plan) { return plan.steps.size(); });

@@ -19,11 +19,10 @@ template <int A, int B>
 struct Same {
   static_assert(A == B, "");
 };
-Same<LaunchAttribute::COOPERATIVE, CU_LAUNCH_ATTRIBUTE_COOPERATIVE> cooperative;
 Same<LaunchAttribute::CLUSTER, CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION> cluster;
 Same<LaunchAttribute::PROGRAMMATIC, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION> programmatic;
 Same<Driver::RELAXED, CU_STREAM_CAPTURE_MODE_RELAXED> relaxed;
-Same<Driver::COOPERATIVE_TOO_LARGE, CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE> too_large;
+Same<Driver::NON_BLOCKING, CU_STREAM_NON_BLOCKING> non_blocking;
 Same<Driver::SHARED_BYTES, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES> shared_bytes;
 Same<Driver::FP16, CU_TENSOR_MAP_DATA_TYPE_FLOAT16> fp16;
 Same<Driver::FP32, CU_TENSOR_MAP_DATA_TYPE_FLOAT32> fp32;
@@ -48,8 +47,14 @@ ALIKE(primary, cuDevicePrimaryCtxRetain);
 ALIKE(load, cuLibraryLoadData);
 ALIKE(get_kernel, cuLibraryGetKernel);
 ALIKE(set_attribute, cuKernelSetAttribute);
-ALIKE(clusters, cuOccupancyMaxActiveClusters);
 ALIKE(capture_mode, cuThreadExchangeStreamCaptureMode);
 ALIKE(capturing, cuStreamIsCapturing);
+ALIKE(get_device, cuCtxGetDevice);
+ALIKE(stream_id, cuStreamGetId);
+ALIKE(allocate, cuMemAlloc);
+ALIKE(create_stream, cuStreamCreate);
+ALIKE(set_bytes, cuMemsetD8Async);
+ALIKE(synchronize, cuStreamSynchronize);
+ALIKE(destroy_stream, cuStreamDestroy);
 
 int main() {}

@@ -47,6 +47,7 @@ def _program(tmp_path, source, *include):
         "-std=c++17",
         "-O1",
         "-w",
+        "-pthread",
         *(f"-I{i}" for i in (CSRC, *include)),
         source,
         "-o",
@@ -60,6 +61,31 @@ def _program(tmp_path, source, *include):
 def test_index_arithmetic_exhaustively(tmp_path):
     done = _program(tmp_path, ROOT / "tests/schedule_test.cpp")
     assert done.returncode == 0, done.stdout
+
+
+@compiles
+def test_who_shares_counters_and_flags(tmp_path):
+    done = _program(tmp_path, ROOT / "tests/zeros_test.cpp")
+    assert done.returncode == 0, done.stdout
+
+
+@compiles
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("stream.capturing ? fresh : of_streams", "false ? fresh : of_streams"),
+        ("{stream.device, stream.id}", "{stream.device, 0}"),
+        ("{stream.device, stream.id}", "{0, stream.id}"),
+        ("chunk = {chunk.data + whole,", "chunk = {chunk.data,"),
+        ("mine.words < words", "!mine.words"),
+    ],
+)
+def test_wrong_ways_to_share_them_are_noticed(old, new, tmp_path):
+    text = (CSRC / "zeros.cuh").read_text()
+    assert text.count(old) == 1
+    (tmp_path / "zeros.cuh").write_text(text.replace(old, new))
+    (tmp_path / "zeros_test.cpp").write_text((ROOT / "tests/zeros_test.cpp").read_text())
+    assert _program(tmp_path, tmp_path / "zeros_test.cpp").returncode
 
 
 @pytest.mark.skipif(
@@ -91,7 +117,7 @@ FEW = [p for p in PLANS if (p.dtype, p.BM, p.BN) == ("bf16", 128, 192)]
 @emulated
 @pytest.mark.parametrize("plan", FEW, ids=lambda p: p.name)
 def test_options(plan):
-    gemm = Gemm(plan, 70, 200, 136, 40 if plan.inner != 16 else 8, vectors=torch.float16)
+    gemm = Gemm(plan, 70, 200, 136, {16: 8, 32: 24}.get(plan.inner, 40), vectors=torch.float16)
     for options in ({"vectors": False}, {"want": ("y",)}, {"want": ("z",)}, {"inside": False, "group": 1}):
         assert not gemm.disagreement(**options)
     if plan.form in ("LATE", "SCALED"):
@@ -142,10 +168,10 @@ MUTANTS = {  # what is wrong: file, old, new, form
         "schedule", "* ROW, DEPTH * ROW, ATOM", "* ROW, ATOM, DEPTH * ROW", "MASKED",
     ),
     "one mask for two elements": ("gemm", "kept(bits, 1, p.threshold)", "kept(bits, 0, p.threshold)", "MASKED"),
-    "the mask is ignored": ("gemm", "      mask(tile);\n", "", "MASKED"),
+    "the mask is ignored": ("gemm", "      mask();\n", "", "MASKED"),
     "the mask also hits the main pair": (
-        "gemm", "mask(tile);\n      finish(main_pair<false>(false, inner));",
-        "finish(main_pair<false>(false, inner)); mask(tile);",
+        "gemm", "mask();\n      finish(main_pair<false>(false, inner));",
+        "finish(main_pair<false>(false, inner)); mask();",
         "MASKED",
     ),
     "registers change while a product reads them": ("gemm", "left[step % 2]", "left[0]", "SCALED"),
@@ -153,6 +179,28 @@ MUTANTS = {  # what is wrong: file, old, new, form
     "T is read before its flag": ("gemm", "while (!ptx::peek(flag)) ptx::pause();", "", "INLINE"),
     "the flag stays up": ("gemm", "ptx::write(flag, 0u)", "(void)flag", "INLINE"),
     "T of the wrong rows": ("gemm", "int m = row(tile, block, i), r", "int m = row(tile, block, 0), r", "INLINE"),
+    "a tile's number is read before it is told": (
+        "gemm", "  ptx::barrier_wait(memory + P::TOLD + 8 * turn.stage, turn.phase);\n", "", "LATE",
+    ),
+    "the neighbour is not told": ("gemm", "to < p.schedule.size(); ++to", "to < 1; ++to", "LATE"),
+    "the counter stays up": ("gemm", "ptx::write(p.counter, 0u);", "", "LATE"),
+    "tiles are a block's by its number, whether it runs or not": (
+        "gemm",
+        "rank ? 0 : ptx::take(p.counter), number;\n    while ((number = tell(drawn)) < p.schedule.count()) {\n"
+        "      if (!rank) drawn = ptx::take(p.counter);",
+        "ptx::block() / p.schedule.size(), number;\n    while ((number = tell(drawn)) < p.schedule.count()) {\n"
+        "      drawn += clusters;",
+        "INLINE",
+    ),
+    "the mask of this tile again": (
+        "gemm", "        next = after(number, rank);\n        tile", "        tile", "MASKED",
+    ),
+    "only a few hashes where K is short": (
+        "gemm", "for (int step = ceil_div(p.K, DEPTH);", "for (int step = STEPS;", "MASKED",
+    ),
+    "d_out and the bias are read before they are there": ("gemm", "    if (vectors) await();\n", "", "LATE"),
+    "their stage is not given back": ("gemm", "release(slot.stage);\n        slot", "slot", "LATE"),
+    "the bias lies on d_out": ("gemm", "part(&p.bias.map, to + P::BIAS,", "part(&p.bias.map, to,", "LATE"),
 }  # fmt: skip
 
 
@@ -282,6 +330,54 @@ def test_compiled_backward_uses_it_too(forced):
     layer = fp.PeftLinear(72, 136, config=fp.LoraConfig(r=8, lora_dropout=0.1), dtype=torch.float16)
     x = torch.randn(130, 72, dtype=torch.float16, requires_grad=True)
     torch.compile(layer, backend="aot_eager", fullgraph=True)(x).sum().backward()  # strict: any other backend raises
+
+
+@emulated
+def test_T_is_made_inside_or_before_as_the_config_says(forced, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cuda.GEMM, "_start", lambda grid, form, **_: seen.append(form))
+    x = torch.randn(130, 136, dtype=torch.float16)
+    for inline in (True, False):
+        cuda.configs.insist("gemm_cuda", inline=inline)
+        for r in (8, 24, 64, 72):
+            fp.PeftLinear(136, 264, config=fp.LoraConfig(r=r), dtype=torch.float16)(x)
+    cuda.configs.insist("gemm_cuda")
+    assert seen == ["INLINE"] * 3 + ["LATE"] * 5
+
+
+def test_the_closed_form_makes_T_inside_where_that_is_predicted_faster():
+    inline = lambda M, r: cuda.config_of_gemm((9, 0), 16, M, 4096, 4096, r).inline  # noqa: E731
+    assert inline(8192, 16)
+    assert not inline(2048, 16)
+    assert not inline(8192, 0)
+    assert not inline(8192, 128)  # no plan has so many columns
+
+
+@emulated
+def test_processors_may_be_limited(forced, monkeypatch):
+    blocks, start = [], extension.call
+
+    def call(name, struct, emulated):
+        blocks.extend([struct.processors] if name != "cast" else [])
+        start(name, struct, emulated)
+
+    monkeypatch.setattr(extension, "call", call)
+    layer = fp.PeftLinear(136, 264, config=fp.LoraConfig(r=16), dtype=torch.float16)
+    x = torch.randn(130, 136, dtype=torch.float16)
+    results = []
+    for most in ("", "3", "1"):
+        monkeypatch.setenv("FUSED_PEFT_SMS", most)
+        kernels().launch.most_processors.cache_clear()
+        results.append(layer(x))
+    assert blocks == [4, 3, 1]
+    assert all(torch.equal(results[0], y) for y in results)
+    for wrong in ("0", "-4", "half"):
+        monkeypatch.setenv("FUSED_PEFT_SMS", wrong)
+        kernels().launch.most_processors.cache_clear()
+        with pytest.raises(ValueError, match=f"FUSED_PEFT_SMS='{wrong}' must be a positive integer"):
+            layer(x)
+    monkeypatch.undo()
+    kernels().launch.most_processors.cache_clear()
 
 
 @emulated

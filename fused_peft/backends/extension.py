@@ -145,14 +145,12 @@ def function(name: str, on_cpu: bool):
 
 
 class Started(NamedTuple):
-    """A call that was made: all that it takes to make it again. pointers: by their places in the struct; zeros: the
-    place, and the tensor, of memory that is zero before and after the call."""
+    """A call that was made: all that it takes to make it again. pointers: by their places in the struct."""
 
     name: str
     struct: Struct
     on_cpu: bool
     pointers: dict[int, Tensor]
-    zeros: tuple[int, Tensor] | None = None
 
     def address(self) -> int:
         """Of the function in C."""

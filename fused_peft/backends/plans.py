@@ -14,7 +14,7 @@ from ..core.paths import source_dir
 
 KINDS = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # enum Kind of csrc/gemm.cuh
 TILES = ((128, 256), (256, 128), (128, 192))  # rows and columns that csrc/ is compiled for
-INNER = (16, 64)  # the most r of an INLINE plan; the second accumulator of 256 x 128 and 64 would spill
+INNER = (16, 32, 64)  # the most r of an INLINE plan; the second accumulator of 256 x 128 and 64 would spill
 CAST = "cast"  # the other kernel, of csrc/cast.cuh
 DEFINES = ("-std=c++17", "-DNDEBUG")  # an assert in device code is a call, and ptxas then serialises every wgmma
 
@@ -104,7 +104,7 @@ class Call(Struct):
     """csrc/launch.cuh's Call."""
 
     _fields_ = _fields(
-        pointers="x w s b a d_in d_out bias seed y z t flags",
+        pointers="x w s b a d_in d_out bias seed y z t",
         longs="x_stride w_stride s_stride b_stride a_stride",
         ints="M N K R threshold dtype d_in_kind d_out_kind bias_kind bias_inside across cluster_m cluster_n group "
         "processors overlap seed_of_order device",

@@ -314,9 +314,8 @@ class Recorder(TorchDispatchMode):
     def _called(self, started: extension.Started) -> None:
         """A call of csrc/'s host side, which launches by itself."""
         pointers = [(at, self._pointer(t)) for at, t in started.pointers.items()]
-        zeros = started.zeros and (started.zeros[0], started.zeros[1].numel(), started.zeros[1])
         struct = started.struct
-        self.plan.call(started.name, started.address(), bytes(struct), type(struct).stream.offset, pointers, zeros)
+        self.plan.call(started.name, started.address(), bytes(struct), type(struct).stream.offset, pointers)
 
     def _interpreted(self, kernel, grid, args, config) -> None:
         """A launch in Triton's interpreter, which Python makes."""

@@ -24,7 +24,7 @@ from .compile_triton import judged
 
 COUNTED = {"wgmma": "HGMMA", "tma_load": "UTMALDG", "tma_store": "UTMASTG", "local": r"(?:LD|ST)L"}
 FLAGS = (*DEFINES, "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v")
-FENCES = 7  # at a cluster's start and end, and around INLINE's flag; none belongs into a loop
+FENCES = 8  # at a cluster's start and end, the counter put back, and around INLINE's flag; none belongs into a loop
 
 
 @dataclass(frozen=True)
