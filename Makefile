@@ -30,6 +30,11 @@ $(VENV)/bare/torch: constraints.txt
 $(VENV)/triton-3.6: $(VENV)/torch
 	$(BIN)/pip install --quiet --no-deps --target $@ "triton==3.6.0"
 
+# CUDA's compiler as a library, as CUDA builds of PyTorch bring it: csrc/ is compiled by it, and by nvcc where that is
+$(VENV)/nvrtc: $(VENV)/torch
+	$(BIN)/pip install --quiet --no-deps --target $@ "nvidia-cuda-nvrtc==13.0.88" \
+	  || { rm -rf $@; echo "NOT CHECKED: csrc/ by NVRTC, since that does not install"; }
+
 # CUTLASS's headers, which tests compare csrc/'s layouts with
 $(VENV)/cutlass: $(VENV)/torch
 	$(BIN)/pip install --quiet --no-deps --target $@ "nvidia-cutlass==4.2.0.0"
@@ -50,13 +55,11 @@ $(VENV)/trl: $(VENV)/dev
 	  "multiprocess==0.70.19" "xxhash==4.1.0" "pandas==3.1.1" "pyarrow==23.0.1" \
 	  || { rm -rf $@; echo "NOT CHECKED: TRL's trainers, since TRL does not install"; }
 
-.PHONY: lint check test bare gate cuda-check without-nvcc demo bench bench-gpu report clean
+.PHONY: lint check test bare gate cuda-check demo bench bench-gpu report clean
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-
-NVCC := $(or $(shell command -v nvcc),$(wildcard $(CUDA_HOME)/bin/nvcc /usr/local/cuda/bin/nvcc))
 
 # a worker a core, each with one thread of PyTorch's; the tests of a file stay together, and share what they build
 PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
@@ -64,7 +67,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest --numproces
 check: lint
 	$(PYTEST) -m "not slow"
 
-test: lint bare gate $(if $(NVCC),cuda-check,without-nvcc) $(VENV)/cutlass $(VENV)/deepspeed $(VENV)/torchao $(VENV)/trl
+test: lint bare gate cuda-check $(VENV)/cutlass $(VENV)/deepspeed $(VENV)/torchao $(VENV)/trl
 	$(PYTEST)
 
 bare: $(VENV)/bare/torch
@@ -72,12 +75,11 @@ bare: $(VENV)/bare/torch
 	$(VENV)/bare/bin/$(PIN) .
 	$(VENV)/bare/bin/python tests/bare_install.py
 
-without-nvcc:
-	@echo "NOT CHECKED: csrc/, since nvcc is not installed"
-
-# every plan of csrc/'s GEMM, without a GPU: no spills, wgmma and TMA in each, no warning of ptxas
-cuda-check: $(VENV)/dev
-	$(BIN)/python -m fused_peft compile --arch sm_90a --out build/cuda --json build/cuda/report.json
+# every plan of csrc/'s GEMM, without a GPU, by NVRTC and by nvcc where that is: no spills, wgmma and TMA in each, no warning of ptxas
+cuda-check: $(VENV)/dev $(VENV)/nvrtc
+	if [ -d $(VENV)/nvrtc ] || command -v nvcc >/dev/null; then \
+	  PYTHONPATH=$(VENV)/nvrtc $(BIN)/python -m fused_peft compile --arch sm_90a --out build/cuda --json build/cuda/report.json; \
+	else echo "NOT CHECKED: csrc/, since neither NVRTC nor nvcc is installed"; fi
 
 # every kernel compiled without a GPU: no spills, shared memory that fits, tensor cores used. For sm_90 every two options
 # of a kernel together, on the older Triton each; for sm_80 and sm_100 each; for the others what differs from sm_80
@@ -101,6 +103,7 @@ bench: $(VENV)/dev
 	$(BIN)/python bench/estimate.py --out bench/results/estimate.csv
 	$(BIN)/python bench/experts.py --out bench/results/experts_predicted.csv
 	$(BIN)/python bench/packed.py --out bench/results/packed_predicted.csv
+	$(BIN)/python bench/hopper.py --out bench/results/hopper_predicted.csv
 	$(MAKE) report
 
 # in the Python environment of a GPU machine, whose PyTorch has CUDA

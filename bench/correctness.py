@@ -34,7 +34,7 @@ from plans import Gemm, clusters
 
 import fused_peft as fp
 from fused_peft.backends import extension, replay
-from fused_peft.backends.extension import PLANS, Plan
+from fused_peft.backends.plans import PLANS, Plan
 from fused_peft.core import dispatch, ops
 from fused_peft.core.dropout import keep_mask, new_seed, threshold
 from fused_peft.core.operands import Problem, foreseen
@@ -131,6 +131,8 @@ def exact(about: dict, problem: Problem) -> list[dict]:
 def build() -> None:
     """Compile csrc/, once, before processes need it. Raises BuildError."""
     extension.library(INTERPRETING)
+    if not INTERPRETING:
+        extension.prepare()
 
 
 class _Refused(ValueError):

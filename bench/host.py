@@ -5,7 +5,7 @@ every launch is made, one thread. No GPU is needed, and none takes part.
 
 Ours: 72 x 64 x 64, r = 16, bf16, adapters in fp32, every launch that an H100 would get; with calls replayed, and
 through Python alone. HF PEFT's layer, and the frozen one: 4 x 16 x 16, r = 2, where PyTorch's CPU kernels stand for
-launches. Contenders in turn, a sample is CALLS calls.
+launches. Contenders in turn, a sample is CALLS calls. With ``--backend cuda`` ours launch csrc/'s GEMM.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ def base(shape: Shape) -> nn.Linear:
     return nn.Linear(shape.K, shape.N, bias=False, dtype=torch.bfloat16).requires_grad_(False)
 
 
-def contenders(method: str) -> dict[str, tuple[nn.Module, Shape, bool]]:
+def contenders(method: str, backend: str) -> dict[str, tuple[nn.Module, Shape, bool]]:
     """{name: layer, its shape, whether calls are replayed}."""
-    mine = fp.PeftLinear.from_linear(base(FULL), config(method, FULL.r))
-    found = {"frozen": (base(TINY), TINY, False), "ours": (mine, FULL, True), "python": (mine, FULL, False)}
-    if has_peer(method):
+    mine, of = (
+        fp.PeftLinear.from_linear(base(FULL), config(method, FULL.r)),
+        "" if backend == "triton" else f"@{backend}",
+    )
+    found = {"frozen": (base(TINY), TINY, False), f"ours{of}": (mine, FULL, True), f"python{of}": (mine, FULL, False)}
+    if has_peer(method) and not of:
         found["peft"] = peft_layer(method, base(TINY), TINY.r).train(), TINY, False
         model = nn.Sequential(peft_layer(method, base(FULL), FULL.r).train())
         fp.accelerate(model)
@@ -65,12 +68,12 @@ def steps(layer: nn.Module, shape: Shape) -> tuple[Callable[[], object], Callabl
     return lambda: layer(x), lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
 
-def measured(methods: list[str], rounds: int) -> list[dict]:
+def measured(methods: list[str], rounds: int, backend: str) -> list[dict]:
     """The rows of every contender; each has its turn in every round."""
-    fp.set_backend("triton")
+    fp.set_backend(backend)
     module, runs, times = ops.host, {}, {}
     for method in methods:
-        for name, (layer, shape, replayed) in contenders(method).items():
+        for name, (layer, shape, replayed) in contenders(method, backend).items():
             ops.host = module if replayed else None
             runs[method, name] = steps(layer, shape), ops.host
     for _ in range(rounds):
@@ -89,11 +92,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--backend", default="triton", help="cuda: csrc/'s GEMM; needs NVRTC")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    standin.install()
+    standin.take_csrc(standin.install())
     replay.load(standin.NAME)
-    rows = measured(args.methods, args.rounds)
+    rows = measured(args.methods, args.rounds, args.backend)
     for r in rows:
         print(f"{r['method']:<14}{r['contender']:<12}{r['step']:<9}{r['us_p50']:7.1f} µs", flush=True)
     tables.write(args.out and args.out / "host.csv", rows)

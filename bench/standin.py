@@ -18,7 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver
 
+from fused_peft.backends import cuda, extension
 from fused_peft.backends import triton as base
+from fused_peft.backends.plans import CAST
 
 SOURCE = Path(__file__).with_name("standin.c")
 NAME = "libcuda.so.1"
@@ -58,6 +60,22 @@ class StandIn:
                     place += 4 + n
                 found.append((function, tuple(shape), shared, parameters))
             self.library.standin_log(0)
+
+
+def take_csrc(driver: StandIn) -> None:
+    """Let the cuda backend take CPU tensors like Triton's: compiled by NVRTC, launched through the stand-in."""
+    load, known = extension.function, set()
+
+    def function(name: str, on_cpu: bool):
+        found = load(name, False)
+        if name not in known:
+            known.add(name)
+            kernel = ctypes.c_int.in_dll(driver.library, "standin_kernels").value
+            driver.layout(kernel, [extension.library().fused_peft_sizes(1 if name == CAST else 2)])
+        return found
+
+    extension.function = function
+    cuda._broken = lambda on_cpu: None
 
 
 def install(arch: tuple[int, int] = (9, 0)) -> StandIn:

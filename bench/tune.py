@@ -33,8 +33,8 @@ from timing import CPU_OR_GPU, DEVICE, FACTS, INTERPRETING, Table, captured, cop
 from torch import Tensor
 
 import fused_peft as fp
-from fused_peft.backends.extension import TILES as TILES_OF_CSRC
 from fused_peft.backends.kernel_modules import configs, launch
+from fused_peft.backends.plans import TILES as TILES_OF_CSRC
 from fused_peft.core import dispatch, records
 from fused_peft.tools.isolated import Failure, Pool
 

@@ -1,6 +1,6 @@
 // Factors as the GEMM reads them: matrices of any strides and dtype become 16-bit rows, times a scale, rounded once.
 #pragma once
-#include "launch.cuh"
+#include "gemm.cuh"
 
 namespace fused_peft {
 
@@ -15,12 +15,13 @@ struct Factor {
 // One or two factors, in one launch; a second of no rows is none.
 struct Cast {
   Factor factors[2];
-  int dtype;
+  int dtype, device;
   void* stream;
 
   FUSED_PEFT_HOST_DEVICE int64_t size(int which) const { return int64_t{factors[which].rows} * factors[which].columns; }
 };
 
+#ifdef FUSED_PEFT_DEVICE
 template <class T>
 FUSED_PEFT_DEVICE void cast_one(const Cast& c, int64_t i) {
   bool second = i >= c.size(0);
@@ -37,33 +38,16 @@ FUSED_PEFT_DEVICE void cast_one(const Cast& c, int64_t i) {
   static_cast<uint16_t*>(f.to)[i] = static_cast<uint16_t>(ptx::pack<T>(value * f.scale, 0.f));
 }
 
-#ifdef FUSED_PEFT_EMULATE
-template <class T>
-Status cast_all(const Cast& c) {
-  for (int64_t i = 0; i < c.size(0) + c.size(1); ++i) cast_one<T>(c, i);
-  return nullptr;
-}
-#else
-template <class T>
-__global__ void cast(const __grid_constant__ Cast c) {
-  int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (i < c.size(0) + c.size(1)) cast_one<T>(c, i);
-}
-
-template <class T>
-Status cast_all(const Cast& c) {
-  int64_t size = c.size(0) + c.size(1);
-  cast<T><<<static_cast<unsigned>((size + 255) / 256), 256, 0, static_cast<cudaStream_t>(c.stream)>>>(c);
-  return said(cudaGetLastError());
-}
 #endif
 
 }  // namespace fused_peft
 
-extern "C" fused_peft::Status fused_peft_cast(const fused_peft::Cast* c) {
+#ifdef __CUDACC__
+extern "C" __global__ void fused_peft_cast(const __grid_constant__ fused_peft::Cast c) {
   using namespace fused_peft;
-  return c->dtype == BF16 ? cast_all<bf16>(*c) : cast_all<fp16>(*c);
+  int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= c.size(0) + c.size(1)) return;
+  if (c.dtype == BF16) cast_one<bf16>(c, i);
+  else cast_one<fp16>(c, i);
 }
-
-// What fused_peft/backends/extension.py holds its own declarations to.
-extern "C" int fused_peft_sizes(int which) { return which ? sizeof(fused_peft::Cast) : sizeof(fused_peft::Call); }
+#endif

@@ -1,6 +1,16 @@
 // keep(e) of fused_peft/core/dropout.py for CUDA and host code: the same bits, two elements a hash.
 #pragma once
+#ifdef __CUDACC_RTC__  // NVRTC, which has no headers
+using int16_t = short;
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+#else
 #include <cstdint>
+#endif
 
 #ifdef __CUDACC__
 #define FUSED_PEFT_HOST_DEVICE __host__ __device__ __forceinline__

@@ -3,6 +3,12 @@
 // happens: a load lands, a product reads its operands, a store reads shared memory. A kernel that waits too little then
 // gives wrong numbers, and one that waits for what never comes is reported with who waits for what.
 //
+// Memory is weak. What a thread writes with an ordinary instruction is its own until a release shows it, of its own or
+// of a thread that it has met since. TMA sees it where the writer's proxy fence orders it, in blocks that have acquired
+// it and fenced too; elsewhere perhaps what was there before. What the launch before writes is there for a block that
+// has waited. Products want wgmma's fence before the first one, and after registers were the thread's.
+//
+// Functions that order or wait know the line they are called from; the one whose line is ``left_out`` does nothing.
 // Written from the PTX manual, not from the kernel: layouts and arithmetic here share no code with schedule.cuh.
 #pragma once
 #include <ucontext.h>
@@ -17,9 +23,11 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <unordered_map>
 #include <vector>
 
 #define FUSED_PEFT_DEVICE inline
@@ -82,12 +90,28 @@ uint16_t from_float(float value) {
   return std::is_same_v<T, bf16> ? float_to_bf16(value) : float_to_half(value);
 }
 
+inline int left_out = 0;
+
 constexpr int SHARED = 227 * 1024, BASE = 512;  // bytes, and where the window starts: aligned less than kernels need
+
+// A word that a thread wrote to memory: ``shown`` to all threads, ``fenced`` for TMA; where it is both it has landed.
+struct Write {
+  uint8_t* to;
+  uint32_t value;
+  bool shown = false, fenced = false, landed = false;
+};
+
+// What lies before a point: writes that a release from there on shows, and how many changes of memory are acquired.
+struct Past {
+  std::vector<Write*> writes;
+  size_t acquired = 0;
+};
 
 struct Barrier {
   int arrivals = 0, pending = 0, bytes = 0;
   uint32_t phase = 0;
   bool ready = false;
+  std::shared_ptr<const Past> past;  // of those that arrived
   void settle() {
     if (pending < 0) fail("an mbarrier got more arrivals than it was made for");
     if (pending == 0 && bytes == 0) {
@@ -113,20 +137,38 @@ struct Warpgroup {
 };
 
 struct Machine;
+struct Fiber;
+
+// Threads that meet: how often they have, and who is there.
+struct Meeting {
+  int generation = 0;
+  std::vector<Fiber*> here;
+};
+
+// A lane at stmatrix.
+struct Row {
+  Fiber* thread = nullptr;
+  uint32_t row = 0, from[4] = {};
+};
 
 struct Block {
   Machine* machine;
-  int index, rank;
+  int index, rank, left, pace = 1;  // left: threads that have not ended; pace: turns until they move
   std::vector<Block*>* cluster;
   // what threads see and what asynchronous units see; a proxy fence copies a thread's writes to the second
   std::vector<uint8_t> generic, async;
   std::map<uint32_t, Barrier> barriers;
-  std::map<int, std::pair<int, int>> counted;  // name -> (arrived, generation): syncs of threads
+  std::map<int, Meeting> meetings;  // by name
   std::vector<Warpgroup> groups;
   std::vector<uint64_t> exchange;  // per thread: what a warp-wide instruction passes between lanes
+  std::map<int, std::vector<Row>> storing;   // by warp
+  std::map<int, std::pair<int, int>> warps;  // at the cluster's barrier: how many lanes, and how long they were apart
+  size_t seen = 0;                           // changes of memory that TMA here sees
+  bool waited = false;                       // for the launch before
 
   uint8_t* at(std::vector<uint8_t>& view, uint32_t address, int bytes) {
     if (address < BASE || address + bytes > BASE + view.size()) fail("shared memory address out of range");
+    if (!left) fail("shared memory of a block that has ended");
     return view.data() + (address - BASE);
   }
 };
@@ -137,18 +179,26 @@ struct Fiber {
   ucontext_t context;
   std::vector<uint8_t> stack;
   std::function<bool()> until;
-  std::string why;
+  const char* why = "";
+  int64_t which = 0;
   bool done = false;
-  int spins = 0;
+  int spins = 0, rest = 0;  // rest: turns that it stands still for
   int64_t products_issued = 0;
   std::vector<int64_t> product_groups;           // products issued when each was committed
   std::vector<std::pair<uint32_t, int>> written;  // shared memory not yet fenced
+  std::vector<Write*> own;                        // not landed
+  std::shared_ptr<const Past> past;               // of threads that it has met
+  size_t acquired = 0;                            // changes of memory
+  int apart = 0;                                  // waits since its warp was last together
+  bool touched = true;  // it may have touched registers of products since wgmma's fence
+  std::map<const uint32_t*, std::vector<uint32_t>> operands;  // of products, in registers, as they were at the fence
   std::vector<int64_t> stores, store_groups;      // tickets; count of them when each group was committed
 };
 
-struct Event {
-  int64_t ticket;
-  std::function<void()> run;
+// A word of memory that changed, for TMA, and what it was.
+struct Change {
+  uint8_t* to;
+  uint32_t before;
 };
 
 inline thread_local Machine* current = nullptr;
@@ -158,22 +208,40 @@ struct Machine {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<std::vector<Block*>> clusters;
   std::vector<std::unique_ptr<Fiber>> fibers;
-  std::vector<Event> events;
+  std::vector<std::function<void()>> events;  // what is asynchronous and has not happened
   std::map<int64_t, bool> pending;  // tickets of stores that have not read yet
+  std::deque<Write> writes;
+  std::unordered_map<const uint8_t*, std::vector<Write*>> afloat;  // not landed, in order
+  std::vector<Change> changes;
+  std::unordered_map<const uint8_t*, std::vector<size_t>> changed;  // where -> which
+  const uint8_t *lowest = nullptr, *highest = nullptr;              // of them
+  std::set<const uint8_t*> counters;
+  bool overlaps = false, before_ended = true;  // the launch before
+  size_t before_changes = 0;
   int64_t tickets = 0;
+  bool stalls;        // whether single threads stand still for a while
+  std::vector<int> waiting, alive;  // clusters that have no room yet; threads that have not ended, by cluster
+  size_t room;                      // clusters that run at once, as on a GPU of which others hold a part: of odd seeds
   unsigned slowness;  // how many turns of the threads what is asynchronous takes on average: 2, 8 or 32
   ucontext_t scheduler;
   Fiber* fiber = nullptr;
   std::string error;
   std::function<void()> body;
 
-  Machine(int count, int cluster, int threads, uint32_t seed, std::function<void()> run) : random(seed), slowness(2u << seed % 3 * 2), body(run) {
+  Machine(int count, int cluster, int threads, uint32_t seed, std::function<void()> run)
+      : random(seed), stalls(seed % 4 == 3), slowness(2u << seed % 3 * 2), body(run) {
     clusters.resize(count / cluster);
+    alive.assign(clusters.size(), cluster * threads);
+    for (size_t i = 0; i < clusters.size(); ++i) waiting.push_back(i);
+    std::shuffle(waiting.begin(), waiting.end(), random);
+    room = seed % 2 ? 1 + random() % clusters.size() : clusters.size();
     for (int i = 0; i < count; ++i) {
       auto block = std::make_unique<Block>();
       block->machine = this;
       block->index = i;
       block->rank = i % cluster;
+      block->left = threads;
+      if (seed % 4 == 2 && i % 2 == seed / 4 % 2) block->pace = 8;  // as blocks that got less of the GPU
       block->cluster = &clusters[i / cluster];
       block->generic.assign(SHARED, 0xFF);  // NaN in every format
       block->async.assign(SHARED, 0xFF);
@@ -207,14 +275,109 @@ struct Machine {
                                        std::to_string(m->fiber->thread) + ": " + e.what();
     }
     m->fiber->done = true;
+    --m->fiber->block->left;
     m->leave();
+  }
+
+  // Rows of memory are written by the launch before: nothing is there yet.
+  void launch_before(const void* data, int rows, int row_bytes, int64_t stride) {
+    std::vector<std::pair<uint8_t*, uint32_t>> words;
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < row_bytes; j += 4) {
+        uint8_t* to = static_cast<uint8_t*>(const_cast<void*>(data)) + i * stride + j;
+        uint32_t value;
+        std::memcpy(&value, to, 4);
+        words.push_back({to, value});
+        std::memset(to, 0xFF, 4);
+      }
+    overlaps = true, before_ended = false;
+    later([this, words] {
+      for (auto& [to, value] : words) change(to, value);
+      before_ended = true;
+      before_changes = changes.size();
+    });
+  }
+
+  void change(uint8_t* to, uint32_t value) {
+    Change c{to};
+    std::memcpy(&c.before, to, 4);
+    std::memcpy(to, &value, 4);
+    lowest = changes.empty() ? to : std::min<const uint8_t*>(lowest, to);
+    highest = std::max<const uint8_t*>(highest, to);
+    changed[to].push_back(changes.size());
+    changes.push_back(c);
+  }
+
+  void land(Write* w) {
+    if (w->landed || !w->shown || !w->fenced) return;
+    w->landed = true;
+    auto& there = afloat[w->to];
+    there.erase(std::find(there.begin(), there.end(), w));
+    if (there.empty()) afloat.erase(w->to);
+    change(w->to, w->value);
+  }
+
+  void show(Write* w) {
+    w->shown = true;
+    land(w);
+  }
+
+  // A release of the running thread.
+  void release() {
+    for (Write* w : fiber->own) show(w);
+    if (fiber->past)
+      for (Write* w : fiber->past->writes) show(w);
+    fiber->past = nullptr;
+    auto& own = fiber->own;
+    own.erase(std::remove_if(own.begin(), own.end(), [](Write* w) { return w->landed; }), own.end());
+  }
+
+  // The word there, as the running thread reads it.
+  uint32_t word(const uint8_t* from) {
+    uint32_t value;
+    std::memcpy(&value, from, 4);
+    auto there = afloat.find(from);
+    if (there != afloat.end())
+      for (Write* w : there->second)
+        if (w->shown || std::count(fiber->own.begin(), fiber->own.end(), w)) value = w->value;
+    return value;
+  }
+
+  // The byte there, as TMA reads it for a block.
+  uint8_t byte(const Block& b, const uint8_t* from) {
+    if (b.seen < changes.size() && lowest <= from && from < highest + 4) {
+      auto there = changed.find(from - reinterpret_cast<uintptr_t>(from) % 4);
+      if (there != changed.end())
+        for (size_t i : there->second)
+          if (i >= b.seen) return changes[i].before >> reinterpret_cast<uintptr_t>(from) % 4 * 8;
+    }
+    return *from;
+  }
+
+  bool now() { return random() % slowness == 0; }
+
+  // Sometimes memory is less weak than it might be.
+  void drift() {
+    auto seldom = [this] { return random() % (8 * slowness) == 0; };
+    for (auto& b : blocks)
+      if (b->seen < changes.size() && seldom()) b->seen = changes.size();
+    std::vector<Write*> some;
+    for (auto& [to, there] : afloat)
+      if (seldom()) some.push_back(there.front());
+    for (Write* w : some) {
+      (w->shown ? w->fenced : w->shown) = true;
+      land(w);
+    }
   }
 
   void leave() { swapcontext(&fiber->context, &scheduler); }
 
-  void wait(std::string why, std::function<bool()> until) {
+  template <class F>
+  void wait(const char* why, int64_t which, F until) {
+    ++fiber->apart;
     if (until()) return;
-    fiber->why = std::move(why);
+    fiber->why = why;
+    fiber->which = which;
     fiber->until = std::move(until);
     leave();
   }
@@ -224,18 +387,33 @@ struct Machine {
     current = this;
     std::vector<Fiber*> order;
     for (auto& f : fibers) order.push_back(f.get());
+    std::vector<bool> begun(clusters.size());
     for (bool left = true; left && error.empty();) {
+      size_t busy = 0;
+      for (size_t i = 0; i < clusters.size(); ++i) busy += begun[i] && alive[i];
+      for (; busy < room && !waiting.empty(); ++busy, waiting.pop_back()) begun[waiting.back()] = true;
       std::shuffle(order.begin(), order.end(), random);
       left = false;
       bool moved = false;
+      std::vector<bool> rests(blocks.size());
+      for (auto& b : blocks) moved |= rests[b->index] = b->left && random() % b->pace;
       for (Fiber* f : order) {
         if (f->done) continue;
         left = true;
+        if (rests[f->block->index]) continue;
+        int cluster = f->block->index / f->block->cluster->size();
+        if (!begun[cluster]) continue;
         if (f->until && !f->until()) continue;
+        if (f->rest || (stalls && random() % 256 == 0)) {
+          f->rest = f->rest ? f->rest - 1 : random() % 64;
+          moved = true;
+          continue;
+        }
         f->until = nullptr;
         fiber = f;
         swapcontext(&scheduler, &f->context);
         moved = true;
+        alive[cluster] -= f->done;
         if (!error.empty()) break;
       }
       try {
@@ -247,9 +425,22 @@ struct Machine {
         for (Fiber* f : order)
           if (!f->done) {
             error = "deadlock: block " + std::to_string(f->block->index) + " thread " + std::to_string(f->thread) +
-                    " waits for " + f->why;
+                    " waits for " + f->why + " " + std::to_string(f->which);
             if (f->thread % 128 == 0) break;
           }
+      }
+    }
+    for (Write& w : writes) {
+      if (!w.landed) std::memcpy(w.to, &w.value, 4);
+      if (!w.shown && counters.count(w.to) && error.empty()) error = "a launch that begins may not see the counter";
+    }
+    while (!before_ended && !events.empty()) {  // for the next to find
+      auto event = std::move(events.back());
+      events.pop_back();
+      if (error.empty()) error = "threads ended before the launch before";
+      try {
+        event();
+      } catch (const std::exception&) {
       }
     }
     current = nullptr;
@@ -263,10 +454,11 @@ struct Machine {
   // Some of what is asynchronous and may happen now.
   bool happen() {
     bool any = false;
+    drift();
     std::shuffle(events.begin(), events.end(), random);
     for (size_t i = 0; i < events.size();) {
-      if (random() % slowness == 0) {
-        auto run = std::move(events[i].run);
+      if (now()) {
+        auto run = std::move(events[i]);
         events.erase(events.begin() + i);
         run();
         any = true;
@@ -331,24 +523,49 @@ struct Machine {
       }
   }
 
-  void later(std::function<void()> run) { events.push_back({0, std::move(run)}); }
+  void later(std::function<void()> run) { events.push_back(std::move(run)); }
 };
 
 inline Machine& machine() { return *current; }
 inline Fiber& self() { return *current->fiber; }
 
-// So many threads, by name, meet.
-inline void meet(int name, int threads) {
-  Block& b = *self().block;
-  auto& [arrived, generation] = b.counted[name];
-  int mine = generation;
-  if (++arrived == threads) {
-    arrived = 0;
-    ++generation;
+// What lies before the point that these threads have come to.
+inline std::shared_ptr<const Past> common(const std::vector<Fiber*>& threads,
+                                          std::shared_ptr<const Past> past = nullptr) {
+  Past all;
+  auto add = [&all](const std::vector<Write*>& writes, size_t acquired) {
+    std::copy_if(writes.begin(), writes.end(), std::back_inserter(all.writes), [](Write* w) { return !w->shown; });
+    all.acquired = std::max(all.acquired, acquired);
+  };
+  if (past) add(past->writes, past->acquired);
+  for (Fiber* f : threads) {
+    add(f->own, f->acquired);
+    if (f->past) add(f->past->writes, f->past->acquired);
   }
-  auto* now = &generation;
-  machine().wait("threads at sync " + std::to_string(name), [=] { return *now != mine; });
+  std::sort(all.writes.begin(), all.writes.end());
+  all.writes.erase(std::unique(all.writes.begin(), all.writes.end()), all.writes.end());
+  return all.writes.empty() && !all.acquired ? nullptr : std::make_shared<const Past>(std::move(all));
 }
+inline void know(Fiber& f, const std::shared_ptr<const Past>& past) {
+  f.past = past;
+  if (past) f.acquired = past->acquired;
+}
+
+// So many threads of a block, by name, meet; each knows then what any of them did.
+inline void meet(Block& b, int name, size_t threads) {
+  Meeting& meeting = b.meetings[name];
+  int mine = meeting.generation;
+  meeting.here.push_back(&self());
+  if (meeting.here.size() == threads) {
+    auto past = common(meeting.here);
+    for (Fiber* f : meeting.here) know(*f, past);
+    meeting.here.clear();
+    ++meeting.generation;
+  }
+  machine().wait("threads at sync", name, [=, &meeting] { return meeting.generation != mine; });
+  self().apart = 0;
+}
+inline void meet_warp() { meet(*self().block, 100 + self().thread / 32, 32); }
 
 inline Barrier& barrier(Block& b, uint32_t address) {
   auto found = b.barriers.find(address);
@@ -382,11 +599,13 @@ inline void load(const TensorMap* map, uint32_t to, uint32_t bar, int column, in
     if (!(ranks >> there->rank & 1)) continue;
     machine().later([=] {
       for_box(copy, to, column, row, [&](uint32_t address, uint8_t* from) {
-        uint8_t zero[8] = {};
+        uint8_t bytes[8] = {};
+        for (int i = 0; from && i < copy.element_bytes; ++i) bytes[i] = b->machine->byte(*b, from + i);
         for (auto* view : {&there->generic, &there->async})
-          std::memcpy(there->at(*view, address, copy.element_bytes), from ? from : zero, copy.element_bytes);
+          std::memcpy(there->at(*view, address, copy.element_bytes), bytes, copy.element_bytes);
       });
       Barrier& full = barrier(*there, bar);
+      if (!full.ready) fail("an mbarrier used before the fence");
       full.bytes -= copy.box_columns * copy.box_rows * copy.element_bytes;
       full.settle();
     });
@@ -406,35 +625,57 @@ inline int uniform(int value) { return value; }
 inline int cluster_rank() { return self().block->rank; }
 inline uint32_t shared_memory() { return BASE; }
 
-inline void sync_warp() { meet(100 + thread() / 32, 32); }
+inline void sync_warp(int line = __builtin_LINE()) {
+  if (line != left_out) meet_warp();
+}
 template <int THREADS>
-void sync_named(int name) {
-  meet(name, THREADS);
+void sync_named(int name, int line = __builtin_LINE()) {
+  if (line != left_out) meet(*self().block, name, THREADS);
 }
-inline void sync_block() { meet(0, self().block->groups.size() * 128); }
-inline void sync_cluster() {
-  Block& first = *self().block->cluster->front();
-  auto& [arrived, generation] = first.counted[-1];
-  int mine = generation, threads = self().block->groups.size() * 128 * self().block->cluster->size();
-  if (++arrived == threads) {
-    arrived = 0;
-    ++generation;
-  }
-  auto* now = &generation;
-  machine().wait("the cluster", [=] { return *now != mine; });
+inline void sync_block(int line = __builtin_LINE()) {
+  if (line != left_out) meet(*self().block, 0, self().block->groups.size() * 128);
 }
-inline void fence_barriers() {
+inline void sync_cluster(int line = __builtin_LINE()) {
+  if (line == left_out) return;
+  Block& b = *self().block;
+  auto& [here, apart] = b.warps[thread() / 32];  // the instruction is an aligned one
+  if (here == 0) apart = self().apart;
+  if (apart != self().apart) fail("a warp comes to the cluster's barrier one by one");
+  here = (here + 1) % 32;
+  meet(*b.cluster->front(), -1, b.groups.size() * 128 * b.cluster->size());
+}
+inline void fence_barriers(int line = __builtin_LINE()) {
+  if (line == left_out) return;
   for (auto& [address, b] : self().block->barriers) b.ready = true;
 }
-inline void fence_async_shared() {
+inline void fence_async_shared(int line = __builtin_LINE()) {
+  if (line == left_out) return;
   Fiber& f = self();
   for (auto& [address, bytes] : f.written)
     std::memcpy(f.block->at(f.block->async, address, bytes), f.block->at(f.block->generic, address, bytes), bytes);
   f.written.clear();
 }
-inline void fence_async() { fence_async_shared(); }
-inline void fence_device() {}
-inline void wait_for_launch_before() {}
+// The writer's and the reader's: the manual leaves open whether one of the two would do.
+inline void fence_async(int line = __builtin_LINE()) {
+  if (line == left_out) return;
+  fence_async_shared(-1);
+  Fiber& f = self();
+  for (Write* w : f.own) {
+    w->fenced = true;
+    machine().land(w);
+  }
+  f.block->seen = std::max(f.block->seen, f.acquired);
+}
+inline void fence_device(int line = __builtin_LINE()) {
+  if (line != left_out) machine().release();
+}
+inline void wait_for_launch_before(int line = __builtin_LINE()) {
+  if (line == left_out) return;
+  Machine* m = &machine();
+  m->wait("the launch before", 0, [=] { return m->before_ended; });
+  self().block->seen = std::max(self().block->seen, m->before_changes);
+  self().block->waited = true;
+}
 template <int REGISTERS>
 void give_registers() {}
 template <int REGISTERS>
@@ -443,24 +684,42 @@ void take_registers() {}
 inline void barrier_init(uint32_t address, int arrivals) {
   if (address % 8) fail("an mbarrier that is not aligned");
   self().block->at(self().block->generic, address, 8);
-  self().block->barriers[address] = {arrivals, arrivals, 0, 0, false};
+  self().block->barriers[address] = {arrivals, arrivals};
 }
-inline void barrier_expect(uint32_t address, int bytes) {
+inline void barrier_expect(uint32_t address, int bytes, int line = __builtin_LINE()) {
+  if (line == left_out) return;
   Barrier& b = barrier(*self().block, address);
+  b.past = common({&self()}, b.past);
   b.bytes += bytes;
   --b.pending;
   b.settle();
 }
-inline void barrier_arrive(uint32_t address, int rank) {
+inline void barrier_arrive(uint32_t address, int rank, int line = __builtin_LINE()) {
+  if (line == left_out) return;
   Block& there = *self().block->cluster->at(rank);
+  there.at(there.generic, address, 8);
   Barrier& b = barrier(there, address);
+  b.past = common({&self()}, b.past);
   if (!b.ready) fail("an mbarrier used before the fence");
   --b.pending;
   b.settle();
 }
-inline void barrier_wait(uint32_t address, uint32_t parity) {
+inline void barrier_wait(uint32_t address, uint32_t parity, int line = __builtin_LINE()) {
+  if (line == left_out) return;
   Barrier* b = &barrier(*self().block, address);
-  machine().wait("mbarrier at " + std::to_string(address), [=] { return (b->phase & 1) != parity; });
+  machine().wait("the mbarrier at", address, [=] { return (b->phase & 1) != parity; });
+  know(self(), common({&self()}, b->past));
+}
+
+inline void send(uint32_t word, uint32_t to, uint32_t bar, int rank) {
+  Block* there = self().block->cluster->at(rank);
+  if (to % 4) fail("a word that is not aligned");
+  machine().later([=] {
+    std::memcpy(there->at(there->generic, to, 4), &word, 4);
+    Barrier& full = barrier(*there, bar);
+    full.bytes -= 4;
+    full.settle();
+  });
 }
 
 inline void prefetch(const TensorMap*) {}
@@ -474,6 +733,7 @@ inline void store(const TensorMap* map, uint32_t from, int column, int row) {
   check_box(*map, from);
   Machine* m = &machine();
   Block* b = self().block;
+  if (m->overlaps && !b->waited) fail("a result over what the launch before may still read");
   int64_t ticket = ++m->tickets;
   m->pending[ticket] = true;
   self().stores.push_back(ticket);
@@ -485,14 +745,17 @@ inline void store(const TensorMap* map, uint32_t from, int column, int row) {
     m->pending.erase(ticket);
   });
 }
-inline void store_commit() { self().store_groups.push_back(self().stores.size()); }
+inline void store_commit(int line = __builtin_LINE()) {
+  if (line != left_out) self().store_groups.push_back(self().stores.size());
+}
 template <int PENDING>
-void store_wait_read() {
+void store_wait_read(int line = __builtin_LINE()) {
+  if (line == left_out) return;
   Fiber* f = &self();
   Machine* m = &machine();
   int groups = int(f->store_groups.size()) - PENDING;
   int64_t upto = groups > 0 ? f->store_groups[groups - 1] : 0;
-  m->wait("its stores", [=] {
+  m->wait("its stores", upto, [=] {
     for (int64_t i = 0; i < upto; ++i)
       if (m->pending.count(f->stores[i])) return false;
     return true;
@@ -504,22 +767,35 @@ inline void load_matrices(uint32_t (&to)[4], uint32_t row) {
   Block& b = *self().block;
   int first = thread() / 32 * 32, lane = thread() % 32;
   b.exchange[thread()] = row;
-  sync_warp();
+  meet_warp();
   for (int j = 0; j < 4; ++j)
     std::memcpy(&to[j], b.at(b.generic, uint32_t(b.exchange[first + 8 * j + lane / 4]) + lane % 4 * 4, 4), 4);
-  sync_warp();
+  meet_warp();
 }
+// Lanes wait for each other, but it orders no memory: a row is written once the lanes that give it are there, and may
+// be what TMA sees at once.
 inline void store_matrices(uint32_t row, const uint32_t (&from)[4]) {
   Block& b = *self().block;
-  int first = thread() / 32 * 32, lane = thread() % 32;
-  b.exchange[thread()] = row;
-  sync_warp();
-  for (int j = 0; j < 4; ++j) {
-    uint32_t address = uint32_t(b.exchange[first + 8 * j + lane / 4]) + lane % 4 * 4;
-    std::memcpy(b.at(b.generic, address, 4), &from[j], 4);
-    self().written.push_back({address, 4});
-  }
-  sync_warp();
+  int warp = thread() / 32 * 32, lane = thread() % 32;
+  auto& here = b.storing[warp];
+  here.resize(32);
+  here[lane] = {&self(), row, {from[0], from[1], from[2], from[3]}};
+  for (int j = 0; j < 4; ++j)
+    for (int i = 0; i < 8; ++i) {
+      bool whole = here[8 * j + i].thread;
+      for (int l = 4 * i; l < 4 * i + 4; ++l) whole = whole && here[l].thread;
+      if (!whole || (lane != 8 * j + i && lane / 4 != i)) continue;
+      for (int l = 4 * i; l < 4 * i + 4; ++l) {
+        uint32_t address = here[8 * j + i].row + l % 4 * 4;
+        for (auto* view : {&b.generic, &b.async})
+          if (view == &b.generic || machine().random() % 2)
+            std::memcpy(b.at(*view, address, 4), &here[l].from[j], 4);
+        here[l].thread->written.push_back({address, 4});
+      }
+    }
+  meet_warp();
+  here[lane] = {};
+  meet_warp();
 }
 
 template <class T>
@@ -533,7 +809,14 @@ float2 unpack(uint32_t both) {
 
 template <class T>
 T read(const T* from) {
-  return *from;
+  if (!current || machine().afloat.empty()) return *from;
+  T value;
+  for (size_t i = 0; i < sizeof(T); ++i) {
+    auto* byte = reinterpret_cast<const uint8_t*>(from) + i;
+    int inside = reinterpret_cast<uintptr_t>(byte) % 4;
+    reinterpret_cast<uint8_t*>(&value)[i] = machine().word(byte - inside) >> inside * 8;
+  }
+  return value;
 }
 template <class T>
 T read_shared(uint32_t from) {
@@ -541,15 +824,33 @@ T read_shared(uint32_t from) {
   std::memcpy(&value, self().block->at(self().block->generic, from, sizeof(T)), sizeof(T));
   return value;
 }
-template <class T>
-void write(T* to, T value) {
-  *to = value;
+inline void write(uint32_t* to, uint32_t value) {
+  Machine& m = machine();
+  m.writes.push_back({reinterpret_cast<uint8_t*>(to), value});
+  self().own.push_back(&m.writes.back());
+  m.afloat[m.writes.back().to].push_back(&m.writes.back());
 }
-inline uint32_t read_acquire(const uint32_t* from) { return *from; }
-inline uint32_t add(uint32_t* to, uint32_t value) {
-  uint32_t before = *to;
-  *to += value;
+inline uint32_t peek(const uint32_t* from) { return read(from); }
+// Atomic, an acquire and a release; left out, it is no longer these two.
+inline uint32_t add(uint32_t* to, uint32_t value, int line = __builtin_LINE()) {
+  Machine& m = machine();
+  if (line != left_out) {
+    self().acquired = m.changes.size();
+    m.release();
+  }
+  uint32_t before = read(to);
+  while (m.afloat.count(reinterpret_cast<uint8_t*>(to))) {
+    Write* w = m.afloat[reinterpret_cast<uint8_t*>(to)].front();
+    w->shown = w->fenced = true;
+    m.land(w);
+  }
+  m.change(reinterpret_cast<uint8_t*>(to), before + value);
   return before;
+}
+// Orders nothing else. A launch that begins before this one has ended may count too, so what is written there is shown.
+inline uint32_t take(uint32_t* counter) {
+  machine().counters.insert(reinterpret_cast<uint8_t*>(counter));
+  return add(counter, 1, left_out);
 }
 inline void pause() {
   if (++self().spins > 100000) fail("spins for ever on a flag");
@@ -558,18 +859,27 @@ inline void pause() {
   machine().leave();
 }
 
-inline void products_begin() {}
-inline void products_commit() { self().product_groups.push_back(self().products_issued); }
+inline void products_begin(int line = __builtin_LINE()) {
+  if (line == left_out) return;
+  self().touched = false;
+  for (auto& [at, values] : self().operands) values.assign(at, at + 4);
+}
+inline void products_commit(int line = __builtin_LINE()) {
+  if (line != left_out) self().product_groups.push_back(self().products_issued);
+}
 template <int PENDING>
-void products_wait() {
+void products_wait(int line = __builtin_LINE()) {
+  if (line == left_out) return;
   Fiber* f = &self();
   int groups = int(f->product_groups.size()) - PENDING;
   int64_t upto = groups > 0 ? f->product_groups[groups - 1] : 0;
   Warpgroup* g = &f->block->groups[f->thread / 128];
-  machine().wait("its products", [=] { return g->first >= upto; });
+  machine().wait("its products", upto, [=] { return g->first >= upto; });
+  f->touched |= upto == f->products_issued;
 }
 inline Product& issue(int n, uint64_t b, int accumulate, bool across, float* d) {
   Fiber& f = self();
+  if (f.touched) fail("a product without wgmma's fence before it");
   Warpgroup& g = f.block->groups[f.thread / 128];
   size_t at = f.products_issued++ - g.first;
   if (at == g.products.size()) g.products.emplace_back();
@@ -593,6 +903,8 @@ void product(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
 }
 template <class T, int N, int ACROSS>
 void product(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  auto [known, unknown] = self().operands.try_emplace(a, a, a + 4);
+  if (!unknown && !std::equal(a, a + 4, known->second.begin())) fail("registers changed after wgmma's fence");
   Product& p = issue(N, b, accumulate, ACROSS, d);
   p.from_registers = true;
   p.a[self().thread % 128] = a;

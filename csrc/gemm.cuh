@@ -2,6 +2,7 @@
 //
 // Persistent blocks of one producer warpgroup, which starts TMA loads into a ring of stages, and two consumer warpgroups,
 // which multiply with wgmma, each half of the tile's rows. The result leaves through TMA while the next tile begins.
+// Clusters draw their tiles from one counter, so that a tile waits at most for tiles whose blocks are running.
 //   LATE    the low-rank pair after the main one; with ``overlap`` S may still be in the making when the kernel starts
 //   MASKED  the low-rank pair first, and dropout's mask on it: dx = dz W + drop(dT A)
 //   SCALED  x ⊙ d_in in place of x: the tile goes through registers; the low-rank pair last
@@ -21,16 +22,17 @@ enum Form { LATE, MASKED, SCALED, INLINE };
 enum Kind { NONE, FP32, BF16, FP16 };  // of a vector's elements
 
 struct Vector {
-  const void* data;
+  TensorMap map;
   int kind;
+  FUSED_PEFT_HOST_DEVICE int bytes() const { return kind == NONE ? 0 : kind == FP32 ? 4 : 2; }  // of an element
 };
 
 struct Parameters {
   TensorMap x, w, s, b, y, z, a, d_in;
   Vector d_out, bias;
   const int32_t* seed;
-  uint32_t* t;      // (M, R) 16-bit, R even
-  uint32_t* flags;  // one a row of tiles, zero before and after
+  uint32_t* t;                // (M, R) 16-bit, R even
+  uint32_t *counter, *flags;  // of tiles drawn; INLINE's, one a row of tiles. Zero before and after
   Schedule schedule;
   int M, N, K, R, threshold, d_in_kind;
   bool bias_inside, has_y, has_z, overlap;
@@ -45,53 +47,59 @@ struct Plan {
   static constexpr int BLOCKS = BM / CONSUMERS / 64;  // of 64 rows, a warpgroup's
   static constexpr int X_BYTES = BM * ROW, W_BYTES = BN * ROW, A_BYTES = INNER * ROW;
   static constexpr int D_BYTES = FORM == SCALED ? DEPTH * 4 : 0;
+  static constexpr int BIAS = BN * 4;  // where the bias lies in a stage, behind d_out
+  static constexpr int TURNS = 8;  // tiles' numbers on their way from the one who draws them to those who need them
   static constexpr int LIMIT = 227 * 1024, STAGE_BYTES = X_BYTES + W_BYTES + A_BYTES + D_BYTES + 16;
   static constexpr int STAGES = 4 * (STAGE_BYTES + CONSUMERS * 16 * ROW) + ATOM <= LIMIT ? 4 : 3;
   // offsets in shared memory, tiles of 128-byte rows first
   static constexpr int W = STAGES * X_BYTES, A = W + STAGES * W_BYTES, PANELS = A + STAGES * A_BYTES;
   static constexpr int PANEL_BYTES = 16 * ROW;
-  static constexpr int REST = STAGES * (D_BYTES + 16) + ATOM;  // and what aligning the start may cost
+  static constexpr int REST = STAGES * (D_BYTES + 16) + TURNS * 12 + ATOM;  // and what aligning the start may cost
   static constexpr int DEEP = PANELS + 2 * 4 * CONSUMERS * PANEL_BYTES + REST <= LIMIT ? 2 : 1;  // panels a warp
   static constexpr int D = PANELS + DEEP * 4 * CONSUMERS * PANEL_BYTES, FULL = D + STAGES * D_BYTES;
-  static constexpr int EMPTY = FULL + STAGES * 8, BYTES = EMPTY + STAGES * 8 + ATOM;
+  static constexpr int EMPTY = FULL + STAGES * 8, TOLD = EMPTY + STAGES * 8, NUMBER = TOLD + TURNS * 8;
+  static constexpr int BYTES = NUMBER + TURNS * 4 + ATOM;
   static_assert(BYTES <= LIMIT, "shared memory");
+  static constexpr int AHEAD = FORM == MASKED ? 2 : 1;  // tiles drawn beyond the one that is loaded
+  // A number is written over when every tile since has filled a stage, and all who read it have given back a stage since.
+  static_assert(TURNS >= STAGES + AHEAD, "numbers of tiles");
   static_assert(FORM != INLINE || INNER, "INLINE needs the columns of A's tile");
 };
 
-FUSED_PEFT_DEVICE void put_pair(float (&to)[16], int i, float2 pair) {
-  to[2 * i] = pair.x;
-  to[2 * i + 1] = pair.y;
-}
+#ifdef FUSED_PEFT_DEVICE  // what follows is not for the host
 
-// A vector's entries at eight pairs of columns, the first pair at ``at`` and the others 8 apart; ``otherwise`` outside.
-// n is even, and so is ``at``. The kind is asked once, so that the loads follow each other.
-FUSED_PEFT_DEVICE void entries(float (&to)[16], const Vector& v, int at, int n, float otherwise) {
+// A vector's entries, in shared memory, at eight pairs of columns, the first pair at ``at`` and the others 8 apart;
+// ``otherwise`` where there is no vector. The kind is asked once, so that the loads follow each other.
+FUSED_PEFT_DEVICE void entries(float (&to)[16], uint32_t v, int kind, int at, float otherwise) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) to[i] = otherwise;
-  if (v.kind == FP32) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (at + 8 * i < n) put_pair(to, i, ptx::read(reinterpret_cast<const float2*>(v.data) + at / 2 + 4 * i));
-  } else if (v.kind != NONE) {
-    uint32_t both[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      both[i] = at + 8 * i < n ? ptx::read(static_cast<const uint32_t*>(v.data) + at / 2 + 4 * i) : 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (at + 8 * i < n) put_pair(to, i, v.kind == BF16 ? ptx::unpack<bf16>(both[i]) : ptx::unpack<fp16>(both[i]));
+  for (int i = 0; i < 16; i += 2) {
+    float2 pair = {otherwise, otherwise};
+    if (kind == FP32) pair = ptx::read_shared<float2>(v + 4 * at + 32 * i / 2);
+    else if (kind == BF16) pair = ptx::unpack<bf16>(ptx::read_shared<uint32_t>(v + 2 * at + 16 * i / 2));
+    else if (kind == FP16) pair = ptx::unpack<fp16>(ptx::read_shared<uint32_t>(v + 2 * at + 16 * i / 2));
+    to[i] = pair.x;
+    to[i + 1] = pair.y;
   }
 }
 
-// The side that loads. One thread runs it.
+// The number of the tile at a turn, once it is told.
+template <class P>
+FUSED_PEFT_DEVICE int told(uint32_t memory, Slot& turn) {
+  ptx::barrier_wait(memory + P::TOLD + 8 * turn.stage, turn.phase);
+  int number = ptx::read_shared<int>(memory + P::NUMBER + 4 * turn.stage);
+  turn.advance(P::TURNS);
+  return number;
+}
+
+// The side that loads. One thread runs it; that of the cluster's first block also draws the tiles.
 template <class P>
 struct Producer {
   const Parameters& p;
   uint32_t memory;
-  int mine_m, mine_n;  // this block's place in its cluster
-  Slot slot;
+  int rank, mine_m, mine_n;  // this block's place in its cluster
+  Slot slot, turn;
 
-  FUSED_PEFT_DEVICE Producer(const Parameters& p, uint32_t memory, int rank) : p(p), memory(memory) {
+  FUSED_PEFT_DEVICE Producer(const Parameters& p, uint32_t memory, int rank) : p(p), memory(memory), rank(rank) {
     mine_m = p.schedule.cluster_m > 1 ? rank : 0;
     mine_n = p.schedule.cluster_n > 1 ? rank : 0;
     for (const TensorMap* map : {&p.x, &p.w}) ptx::prefetch(map);
@@ -158,15 +166,64 @@ struct Producer {
   // T of the row of tiles is in memory. The last to see the flag lowers it, for the launch after this one.
   FUSED_PEFT_DEVICE void wait_for_flag(int row) {
     uint32_t* flag = p.flags + row;
-    while (!ptx::read_acquire(flag)) ptx::pause();
+    while (!ptx::peek(flag)) ptx::pause();
     if (ptx::add(flag, 1) == static_cast<uint32_t>(p.schedule.padded_n())) ptx::write(flag, 0u);
     ptx::fence_async();
+  }
+
+  // The entries of d_out and of the bias at the tile's columns, in the tile's last stage.
+  FUSED_PEFT_DEVICE void vectors(const Tile& tile) {
+    int bytes = P::BN * (p.d_out.bytes() + p.bias.bytes());
+    if (!bytes) return;
+    claim(bytes);
+    uint32_t to = memory + slot.stage * P::X_BYTES;
+    if (p.d_out.kind) part(&p.d_out.map, to, tile.n * P::BN, 0, false);
+    if (p.bias.kind) part(&p.bias.map, to + P::BIAS, tile.n * P::BN, 0, false);
+    slot.advance(P::STAGES);
   }
 
   FUSED_PEFT_DEVICE void tile(const Tile& tile) {
     if (P::FORM == MASKED) rank_pair(tile);
     main_pair(tile);
     if (P::FORM != MASKED) rank_pair(tile);
+    vectors(tile);
+  }
+
+  // Tell all who work on the tile its number.
+  FUSED_PEFT_DEVICE int tell(int number) {
+    ptx::barrier_expect(memory + P::TOLD + 8 * turn.stage, 4);
+    if (rank) return told<P>(memory, turn);
+    for (int to = 0; to < p.schedule.size(); ++to)
+      ptx::send(number, memory + P::NUMBER + 4 * turn.stage, memory + P::TOLD + 8 * turn.stage, to);
+    turn.advance(P::TURNS);
+    return number;
+  }
+
+  FUSED_PEFT_DEVICE int draw() { return rank ? 0 : ptx::take(p.counter); }
+
+  // All tiles of this block. The next number is drawn before a tile's loads, and has come when they are started; each
+  // cluster draws AHEAD past the end, and the last of them puts the counter back.
+  FUSED_PEFT_DEVICE void tiles(int clusters) {
+    int drawn = draw(), number;
+    if constexpr (P::AHEAD == 1) {
+      while ((number = tell(drawn)) < p.schedule.count()) {
+        drawn = draw();
+        tile(p.schedule.at(number, rank));
+      }
+    } else {
+      number = tell(drawn);
+      drawn = draw();
+      while (number < p.schedule.count()) {
+        int next = tell(drawn);
+        drawn = draw();
+        tile(p.schedule.at(number, rank));
+        number = next;
+      }
+    }
+    if (!rank && drawn == p.schedule.count() + P::AHEAD * clusters - 1) {
+      ptx::write(p.counter, 0u);
+      ptx::fence_device();  // a launch that begins before this one has ended draws from it
+    }
   }
 };
 
@@ -179,9 +236,12 @@ struct Consumer {
   const Parameters& p;
   uint32_t memory;
   int group, thread;  // which warpgroup, and the thread in it
-  Slot slot;
+  Slot slot, turn;
   int panel = 0;
   float acc[P::BLOCKS][COUNT];
+  Tile next;         // MASKED: the tile after this one,
+  uint32_t keep[4];  // and which of its accumulators dropout keeps, two bits a pair
+  int32_t seed[2];
   uint32_t left[2][P::BLOCKS][4];  // SCALED: x's step under way and the next; products read them until they are waited for
 
   FUSED_PEFT_DEVICE int lane() const { return thread % 32; }
@@ -197,14 +257,14 @@ struct Consumer {
 
   // The main pair's stages. ``first``: nothing is in the accumulators. The last stage's products are still under way at the
   // end; that stage is returned, for ``finish``.
-  template <bool FIRST_COLUMN>
+  template <bool FIRST_COLUMN, Kind D_IN = NONE>
   FUSED_PEFT_DEVICE int main_pair(int first, float (&inner)[P::BLOCKS][P::INNER ? P::INNER / 2 : 1]) {
     int before = -1;
     for (int k = 0; k < p.K; k += DEPTH) {
       await();
       uint32_t w = memory + P::W + slot.stage * P::W_BYTES;
       if constexpr (P::FORM == SCALED) {
-        scaled_stage(w, k, first, before);
+        scaled_stage<D_IN>(w, k, first, before);
       } else {
         ptx::products_begin();
 #pragma unroll
@@ -221,6 +281,8 @@ struct Consumer {
           }
         }
         ptx::products_commit();
+        if constexpr (P::FORM == MASKED)
+          if (k < STEPS * DEPTH) choose(k / DEPTH);
         ptx::products_wait<1>();  // the stage before
         if (before >= 0) release(before);
       }
@@ -236,6 +298,7 @@ struct Consumer {
   }
 
   // One stage with x's tile scaled on its way through registers, a step at a time; one product is always under way.
+  template <Kind D_IN>
   FUSED_PEFT_DEVICE void scaled_stage(uint32_t w, int k, int first, int before) {
     uint32_t d = memory + P::D + slot.stage * P::D_BYTES;
 #pragma unroll
@@ -246,7 +309,7 @@ struct Consumer {
         int row = thread / 32 * 16 + matrix_row(lane()), piece = 2 * step + matrix_piece(lane());
         ptx::load_matrices(now[block], x_tile(slot.stage, block) + swizzled(row, piece));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) now[block][i] = scaled(now[block][i], d, step * STEP + i / 2 * 8 + thread % 4 * 2);
+        for (int i = 0; i < 4; ++i) now[block][i] = scaled<D_IN>(now[block][i], d, step * STEP + i / 2 * 8 + thread % 4 * 2);
       }
       ptx::products_begin();
 #pragma unroll
@@ -260,10 +323,11 @@ struct Consumer {
     }
   }
 
+  template <Kind D_IN>
   FUSED_PEFT_DEVICE uint32_t scaled(uint32_t both, uint32_t d, int column) const {
     float2 v = ptx::unpack<T>(both), by;
-    if (p.d_in_kind == FP32) by = ptx::read_shared<float2>(d + 4 * column);
-    else if (p.d_in_kind == BF16) by = ptx::unpack<bf16>(ptx::read_shared<uint32_t>(d + 2 * column));
+    if constexpr (D_IN == FP32) by = ptx::read_shared<float2>(d + 4 * column);
+    else if constexpr (D_IN == BF16) by = ptx::unpack<bf16>(ptx::read_shared<uint32_t>(d + 2 * column));
     else by = ptx::unpack<fp16>(ptx::read_shared<uint32_t>(d + 2 * column));
     return ptx::pack<T>(v.x * by.x, v.y * by.y);
   }
@@ -295,18 +359,29 @@ struct Consumer {
   }
   FUSED_PEFT_DEVICE int column(const Tile& tile, int i) const { return tile.n * N + accumulator_column(thread, i); }
 
-  // Dropout on what the accumulators hold. N is even, so two neighbours share a hash.
-  FUSED_PEFT_DEVICE void mask(const Tile& tile) {
-    int32_t seed[2] = {ptx::read(p.seed), ptx::read(p.seed + 1)};
+  // Dropout's hashes cost more than the pair that they mask, so those of the next tile are made a few a stage, while
+  // products run. N is even, and two neighbours share a hash: the pair 4 step + w is in the word w.
+  static constexpr int PAIRS = COUNT / 2, STEPS = P::BLOCKS * PAIRS / 4;
+  FUSED_PEFT_DEVICE void choose(int step) {
+    int block = 4 * step / PAIRS, first = 4 * step % PAIRS;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      uint32_t m = row(next, block, 2 * w), n = column(next, 2 * first) + w / 2 * 8;
+      uint32_t bits = hash(seed, (m * p.N + n) >> 1);
+      keep[w] |= (kept(bits, 0, p.threshold) | kept(bits, 1, p.threshold) << 1) << 2 * step;
+    }
+  }
+
+  // What the accumulators hold, less what is dropped.
+  FUSED_PEFT_DEVICE void mask() {
 #pragma unroll
     for (int block = 0; block < P::BLOCKS; ++block)
 #pragma unroll
-      for (int i = 0; i < COUNT; i += 2) {
-        uint32_t at = static_cast<uint32_t>(row(tile, block, i)) * p.N + column(tile, i);
-        uint32_t bits = hash(seed, at >> 1);
-        if (!kept(bits, 0, p.threshold)) acc[block][i] = 0;
-        if (!kept(bits, 1, p.threshold)) acc[block][i + 1] = 0;
+      for (int i = 0; i < COUNT; ++i) {
+        int pair = block * PAIRS + i / 2;
+        if (!(keep[pair % 4] >> (pair / 4 * 2 + i % 2) & 1)) acc[block][i] = 0;
       }
+    for (uint32_t& word : keep) word = 0;
   }
 
   // T to memory, for the low-rank pair of this row of tiles and for backward; then the flag.
@@ -320,7 +395,6 @@ struct Consumer {
           ptx::write(p.t + (static_cast<int64_t>(m) * p.R + r) / 2, ptx::pack<T>(inner[block][i], inner[block][i + 1]));
       }
     ptx::fence_async();
-    ptx::fence_device();
     ptx::sync_named<128 * CONSUMERS>(1);
     if (group == 0 && thread == 0) ptx::add(p.flags + tile.m, 1);
   }
@@ -349,12 +423,20 @@ struct Consumer {
 
   FUSED_PEFT_DEVICE void epilogue(const Tile& tile) {
     int top = tile.m * P::BM + group * P::BLOCKS * 64 + thread / 32 * 16;
+    bool vectors = p.d_out.kind || p.bias.kind;
+    uint32_t v = memory + slot.stage * P::X_BYTES;
+    if (vectors) await();
 #pragma unroll
     for (int from = 0; from < COUNT; from += 32) {
       int left = tile.n * N + from * 2;
       float by[16], plus[16];  // of this panel's columns: each is in two accumulators of a block
-      entries(by, p.d_out, column(tile, from), p.N, 1.f);
-      entries(plus, p.bias, column(tile, from), p.N, 0.f);
+      entries(by, v, p.d_out.kind, accumulator_column(thread, from), 1.f);
+      entries(plus, v + P::BIAS, p.bias.kind, accumulator_column(thread, from), 0.f);
+      if (vectors && from + 32 == COUNT) {
+        ptx::sync_warp();
+        release(slot.stage);
+        slot.advance(P::STAGES);
+      }
 #pragma unroll
       for (int block = 0; block < P::BLOCKS; ++block) {
         auto z = [&](int i) { return acc[block][from + i] + (p.bias_inside ? plus[i / 4 * 2 + i % 2] : 0.f); };
@@ -369,8 +451,9 @@ struct Consumer {
     float inner[P::BLOCKS][P::INNER ? P::INNER / 2 : 1];
     if constexpr (P::FORM == MASKED) {
       rank_pair(true, -1);
-      mask(tile);
+      mask();
       finish(main_pair<false>(false, inner));
+      for (int step = ceil_div(p.K, DEPTH); step < STEPS; ++step) choose(step);
     } else if constexpr (P::FORM == INLINE) {
       if (tile.n == 0) {
         finish(main_pair<true>(true, inner));
@@ -379,10 +462,43 @@ struct Consumer {
       } else {
         rank_pair(false, main_pair<false>(true, inner));
       }
+    } else if constexpr (P::FORM == SCALED) {
+      int before;
+      if (p.d_in_kind == FP32) before = main_pair<false, FP32>(true, inner);
+      else if (p.d_in_kind == BF16) before = main_pair<false, BF16>(true, inner);
+      else before = main_pair<false, FP16>(true, inner);
+      rank_pair(false, before);
     } else {
       rank_pair(false, main_pair<false>(true, inner));
     }
     epilogue(tile);
+  }
+
+  // The tile of a number; past the last one any, whose mask nobody asks for.
+  FUSED_PEFT_DEVICE Tile after(int number, int rank) const {
+    return p.schedule.at(number < p.schedule.count() ? number : 0, rank);
+  }
+
+  FUSED_PEFT_DEVICE void tiles(int rank) {
+    int number = ptx::uniform(told<P>(memory, turn));
+    if constexpr (P::FORM == MASKED) {
+      seed[0] = ptx::read(p.seed), seed[1] = ptx::read(p.seed + 1);
+      for (uint32_t& word : keep) word = 0;
+      next = after(number, rank);
+      for (int step = 0; step < STEPS; ++step) choose(step);
+    }
+    while (number < p.schedule.count()) {
+      if constexpr (P::FORM == MASKED) {
+        Tile now = next;
+        number = ptx::uniform(told<P>(memory, turn));
+        next = after(number, rank);
+        tile(now);
+      } else {
+        tile(p.schedule.at(number, rank));
+        number = ptx::uniform(told<P>(memory, turn));
+      }
+    }
+    ptx::store_wait_read<0>();
   }
 };
 
@@ -395,33 +511,38 @@ FUSED_PEFT_DEVICE void run(const Parameters& p) {
       ptx::barrier_init(memory + P::FULL + 8 * i, 1);
       ptx::barrier_init(memory + P::EMPTY + 8 * i, 4 * CONSUMERS * p.schedule.size());
     }
+    for (int i = 0; i < P::TURNS; ++i) ptx::barrier_init(memory + P::TOLD + 8 * i, 1);
     ptx::fence_barriers();
   }
   if (p.schedule.size() > 1) ptx::sync_cluster();
   else ptx::sync_block();
 
-  int size = p.schedule.size(), step = ptx::blocks() / size;
+  int size = p.schedule.size();
   if (warp < 4) {
     ptx::give_registers<40>();
     if (ptx::thread() == 0) {
       Producer<P> producer(p, memory, rank);
-      for (int i = ptx::block() / size; i < p.schedule.count(); i += step) producer.tile(p.schedule.at(i, rank));
+      producer.tiles(ptx::blocks() / size);
     }
     ptx::sync_warp();
   } else {
     ptx::take_registers<232>();
     Consumer<P> consumer{p, memory, warp / 4 - 1, ptx::thread() % 128};
-    for (int i = ptx::block() / size; i < p.schedule.count(); i += step) consumer.tile(p.schedule.at(i, rank));
-    ptx::store_wait_read<0>();
+    consumer.tiles(rank);
   }
   if (size > 1) ptx::sync_cluster();  // a neighbour may still write or arrive here
 }
 
-#ifndef FUSED_PEFT_EMULATE
-template <class P>
-__global__ void __launch_bounds__(THREADS, 1) gemm(const __grid_constant__ Parameters p) {
-  run<P>(p);
-}
 #endif
 
 }  // namespace fused_peft
+
+// One compiled plan: what fused_peft/backends/plans.py puts into a source file of its own.
+#ifdef __CUDACC__
+#define FUSED_PEFT_KERNEL(NAME, ...)                                                                              \
+  extern "C" __global__ void __launch_bounds__(fused_peft::THREADS, 1)                                            \
+      fused_peft_##NAME(const __grid_constant__ fused_peft::Parameters p) {                                       \
+    using namespace fused_peft;                                                                                   \
+    run<Plan<__VA_ARGS__>>(p);                                                                                    \
+  }
+#endif

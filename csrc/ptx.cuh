@@ -1,21 +1,24 @@
 // One named function an instruction of sm_90a. Shared memory is addressed by its 32-bit window; csrc/emulator.h has the
 // same functions for the CPU.
+//
+// No header of CUDA's or of C++'s is needed, so that NVRTC alone compiles this; the host's side sees the types only.
 #pragma once
-#include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-#include <type_traits>
-
-#define FUSED_PEFT_DEVICE __device__ __forceinline__
+#include "dropout.cuh"
 
 namespace fused_peft {
 
-using TensorMap = CUtensorMap;
-using bf16 = __nv_bfloat16;
-using fp16 = __half;
+struct alignas(64) TensorMap {  // CUtensorMap
+  uint64_t words[16];
+};
+struct bf16 {};
+struct fp16 {};
 
+}  // namespace fused_peft
+
+#ifdef __CUDACC__
+#define FUSED_PEFT_DEVICE __device__ __forceinline__
+
+namespace fused_peft {
 namespace ptx {
 
 // where am I
@@ -75,6 +78,16 @@ FUSED_PEFT_DEVICE void barrier_arrive(uint32_t barrier, int rank) {
       "mapa.shared::cluster.u32 there, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
       "r"(rank)
+      : "memory");
+}
+// A word into the shared memory of a block of the cluster; it counts as 4 bytes on the barrier there.
+FUSED_PEFT_DEVICE void send(uint32_t word, uint32_t to, uint32_t barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 there, then;\n"
+      "mapa.shared::cluster.u32 there, %1, %3;\n"
+      "mapa.shared::cluster.u32 then, %2, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %0, [then];\n}" ::"r"(word),
+      "r"(to), "r"(barrier), "r"(rank)
       : "memory");
 }
 FUSED_PEFT_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -155,11 +168,19 @@ template <class T>
 FUSED_PEFT_DEVICE float2 unpack(uint32_t both);
 template <>
 FUSED_PEFT_DEVICE float2 unpack<bf16>(uint32_t both) {
-  return __bfloat1622float2(*reinterpret_cast<__nv_bfloat162*>(&both));
+  float2 two;
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.bf16 %0, low;\ncvt.f32.bf16 %1, high;\n}"
+      : "=f"(two.x), "=f"(two.y)
+      : "r"(both));
+  return two;
 }
 template <>
 FUSED_PEFT_DEVICE float2 unpack<fp16>(uint32_t both) {
-  return __half22float2(*reinterpret_cast<__half2*>(&both));
+  float2 two;
+  asm("{\n.reg .f16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+      : "=f"(two.x), "=f"(two.y)
+      : "r"(both));
+  return two;
 }
 
 // global and shared memory
@@ -176,14 +197,21 @@ template <class T>
 FUSED_PEFT_DEVICE void write(T* to, T value) {
   *to = value;
 }
-FUSED_PEFT_DEVICE uint32_t read_acquire(const uint32_t* from) {
+// what others write meanwhile; it orders nothing
+FUSED_PEFT_DEVICE uint32_t peek(const uint32_t* from) {
   uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
 }
 FUSED_PEFT_DEVICE uint32_t add(uint32_t* to, uint32_t value) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(to), "r"(value) : "memory");
+  return before;
+}
+// the next of a count from zero; nothing else is ordered by it
+FUSED_PEFT_DEVICE uint32_t take(uint32_t* counter) {
+  uint32_t before;
+  asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
   return before;
 }
 FUSED_PEFT_DEVICE void pause() { __nanosleep(64); }
@@ -199,8 +227,9 @@ FUSED_PEFT_DEVICE void products_wait() {
 
 #define WGMMA_8 \
   "%0, %1, %2, %3, %4, %5, %6, %7"
-#define WGMMA_32 WGMMA_8 ", " \
-  "%8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, " \
+#define WGMMA_16 WGMMA_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define WGMMA_32 WGMMA_16 ", " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, " \
   "%28, %29, %30, %31"
 #define WGMMA_64 WGMMA_32 ", " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
@@ -213,8 +242,9 @@ FUSED_PEFT_DEVICE void products_wait() {
   "%113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define WGMMA_D8 \
   "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
-#define WGMMA_D32 WGMMA_D8, \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+#define WGMMA_D16 WGMMA_D8, \
+  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+#define WGMMA_D32 WGMMA_D16, \
   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
 #define WGMMA_D64 WGMMA_D32, \
@@ -248,6 +278,7 @@ FUSED_PEFT_DEVICE void products_wait() {
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(ACROSS))
 #define WGMMA_NEXT_10 "11"
 #define WGMMA_NEXT_13 "14"
+#define WGMMA_NEXT_18 "19"
 #define WGMMA_NEXT_34 "35"
 #define WGMMA_NEXT_37 "38"
 #define WGMMA_NEXT_66 "67"
@@ -258,13 +289,22 @@ FUSED_PEFT_DEVICE void products_wait() {
 #define WGMMA_NEXT_133 "134"
 #define WGMMA_NEXT(I) WGMMA_NEXT_##I
 
+template <class T>
+constexpr bool IS_BF16 = false;
+template <>
+constexpr bool IS_BF16<bf16> = true;
+
 // ACROSS: b lies with K across, in blocks of 64 columns
 template <class T, int N, int ACROSS>
 FUSED_PEFT_DEVICE void product(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
-  constexpr bool BF16 = std::is_same_v<T, bf16>;
+  constexpr bool BF16 = IS_BF16<T>;
   if constexpr (N == 16) {
     if constexpr (BF16) WGMMA_SHARED(16, 8, 8, 9, 10, "bf16");
     else WGMMA_SHARED(16, 8, 8, 9, 10, "f16");
+  }
+  else if constexpr (N == 32) {
+    if constexpr (BF16) WGMMA_SHARED(32, 16, 16, 17, 18, "bf16");
+    else WGMMA_SHARED(32, 16, 16, 17, 18, "f16");
   }
   else if constexpr (N == 64) {
     if constexpr (BF16) WGMMA_SHARED(64, 32, 32, 33, 34, "bf16");
@@ -287,7 +327,7 @@ FUSED_PEFT_DEVICE void product(float (&d)[N / 2], uint64_t a, uint64_t b, int ac
 // a: the 64 x 16 operand in registers, as load_matrices gives it
 template <class T, int N, int ACROSS>
 FUSED_PEFT_DEVICE void product(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-  constexpr bool BF16 = std::is_same_v<T, bf16>;
+  constexpr bool BF16 = IS_BF16<T>;
   if constexpr (N == 128) {
     if constexpr (BF16) WGMMA_REGISTERS(128, 64, 64, 65, 66, 67, 68, 69, "bf16");
     else WGMMA_REGISTERS(128, 64, 64, 65, 66, 67, 68, 69, "f16");
@@ -304,3 +344,4 @@ FUSED_PEFT_DEVICE void product(float (&d)[N / 2], const uint32_t (&a)[4], uint64
 
 }  // namespace ptx
 }  // namespace fused_peft
+#endif

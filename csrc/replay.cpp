@@ -6,8 +6,6 @@
 // number and flag, and which gradients are wanted. `fused_peft/backends/replay.py` makes plans and says what a class has
 // none for; there the call goes to Python, as it does the first time. `linear` is the differentiable call itself.
 
-#include <dlfcn.h>
-
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -24,6 +22,8 @@
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include "driver.h"
+
 namespace py = pybind11;
 using at::Tensor;
 using Tensors = std::vector<Tensor>;
@@ -31,53 +31,12 @@ using Key = std::vector<int64_t>;
 
 namespace {
 
-// ---- the driver, without its headers
+using fused_peft::driver;
 
-using Launch = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**, void**);
-using Encode = int (*)(void*, int, uint32_t, void*, const uint64_t*, const uint64_t*, const uint32_t*, const uint32_t*,
-                       int, int, int, int);
-using ErrorString = int (*)(int, const char**);
-using GetContext = int (*)(void**);
-using SetContext = int (*)(void*);
-using Primary = int (*)(void**, int);
-
-struct Driver {
-    Launch launch = nullptr;
-    Encode encode = nullptr;
-    ErrorString error_string = nullptr;
-    GetContext get_context = nullptr;
-    SetContext set_context = nullptr;
-    Primary primary = nullptr;
-
-    void open(const std::string& library) {
-        void* handle = dlopen(library.c_str(), RTLD_LAZY);
-        TORCH_CHECK(handle, "the CUDA driver cannot be opened: ", dlerror());
-        launch = reinterpret_cast<Launch>(dlsym(handle, "cuLaunchKernel"));
-        encode = reinterpret_cast<Encode>(dlsym(handle, "cuTensorMapEncodeTiled"));
-        error_string = reinterpret_cast<ErrorString>(dlsym(handle, "cuGetErrorString"));
-        get_context = reinterpret_cast<GetContext>(dlsym(handle, "cuCtxGetCurrent"));
-        set_context = reinterpret_cast<SetContext>(dlsym(handle, "cuCtxSetCurrent"));
-        primary = reinterpret_cast<Primary>(dlsym(handle, "cuDevicePrimaryCtxRetain"));
-        TORCH_CHECK(launch && encode && error_string && get_context && set_context && primary, library,
-                    " lacks a function of CUDA 12");
-    }
-
-    // A thread of autograd's may have no context yet: PyTorch sets a device only where it is not the current one.
-    void bind(int device) const {
-        void* context = nullptr;
-        check(get_context(&context), "asking for the CUDA context");
-        if (context) return;
-        check(primary(&context, device), "retaining the CUDA context");
-        check(set_context(context), "setting the CUDA context");
-    }
-
-    void check(int result, const std::string& what) const {
-        if (!result) return;
-        const char* said = nullptr;
-        error_string(result, &said);
-        TORCH_CHECK(false, what, " failed: ", said ? said : "unknown error", " (", result, ")");
-    }
-} driver;
+template <class... What>
+void check(fused_peft::Status wrong, const What&... what) {
+    TORCH_CHECK(!wrong, what..., " failed: ", wrong);
+}
 
 // ---- plans
 
@@ -105,6 +64,8 @@ struct Parameter {
     int map;  // index of a tensor map, -1: a pointer
 };
 
+using Function = fused_peft::Status (*)(const void*);  // of one struct; csrc/host.cpp's
+
 struct Step {
     int64_t out = -1;  // the slot that it fills
     std::vector<int64_t> last;  // slots that no later step reads
@@ -121,6 +82,9 @@ struct Step {
     std::vector<uint32_t> starts;  // of each parameter in bytes
     std::vector<Parameter> parameters;
     std::vector<TensorMap> maps;
+    // a function in C that launches what it is given: the struct in ``bytes``, its pointers in ``parameters``
+    Function host = nullptr;
+    uint32_t stream_at = 0;
     // a PyTorch operation, or a function of Python on tensors
     c10::optional<c10::OperatorHandle> operation;
     std::vector<c10::IValue> arguments;
@@ -150,15 +114,26 @@ void launch(const Step& step, const Tensors& slots, void* stream) {
         } else {
             const TensorMap& m = step.maps[p.map];
             const uint32_t ones[2] = {1, 1};
-            driver.check(driver.encode(buffer + p.at, m.dtype, 2, data, m.sizes, m.row_bytes, m.box, ones, 0, m.swizzle,
-                                       2 /* L2 promotion: 128 bytes */, 0),
-                         "a tensor map for " + step.name);
+            const int result = driver.encode(buffer + p.at, m.dtype, 2, data, m.sizes, m.row_bytes, m.box, ones, 0,
+                                             m.swizzle, 2 /* L2 promotion: 128 bytes */, 0);
+            check(driver.said(result), "a tensor map for ", step.name);
         }
     }
     for (size_t i = 0; i < step.starts.size(); ++i) pointers[i] = buffer + step.starts[i];
-    driver.check(driver.launch(step.function, step.grid[0], step.grid[1], step.grid[2], step.threads, 1, 1, step.shared,
-                               stream, pointers, nullptr),
-                 "the launch of " + step.name);
+    check(driver.said(driver.launch(step.function, step.grid[0], step.grid[1], step.grid[2], step.threads, 1, 1,
+                                    step.shared, stream, pointers, nullptr)),
+          "the launch of ", step.name);
+}
+
+void start(const Step& step, const Tensors& slots, void* stream) {
+    alignas(64) char buffer[MOST];
+    std::memcpy(buffer, step.bytes.data(), step.bytes.size());
+    for (const Parameter& p : step.parameters) {
+        char* data = static_cast<char*>(slots[p.slot].data_ptr()) + p.offset;
+        std::memcpy(buffer + p.at, &data, sizeof(data));
+    }
+    std::memcpy(buffer + step.stream_at, &stream, sizeof(stream));
+    check(step.host(buffer), "the launch of ", step.name);
 }
 
 void call(const Step& step, Tensors& slots) {
@@ -186,7 +161,7 @@ Tensors run(const Plan& plan, const Tensors& inputs) {
         if (t.defined() && (on = &t)) break;
     if (on && on->is_cuda()) {
         guard.reset_device(on->device());
-        driver.bind(on->device().index());
+        check(driver.bind(on->device().index()), "binding the CUDA context");
         const c10::impl::VirtualGuardImpl of_device(c10::DeviceType::CUDA);
         stream = of_device.getStreamNativeHandle(of_device.getStream(on->device()));
     }
@@ -195,6 +170,8 @@ Tensors run(const Plan& plan, const Tensors& inputs) {
     for (const Step& step : plan.steps) {
         if (step.function)
             launch(step, slots, stream);
+        else if (step.host)
+            start(step, slots, stream);
         else if (step.operation || step.function_of_python)
             call(step, slots);
         else
@@ -535,6 +512,17 @@ void add_launch(Plan& plan, const std::string& name, py::object kernel, std::vec
     plan.steps.push_back(std::move(step));
 }
 
+// pointers: (place in the struct, Ref)
+void add_call(Plan& plan, const std::string& name, int64_t function, const std::string& bytes, uint32_t stream_at,
+              const std::vector<std::pair<uint32_t, Ref>>& pointers) {
+    Step step;
+    step.name = name, step.host = reinterpret_cast<Function>(function), step.stream_at = stream_at;
+    TORCH_CHECK(function && bytes.size() <= MOST, "no function that can be called: ", name);
+    step.bytes.assign(bytes.begin(), bytes.end());
+    for (const auto& [at, ref] : pointers) step.parameters.push_back({at, ref.slot, ref.offset, -1});
+    plan.steps.push_back(std::move(step));
+}
+
 // The outputs, and after which step each slot that Python did not give can go.
 void finish(Plan& plan, std::vector<c10::optional<Ref>> outputs, int64_t inputs) {
     plan.outputs = std::move(outputs);
@@ -567,9 +555,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         .def("operation", add_operation)
         .def("function", add_function)
         .def("launch", add_launch)
+        .def("call", [](Plan& plan, const std::string& name, int64_t function, py::bytes bytes, uint32_t stream_at,
+                        const std::vector<std::pair<uint32_t, Ref>>& pointers) {
+            add_call(plan, name, function, bytes, stream_at, pointers);
+        })
         .def("finish", finish)
         .def_property_readonly("steps", [](const Plan& plan) { return plan.steps.size(); });
-    m.def("open", [](const std::string& library) { driver.open(library); });
+    m.def("open", [](const std::string& library) { check(driver.open(library.c_str()), "opening the CUDA driver"); });
     m.def("start", [](py::object callback) { python = std::move(callback); });
     m.def("forget", [] {
         std::lock_guard<std::mutex> lock(mutex);

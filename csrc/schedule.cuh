@@ -1,8 +1,6 @@
 // Index arithmetic of the GEMM, host and device: order of tiles, pipeline stages and phases, edges, layouts in registers
 // and shared memory. Plain integers in and out, so that unit tests run it on the CPU.
 #pragma once
-#include <cstdint>
-
 #include "dropout.cuh"
 
 namespace fused_peft {
@@ -34,9 +32,11 @@ struct Tile {
 
 // Which tile a block computes at its i-th turn. Clusters take neighbouring tiles: along M they share W's tile, along N
 // x's. Tiles of clusters are visited in bands of ``group`` rows, columns slowly, so that a wave reuses both operands in
-// L2; the first column of a band comes first in it. The last cluster of a row or column may reach past the edge.
+// L2; with ``column_first`` the first column of all bands comes before the rest, so that what others wait for is begun
+// before any of them. The last cluster of a row or column may reach past the edge.
 struct Schedule {
   int tiles_m, tiles_n, cluster_m, cluster_n, group;
+  bool column_first = false;
 
   FUSED_PEFT_HOST_DEVICE int rows() const { return ceil_div(tiles_m, cluster_m); }
   FUSED_PEFT_HOST_DEVICE int columns() const { return ceil_div(tiles_n, cluster_n); }
@@ -53,10 +53,15 @@ struct Schedule {
 
   // The tile of the block with that rank in its cluster, at a place in the clusters' order.
   FUSED_PEFT_HOST_DEVICE Tile at(int index, int rank) const {
-    int band = index / (group * columns()), first = band * group;
-    int height = rows() - first < group ? rows() - first : group;
-    int inside = index - first * columns();
-    int row = first + inside % height, column = inside / height;
+    int from = column_first ? 1 : 0, wide = columns() - from;  // the columns in bands
+    int row = index, column = 0;
+    if (index >= from * rows()) {
+      index -= from * rows();
+      int band = index / (group * wide), first = band * group;
+      int height = rows() - first < group ? rows() - first : group;
+      int inside = index - first * wide;
+      row = first + inside % height, column = from + inside / height;
+    }
     return {row * cluster_m + rank % cluster_m, column * cluster_n + rank / cluster_m};
   }
 };

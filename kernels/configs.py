@@ -7,7 +7,7 @@ Nothing is tuned while a model runs: ``bench/tune.py`` does that.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 SHARED = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
@@ -19,7 +19,7 @@ class Config:
 
     late: the TMA kernel adds the low-rank phase after the K loop instead of before. flatten: its tile loop and K loop
     are one loop to the pipeliner. cluster: blocks of the CUDA kernel that share the wider operand's tile. fuse: a
-    product and the sum that it goes into may be rounded as one.
+    product and the sum that it goes into may be rounded as one. inline: the CUDA kernel makes x Aᵀ too, where it can.
     """
 
     BM: int
@@ -32,6 +32,7 @@ class Config:
     flatten: bool = False
     cluster: int = 1
     fuse: bool = True
+    inline: bool = False
 
 
 CLOSED_FORMS: dict[str, Callable[..., Config]] = {}  # by kernel, once its file is imported
@@ -78,8 +79,18 @@ def key(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: 
     return f"{kind} sm_{arch[0]}{arch[1]} {bits} {bucket(M)} {N} {K} {rank_tile(r, 512) if r else 0}"
 
 
+_insisted: dict[str, dict] = {}  # fields by kernel
+
+
+def insist(kind: str, **fields) -> None:
+    """Every config of the kernel has these fields until the next call, which takes them back: for who measures."""
+    _insisted[kind] = fields
+    choose.cache_clear()
+
+
 @cache
 def choose(kind: str, arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int = 16) -> Config:
     """The tuned config of the shape's bucket, else the closed form; bits: of an element of x."""
     tuned = table().get(key(kind, arch, bits, M, N, K, r))
-    return Config(*tuned) if tuned else CLOSED_FORMS[kind](arch, bits, M, N, K, r)
+    found = Config(*tuned) if tuned else CLOSED_FORMS[kind](arch, bits, M, N, K, r)
+    return replace(found, **_insisted.get(kind, {}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -87,9 +88,20 @@ def arch_of(device: torch.device) -> tuple[int, int]:
     return _properties(device.index)[0] if device.type == "cuda" else (9, 0)
 
 
+@cache
+def most_processors() -> float:
+    """FUSED_PEFT_SMS: streaming multiprocessors that a persistent GEMM takes at most, so that NCCL's kernels, for one,
+    find some free. Raises ValueError where it is no positive integer."""
+    said = os.environ.get("FUSED_PEFT_SMS", "")
+    if said and not (said.isdecimal() and int(said)):
+        raise ValueError(f"FUSED_PEFT_SMS={said!r} must be a positive integer, or unset for all of the GPU")
+    return int(said) if said else float("inf")
+
+
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; an H200's where there is no GPU to ask."""
-    return _properties(device.index)[1] if device.type == "cuda" else 132
+    """Streaming multiprocessors to fill; an H200's where there is no GPU to ask."""
+    there = _properties(device.index)[1] if device.type == "cuda" else 132
+    return min(there, most_processors())
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -117,9 +129,13 @@ def submit(kernel, grid: tuple[int, ...], args: dict[str, Any], config: Config, 
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, config))
         return
-    compiled = start(kernel, grid, args, config, device)
+    tell(kernel, grid, args, config, start(kernel, grid, args, config, device))
+
+
+def tell(*launch) -> None:
+    """Tell this thread's listener, if it has one, of a launch that ``submit`` did not make, as ``submit`` tells."""
     if (listener := getattr(_told, "listener", None)) is not None:
-        listener(kernel, grid, args, config, compiled)
+        listener(*launch)
 
 
 def start(kernel, grid: tuple[int, ...], args: dict[str, Any], config: Config, device: torch.device):

@@ -23,10 +23,10 @@ if not torch.cuda.is_available():
     dispatch.ON_GPU.clear()  # tests that speak of a GPU build nothing for it
 
 # what compiles, starts processes or trains for long: `make check` leaves it out
-SLOW = """accelerate accelerate_api accelerate_embedding accelerate_methods aot bench calibrate checks compile
-configs cuda decode distributed embedding estimate examples experts experts_peft export gpu grouped_kernels isolated
-kernel_mutations layers merged messages methods ops packaging peft_files peft_interop peft_methods plot prompt reads
-register replay roofline round_trip schedule selftest trainable_copies trainer triton trl zero3"""
+SLOW = """accelerate accelerate_api accelerate_embedding accelerate_methods aot bench calibrate checks compile configs
+cuda decode distributed embedding estimate examples experts experts_peft export gpu grouped_kernels isolated
+kernel_mutations layers merged messages methods nvrtc ops packaging peft_files peft_interop peft_methods plot prompt
+reads register replay roofline round_trip schedule selftest trainable_copies trainer triton trl zero3"""
 SLOW_FILES = {f"test_{name}" for name in SLOW.split()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fused_peft.backends import extension
-from fused_peft.backends.extension import KINDS, Call, Plan
+from fused_peft.backends.plans import KINDS, Call, Plan
 from fused_peft.core.dropout import keep_mask
 from fused_peft.tools import verify
 
@@ -38,8 +38,7 @@ class Gemm:
     ):
         (M, N, K, R), plan, dtype = self.sizes, self.plan, self.x.dtype
         y, z, t = (torch.full((M, n), torch.nan, dtype=dtype, device=self.device) for n in (N, N, R))
-        flags = torch.zeros(M // plan.BM + 2, dtype=torch.int32, device=self.device)
-        of = {"s": self.s} if plan.form != "INLINE" else {"a": self.a, "t": t, "flags": flags}
+        of = {"s": self.s} if plan.form != "INLINE" else {"a": self.a, "t": t}
         if plan.form == "SCALED":
             of |= {"d_in": self.d_in, "d_in_kind": KINDS[self.d_in.dtype]}
         if vectors:
@@ -52,9 +51,9 @@ class Gemm:
             x=self.x, w=self.w, b=self.b, seed=self.seed, **of, **strides, M=M, N=N, K=K, R=R, threshold=self.threshold,
             dtype=KINDS[dtype], bias_inside=inside, across=plan.across, cluster_m=cluster[0], cluster_n=cluster[1],
             group=group, processors=processors, seed_of_order=order, stream=self.stream(),
+            overlap=plan.form != "INLINE",
         )  # fmt: skip
         start(plan, call)
-        assert not flags.any(), "flags are left raised"
         found = {"y": y, "z": z} | ({"t": t} if plan.form == "INLINE" else {})
         return {name: out for name, out in found.items() if name == "t" or name in want}
 

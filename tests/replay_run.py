@@ -10,18 +10,22 @@ from cases import CASES, Shape
 from oracle import build
 
 import fused_peft as fp
-from fused_peft.backends import replay
+from fused_peft.backends import extension, replay
 from fused_peft.backends.triton import kernels
 from fused_peft.core import ops
 
 SHAPES = Shape((3, 64), 256, 320, 16), Shape((24,), 200, 136, 8)  # through TMA, and not
 driver = standin.install()
+standin.take_csrc(driver)
 launch, from_python = kernels().launch, []
 start = launch.start
 
 
 def watched(*args):
     compiled = start(*args)
+    if isinstance(compiled, extension.Started):
+        from_python.append(compiled.name)
+        return compiled
     driver.layout(compiled.function, replay.parameter_sizes(compiled.asm["ptx"]))
     from_python.append(args[0].__name__)
     return compiled
@@ -35,10 +39,19 @@ def told(launches, tensors):
         for i, t in enumerate(tensors):
             if t.data_ptr() <= at < t.data_ptr() + t.nbytes:
                 return i, at - t.data_ptr(), data[8:].hex()
-        return "made" if at > 1 << 32 else at, data[8:].hex()
+        return "made" if at > 1 << 45 else at, data[8:].hex()
+
+    def split(p: bytes):
+        """csrc/'s kernels take one struct, of tensor maps, pointers and numbers."""
+        return [p[i : i + 8] for i in range(0, len(p), 8)] if len(p) > 8 and len(p) != 128 else [p]
 
     return [
-        (function, shape, shared, [place(p) if len(p) in (8, 128) else p.hex() for p in parameters])
+        (
+            function,
+            shape,
+            shared,
+            [place(p) if len(p) in (8, 128) else p.hex() for whole in parameters for p in split(whole)],
+        )
         for function, shape, shared, parameters in launches
     ]
 

@@ -14,17 +14,18 @@ static void check(bool holds, int line, const char* what) {
 }
 #define CHECK(...) check((__VA_ARGS__), __LINE__, #__VA_ARGS__)
 
-// Every tile once, in bands, whole clusters, nothing idle.
-static void order_of_tiles() {
+// Every tile once, in bands, whole clusters, nothing idle. INLINE: a tile's first column is drawn before the tile, in the
+// order itself and so by however many clusters that each take the next one.
+static void order_of_tiles(bool column_first) {
   const int clusters[][2] = {{1, 1}, {2, 1}, {1, 2}};
   for (auto& c : clusters)
     for (int tiles_m = 1; tiles_m <= 9; ++tiles_m)
       for (int tiles_n = 1; tiles_n <= 9; ++tiles_n)
         for (int group = 1; group <= 5; ++group) {
-          Schedule s{tiles_m, tiles_n, c[0], c[1], group};
+          Schedule s{tiles_m, tiles_n, c[0], c[1], group, column_first};
           std::vector<int> seen(s.padded_m() * s.padded_n());
           std::vector<int> first_seen(s.padded_m(), -1);
-          int band_before = 0;
+          int band_before = -1, column_before = 0;
           for (int i = 0; i < s.count(); ++i)
             for (int rank = 0; rank < s.size(); ++rank) {
               Tile t = s.at(i, rank);
@@ -34,12 +35,18 @@ static void order_of_tiles() {
               Tile head = s.at(i, 0);
               if (c[0] == 2) CHECK(t.n == head.n && t.m == head.m + rank);
               if (c[1] == 2) CHECK(t.m == head.m && t.n == head.n + rank);
-              // a band is finished before the next begins; INLINE: the first column's turn is never after another's
-              int band = t.m / c[0] / group;
-              CHECK(band >= band_before);
+              int row = t.m / c[0], column = t.n / c[1], band = row / group;
+              if (t.n == 0) first_seen[t.m] = i;
+              CHECK(first_seen[t.m] >= 0 && first_seen[t.m] + (column > 0) <= i);
+              if (column_first && i < s.rows()) {
+                CHECK(column == 0 && row == i);
+                continue;
+              }
+              // a band is finished before the next begins, and in it a column before the next
+              CHECK(band > band_before || (band == band_before && column >= column_before));
+              CHECK(!column_first || column > 0);
               band_before = band;
-              if (t.n == 0 && first_seen[t.m] < 0) first_seen[t.m] = i;
-              CHECK(first_seen[t.m] >= 0 && first_seen[t.m] <= i);
+              column_before = column;
             }
           for (int n : seen) CHECK(n == 1);
           CHECK(s.padded_m() >= tiles_m && s.padded_m() < tiles_m + c[0]);
@@ -138,7 +145,7 @@ static void rank() {
 }
 
 int main() {
-  order_of_tiles();
+  for (bool column_first : {false, true}) order_of_tiles(column_first);
   ring();
   swizzle();
   registers();

@@ -13,6 +13,7 @@ import torch
 import fused_peft as fp
 from fused_peft.__main__ import main
 from fused_peft.core import dispatch, records
+from fused_peft.core.operands import Problem
 from fused_peft.tools import calibrate
 from fused_peft.tools.isolated import Failure
 
@@ -113,6 +114,46 @@ def test_the_fastest_is_chosen(gpu, clock, fastest):
         )
     assert chosen(m, 40)[0] == fastest  # the nearest
     assert "predicted" in chosen(m, 400)[1]
+
+
+@pytest.mark.parametrize(
+    ("inside", "before", "kept"), [(1.0, 2.0, True), (2.0, 1.0, False), (2.0, 1.99, True), (1.99, 2.0, True)]
+)
+def test_where_the_cuda_kernel_makes_T_is_measured(inside, before, kept, gpu, clock, monkeypatch):
+    monkeypatch.setitem(dispatch._priority, "cpu", ["cuda", "triton"])
+    cuda = dispatch.backends()["cuda"]
+    monkeypatch.setattr("fused_peft.backends.cuda._broken", lambda emulated: None)
+    monkeypatch.setattr(type(cuda), "available", lambda self: [])
+    tested = []
+    monkeypatch.setattr(calibrate.selftest, "failure", lambda name, p, d: tested.append((name, usual().inline)))
+    clock(**{"cuda INLINE": inside, "cuda LATE": before, "triton": 3.0})
+    usual = lambda: calibrate.configs.choose("gemm_cuda", (9, 0), 16, 128, 64, 72, 8)  # noqa: E731
+    assert usual().inline
+    found = fp.calibrate(
+        model(fp.LoraConfig(r=8, target_modules=["0"]), (72, 64), torch.float16), rows=(128,), seconds=600, apart=False
+    )
+    assert {("cuda", True), ("cuda", False)} <= set(tested)
+    (call,) = found.record.calls
+    assert call["ms"]["cuda"] == (inside if kept else before)
+    assert not any(" " in name for name in call["ms"])
+    monkeypatch.setattr(calibrate.configs, "table", lambda: found.record.tiles)
+    calibrate.configs.choose.cache_clear()
+    assert usual().inline is kept
+    assert len(found.record.tiles) == (not kept)
+    monkeypatch.undo()
+    calibrate.configs.choose.cache_clear()
+
+
+@pytest.mark.parametrize("way", ["cuda INLINE", "cuda LATE", "triton"])
+def test_a_way_is_entered_and_left(way):
+    p = Problem("cpu", None, torch.float16, None, 128, 72, 64, 8, frozenset({"x", "w", "A", "B"}))
+    usual = calibrate.configs.choose("gemm_cuda", (9, 0), 16, 128, 64, 72, 8)
+    calibrate.enter(way, p)
+    assert dispatch.forced() == way.split()[0]
+    now = calibrate.configs.choose("gemm_cuda", (9, 0), 16, 128, 64, 72, 8)
+    assert now.inline is {"cuda INLINE": True, "cuda LATE": False}.get(way, usual.inline)
+    calibrate.enter("eager", p)
+    assert calibrate.configs.choose("gemm_cuda", (9, 0), 16, 128, 64, 72, 8) == usual
 
 
 def test_a_tie_goes_to_the_fused_kernel(gpu, clock):

@@ -9,6 +9,7 @@ Off by default, as ``hopper`` says.
 
 from __future__ import annotations
 
+import ctypes
 from functools import cache
 
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from ..core.operands import Problem
 from ..kernels import configs
-from . import extension, hopper
+from . import extension, hopper, plans, rates
 from . import triton as base
-from .extension import KINDS, Call, Cast, Factor, Plan
 from .hopper import HALF, LEAST
 from .hopper import rows as _rows
+from .plans import CAST, KINDS, Call, Cast, Factor, Plan
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -29,10 +30,15 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 def config_of_gemm(arch: tuple[int, int], bits: int, M: int, N: int, K: int, r: int) -> configs.Config:
     tiles = configs.tiles
     waves = lambda tile: tiles(tiles(M, tile[0]) * tiles(N, tile[1]), 132) * tile[0] * tile[1]  # noqa: E731
-    BM, BN = min(extension.TILES, key=waves)
+    BM, BN = min(plans.TILES, key=waves)
     paired = tiles(M, BM) if BN >= BM else tiles(N, BN)  # an odd one out is computed for nothing
     whole = tiles(M, BM) * tiles(N, BN) >= 132 and (paired % 2 == 0 or paired >= 16)
-    return configs.Config(BM, BN, 64, 12, 4, cluster=2 if whole else 1)
+    inline = 0 < r <= max(plans.INNER) and rates.inlines(M, K, r, BM)
+    return configs.Config(BM, BN, 64, 12, 4, cluster=2 if whole else 1, inline=inline)
+
+
+def config_for(device: torch.device, M: int, N: int, K: int, r: int) -> configs.Config:
+    return configs.choose("gemm_cuda", base.kernels().launch.arch_of(device), 16, M, N, K, r)
 
 
 class _Gemm:
@@ -44,36 +50,24 @@ class _Gemm:
         "bias_inside", "across", "form", "inner", "overlap", "BM", "BN", "group", "cluster",
     )  # fmt: skip
 
-    def __init__(self):
-        self._flags: dict[tuple, Tensor] = {}
-
     def __getitem__(self, grid):
         return lambda **args: self._start(grid, **args)
 
-    def _start(self, grid, form, inner, BM, BN, cluster, num_warps, num_stages, enable_fp_fusion, **args) -> None:
+    def _start(self, grid, form, inner, BM, BN, cluster, num_warps, num_stages, enable_fp_fusion, **args):
         x = args["x"]
         plan = Plan(NAMES[x.dtype], BM, BN, args["across"], form, inner)
         cluster_m, cluster_n = (cluster, 1) if BN >= BM else (1, cluster)
         vectors = {f"{n}_kind": KINDS[args[n].dtype] for n in ("d_in", "d_out", "bias") if args[n] is not None}
         pairs = ((n, args[n]) for n in ("x", "w", "s", "b", "a"))
         rows = {f"{n}_stride": t.stride(0) for n, t in pairs if t is not None}
-        flags = self._flags_for(x, BM) if form == "INLINE" else None
         call = Call(
             **args, **vectors, **rows, dtype=KINDS[x.dtype], cluster_m=cluster_m, cluster_n=cluster_n,
-            processors=grid[0], flags=flags, seed_of_order=EMULATOR["seed"],
+            processors=grid[0], seed_of_order=EMULATOR["seed"], device=x.device.index,
             stream=base.kernels().launch.stream(x.device),
         )  # fmt: skip
         extension.call(plan.name, call, not x.is_cuda)
-
-    def _flags_for(self, x: Tensor, BM: int) -> Tensor:
-        """Zeros, one a row of tiles, which the kernel leaves zero: one buffer a stream, or of its own in a graph."""
-        n = -(-x.shape[0] // BM) + 1  # a cluster may reach one past the edge
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return torch.zeros(n, dtype=torch.int32, device=x.device)
-        key = x.device, base.kernels().launch.stream(x.device)
-        if key not in self._flags or self._flags[key].numel() < n:
-            self._flags[key] = torch.zeros(max(n, 1024), dtype=torch.int32, device=x.device)
-        return self._flags[key]
+        pointers = {getattr(Call, n).offset: t for n, t in args.items() if isinstance(t, Tensor)}
+        return extension.Started(plan.name, call, not x.is_cuda, pointers)
 
 
 GEMM = _Gemm()
@@ -82,9 +76,9 @@ EMULATOR = {"seed": 0, "processors": 4}  # the emulator's order of events, and h
 
 @cache
 def _broken(emulated: bool) -> str | None:
-    """Why the library is not to be had; builds it to know."""
+    """Why csrc/ is not to be had; builds what every call needs to know."""
     try:
-        extension.library(emulated)
+        extension.probe(emulated)
     except extension.BuildError as e:
         return str(e)
     return None
@@ -109,11 +103,13 @@ def fits(x, w, N: int, update, c, d_in, d_out, bias, mask, dual: bool, u) -> boo
 
 def _cast(x: Tensor, *factors: tuple[Tensor, float]) -> list[Tensor]:
     """Each factor times its scale as contiguous rows of x's dtype, rounded once; one that is so already as it is."""
-    launch, found, jobs = base.kernels().launch, [], []
+    launch, found, jobs, pointers = base.kernels().launch, [], [], {}
     for t, scale in factors:
         fine = t.dtype == x.dtype and scale == 1 and _rows(t)
         found.append(t if fine else torch.empty(t.shape, dtype=x.dtype, device=x.device))
         if not fine:
+            at = Cast.factors.offset + len(jobs) * ctypes.sizeof(Factor)
+            pointers |= {at + Factor.source.offset: t, at + Factor.to.offset: found[-1]}
             jobs.append(
                 Factor(
                     source=t, to=found[-1], row_stride=t.stride(0), column_stride=t.stride(1), rows=t.shape[0],
@@ -121,22 +117,24 @@ def _cast(x: Tensor, *factors: tuple[Tensor, float]) -> list[Tensor]:
                 )
             )  # fmt: skip
     if jobs and not launch.recording():
-        cast = Cast(factors=(Factor * 2)(*jobs), dtype=KINDS[x.dtype], stream=launch.stream(x.device))
+        cast = Cast(
+            factors=(Factor * 2)(*jobs), dtype=KINDS[x.dtype], device=x.device.index, stream=launch.stream(x.device)
+        )
         with launch.on(x.device):
-            extension.call("cast", cast, not x.is_cuda)
+            extension.call(CAST, cast, not x.is_cuda)
+        launch.tell(None, None, None, None, extension.Started(CAST, cast, not x.is_cuda, pointers))
     return found
 
 
 def _inlines(r: int, mask, a, G, h: str, d_in) -> bool:
     """Whether T can be made inside the GEMM: nothing on x before it, nothing after it."""
     plain = mask is None and a is None and G is None and d_in is None and h == "identity"
-    return plain and r <= max(extension.INNER)
+    return plain and r <= max(plans.INNER)
 
 
 class Cuda(hopper.Hopper):
     name = "cuda"
     overlaps = True
-    replays = False  # csrc/ is called past ``launch``
 
     def available(self) -> list[str]:
         found = super().available()
@@ -172,7 +170,22 @@ class Cuda(hopper.Hopper):
             and _inlines(r, mask, o.a, o.G, o.h, o.d_in)
             and fits(x, o.w, o.w.shape[0], None, o.c, None, o.d_out, o.bias, None, False, None)
             and _rows(o.w)
+            and config_for(x.device, x.shape[0], *o.w.shape, r).inline
         )
+
+    def ways(self, p: Problem) -> dict[str, dict]:
+        """Where T can be made inside the GEMM or before it, both, for calibration to test and time: fields of its
+        config, by names that begin with the backend's."""
+        if p.present & {"a", "d_in", "c"} or p.G != "none" or p.h != "identity" or p.p or p.groups or p.stored:
+            return {}
+        if "w" not in p.present or p.M < LEAST or p.r % 8 or not 0 < p.r <= max(plans.INNER):
+            return {}
+        return {"cuda INLINE": {"inline": True}, "cuda LATE": {"inline": False}}
+
+    def tiles(self, p: Problem) -> tuple[str, configs.Config]:
+        """The key in a record's tiles that a call's forward GEMM goes by, and the config that it now has."""
+        of = "gemm_cuda", p.arch or (9, 0), 16, p.M, p.N, p.K, p.r
+        return configs.key(*of), configs.choose(*of)
 
     def product(
         self, x, w, like, update=None, c=None, d_in=None, d_out=None, bias=None, bias_inside=True, mask=None,
@@ -183,12 +196,12 @@ class Cuda(hopper.Hopper):
             return super().product(x, w, like, update, c, d_in, d_out, bias, bias_inside, mask, dual, u, want_y, want_z)
         inline, across = isinstance(update, k.gemm_lowrank.Inline), not _rows(w)
         R = 0 if update is None else update.B.shape[1]
-        arch, K = k.launch.arch_of(x.device), x.shape[1]
-        config = configs.choose("gemm_cuda", arch, 16, M, N, K, R)
+        K = x.shape[1]
+        config = config_for(x.device, M, N, K, R)
         inner = 0
         if inline:
-            inner = min(n for n in extension.INNER if n >= R)
-        BM, BN = extension.tile_for(config.BM, config.BN, inner)
+            inner = min(n for n in plans.INNER if n >= R)
+        BM, BN = plans.tile_for(config.BM, config.BN, inner)
         A = B = S = T = None
         if inline:
             B, A = _cast(x, (update.B, update.scale), (update.A, 1.0))
@@ -206,6 +219,8 @@ class Cuda(hopper.Hopper):
             "inner": inner, "overlap": S is not None, "BM": BM, "BN": BN, "group": config.group,
             "cluster": config.cluster,
         }  # fmt: skip
-        processors = k.launch.processors(x.device) if x.is_cuda else EMULATOR["processors"]
+        processors = k.launch.processors(x.device)
+        if not x.is_cuda:
+            processors = min(processors, EMULATOR["processors"])
         k.launch.submit(GEMM, (processors,), args, config, x.device)
         return k.gemm_lowrank.Result(y, z, None, T)

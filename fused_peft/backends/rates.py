@@ -34,6 +34,10 @@ GROUPED = 9, 5  # those of one on rows in groups: Triton's, and PyTorch's to che
 # seconds of the host: a call each way through autograd, and each launch; replayed (csrc/replay.cpp), and in Python
 REPLAYED, PLAIN = (50e-6, 4e-6), (60e-6, 6e-6)
 IN_PYTHON = 410e-6  # a fused call each way, through Triton's launcher
+# csrc/'s GEMM: seconds of a cycle, so that a tile of 128 x 256, 4096 deep, takes the 44.6 us measured on an H100; an
+# estimate of the cycles from a tile's last product on x to S in shared memory (T, fence, flag, poll, TMA); and of
+# ``down`` the bytes/s of x measured on 8192 rows, with an estimate of the seconds of the least launch
+CYCLE, HANDOVER, DOWN = 1 / 1.53e9, 3500, (2.36e12, 5e-6)
 replayed: Callable[[], bool] = lambda: True  # noqa: E731  whether calls are; the package replaces this function
 
 
@@ -142,6 +146,25 @@ def ratio(problem: Problem) -> float:
     """Predicted time with Triton's GEMM as a multiple of that with cuBLAS's, forward and backward."""
     fused, cublas, _ = seconds(problem)
     return fused / cublas
+
+
+def narrow(inner: int) -> float:
+    """Cycles of a product of 64 rows of x with so many of A, 16 deep: its operands come from shared memory, 128 bytes a
+    cycle, more slowly than the tensor cores multiply them."""
+    return max(inner / 2, 16 * (64 + inner) * 2 / 128)
+
+
+def down(M: int, K: int) -> float:
+    """Seconds of ``down``."""
+    return max(DOWN[1], 2 * M * K / DOWN[0])
+
+
+def inlines(M: int, K: int, r: int, BM: int, processors: int = 132) -> bool:
+    """Whether csrc/'s GEMM makes T itself and does not run after ``down``: where a tile of the first column, for which
+    all others wait once, is delayed by less than ``down`` takes. The handover counts twice, since nobody has measured
+    it. ``bench/hopper.py`` simulates both."""
+    first = BM // 64 * -(-K // 16) * narrow(max(16, 1 << (r - 1).bit_length())) + 2 * HANDOVER
+    return -(-M // (BM * processors)) * first * CYCLE < down(M, K)
 
 
 def _has_gemm(problem: Problem) -> bool:

@@ -30,10 +30,9 @@ from ..core.operands import TENSORS, Operands, Problem
 from ..core.ops import ACTIVATION_NAMES, FORWARD, NORM, OP_BACKWARD, OP_FORWARD
 from ..core.paths import source_dir
 from ..core.torch_internals import TorchDispatchMode
-from . import extension
+from . import built, extension
 from .triton import kernels
 
-DRIVER = "libcuda.so.1"
 PATIENCE = 300  # seconds: another process that builds it may have died
 
 without_plan: Counter[str] = Counter()  # reason -> classes of calls
@@ -91,7 +90,7 @@ def ready() -> bool:
 def _load() -> None:
     global _failure
     try:
-        load(DRIVER)
+        load(extension.DRIVER)
     except Exception as e:  # whatever a compiler, a loader or a driver says: Python does without
         said = str(e).strip().splitlines() or [type(e).__name__]
         _failure = next((line for line in said if "error" in line.lower()), said[0])
@@ -115,12 +114,12 @@ def _build() -> types.ModuleType:
 
     path, compiler = os.environ.get("PATH", ""), os.environ.get("CXX", "c++")
     missing = [] if shutil.which(compiler) else [f"no C++ compiler {compiler} on PATH"]
-    missing += [] if shutil.which("ninja", path=extension.path()) else ["ninja is not installed (pip install ninja)"]
+    missing += [] if shutil.which("ninja", path=built.path()) else ["ninja is not installed (pip install ninja)"]
     if missing:
         raise RuntimeError(", ".join(missing))
-    source = source_dir("csrc") / "replay.cpp"
-    version = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
-    os.environ["PATH"] = extension.path()
+    source, driver = source_dir("csrc") / "replay.cpp", source_dir("csrc") / "driver.h"
+    version = hashlib.sha256(source.read_bytes() + driver.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
+    os.environ["PATH"] = built.path()
     try:
         return cpp_extension.load(f"fused_peft_replay_{version}", [str(source)], extra_cflags=["-O2", "-std=c++17"])
     finally:
@@ -303,12 +302,20 @@ class Recorder(TorchDispatchMode):
         if self.why is not None:
             return
         try:
-            if kernels().launch.interpreting():
+            if isinstance(compiled, extension.Started):
+                self._called(compiled)
+            elif kernels().launch.interpreting():
                 self._interpreted(kernel, grid, args, config)
             else:
                 self._compiled(kernel, grid, args, compiled)
         except NoPlan as e:
             self.why = str(e)
+
+    def _called(self, started: extension.Started) -> None:
+        """A call of csrc/'s host side, which launches by itself."""
+        pointers = [(at, self._pointer(t)) for at, t in started.pointers.items()]
+        struct = started.struct
+        self.plan.call(started.name, started.address(), bytes(struct), type(struct).stream.offset, pointers)
 
     def _interpreted(self, kernel, grid, args, config) -> None:
         """A launch in Triton's interpreter, which Python makes."""

@@ -118,7 +118,7 @@ def kernels_hash() -> str:
     """Of what computes: the Triton kernels, csrc/ and the backends that call them."""
     digest = hashlib.sha256()
     folders = [(PACKAGE / "backends", "*.py")]
-    for name, pattern in (("kernels", "*.py"), ("csrc", "*.cuh"), ("csrc", "*.cpp")):
+    for name, pattern in (("kernels", "*.py"), ("csrc", "*.cuh"), ("csrc", "*.cpp"), ("csrc", "driver.h")):
         with suppress(FileNotFoundError):
             folders.append((source_dir(name), pattern))
     for folder, pattern in folders:

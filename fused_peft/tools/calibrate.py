@@ -19,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from ..backends import decode, replay
 from ..core import dispatch, ops, records
 from ..core.operands import Problem
+from ..kernels import configs
 from ..model.explain import explain
 from . import isolated, selftest, stored, timing
 from .isolated import Failure
@@ -39,6 +40,7 @@ ROWS = (256, 1024, 4096, 16384)
 TESTING = 0.6  # the share of the seconds that testing, and compiling for it, may take
 EACH = 60.0  # seconds that one job may take
 TESTERS = 4  # processes that test, and so compile, side by side
+GAIN = 0.98  # another way to run the same kernel is kept below this multiple of the closed form's time
 SAMPLED = 0.3  # seconds that a call is timed for, once compiled
 
 
@@ -202,14 +204,30 @@ class _Session:
                 self.made.failed[variant] = why.why if isinstance(why, Failure) else why
         self.made.passed = sorted({*self.made.passed} - self.made.failed.keys())
         good = lambda name, p: records.variant(name, p) not in self.made.failed  # noqa: E731  on any size
-        jobs = [(p, [*(n for n in names if good(n, p)), "eager"], self.device) for p, names in self.passing.items()]
+        all_ways = lambda names, p: [way for n in names if good(n, p) for way in ways(n, p) or [n]]  # noqa: E731
+        jobs = [(p, [*all_ways(names, p), "eager"], self.device) for p, names in self.passing.items()]
         jobs = [job for job in jobs if len(job[1]) > 1]
         for (p, *_), times in self._answers(pool, "timed", jobs, 1.0, 1, "calls"):
             if isinstance(times, Failure):
                 self.left.append(f"{_sizes(p)}: {times.why}")
             else:
-                times = {name: round(1e3 * took, 5) for name, took in times.items()}
+                times = self._settled(p, {name: round(1e3 * took, 5) for name, took in times.items()})
                 self.made.calls.append({**records.described(p), "ms": times})
+
+    def _settled(self, p: Problem, times: dict[str, float]) -> dict[str, float]:
+        """Times by backend: of its ways, the usual one's, or those of a faster one, which becomes the usual one."""
+        for name in list(dict.fromkeys(way.split()[0] for way in times)):
+            found = {way: times.pop(way) for way in ways(name, p) if way in times}
+            if found:
+                key, usual = dispatch.backends()[name].tiles(p)
+                fields = {way: ways(name, p)[way] for way in found}
+                best, own = min(found, key=found.get), next(w for w in found if replace(usual, **fields[w]) == usual)
+                if found[best] >= GAIN * found[own]:
+                    best = own
+                else:
+                    self.made.tiles[key] = list(astuple(replace(usual, **fields[best])))
+                times[name] = found[best]
+        return times
 
     def _answers(
         self, pool, function: str, jobs: list[tuple], share: float, workers: int, what: str
@@ -250,12 +268,32 @@ def usable(device: torch.device) -> None:
     replay.ready()
 
 
+def ways(name: str, p: Problem) -> dict[str, dict]:
+    """A backend's ways to compute a call beside each other: fields of its GEMM's config by name; none for most."""
+    return getattr(dispatch.backends().get(name), "ways", lambda p: {})(p)
+
+
+def enter(way: str, p: Problem) -> None:
+    """From now on that backend computes, and that way."""
+    name = way.split()[0]
+    for kind in dict.fromkeys(f"gemm_{n}" for n in records.ORDER if ways(n, p)):
+        configs.insist(kind, **(ways(name, p).get(way, {}) if kind == f"gemm_{name}" else {}))
+    dispatch.set_backend(name)
+
+
 def test(name: str, p: Problem, device: torch.device) -> str | None:
-    """``selftest.failure``; leaves no memory behind."""
+    """``selftest.failure``, of all the backend's ways; leaves no memory behind."""
     replay.ready()
     try:
-        return selftest.failure(name, p, device) if p.stored is None else stored.failure(p, device)
+        if p.stored is not None:
+            return stored.failure(p, device)
+        for fields in ways(name, p).values() or [{}]:
+            configs.insist(f"gemm_{name}", **fields)
+            if wrong := selftest.failure(name, p, device):
+                return wrong
+        return None
     finally:
+        configs.insist(f"gemm_{name}")
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -277,16 +315,16 @@ def step_of(p: Problem, device: torch.device, seed: int) -> Callable[[], object]
 
 
 def timed(p: Problem, names: list[str], device: torch.device) -> dict[str, float]:
-    """{backend: seconds} of a call's forward and backward, the median of rounds in which each has its turn."""
+    """{backend or way: seconds} of a call's forward and backward, the median of rounds in which each has its turn."""
     replay.ready()
     size = p.dtype.itemsize * (p.M * (p.K + p.N) + p.N * p.K) if p.stored is None else stored.nbytes(p)
     runs = [step_of(p, device, seed) for seed in range(timing.copies_of(size, device))]
     before = dispatch.forced()
     try:
-        found = timing.interleaved(
-            dict.fromkeys(names, lambda i: runs[i % len(runs)]()), device, dispatch.set_backend, SAMPLED
-        )
+        steps = dict.fromkeys(names, lambda i: runs[i % len(runs)]())
+        found = timing.interleaved(steps, device, lambda way: enter(way, p), SAMPLED)
     finally:
+        enter("eager", p)
         dispatch.set_backend(before)
     return {name: statistics.median(seconds) for name, seconds in found.items()}
 
