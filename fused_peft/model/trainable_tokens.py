@@ -65,7 +65,7 @@ class TrainableTokens(nn.Module):
 
     def folded(self, W: Tensor) -> Tensor:
         """A copy of the table's whole values (V, K) with these rows in it."""
-        return W.detach().index_copy(0, self.ids, self.trainable_tokens_delta.detach().to(W.dtype))
+        return W.detach().index_copy(0, self.ids, whole(self.trainable_tokens_delta).detach().to(W.dtype))
 
     def extra_repr(self) -> str:
         return f"{len(self.indices)} rows{'' if self.enabled else ', disabled'}"
