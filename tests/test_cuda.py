@@ -186,10 +186,10 @@ MUTANTS = {  # what is wrong: file, old, new, form
     "the counter stays up": ("gemm", "ptx::write(p.counter, 0u);", "", "LATE"),
     "tiles are a block's by its number, whether it runs or not": (
         "gemm",
-        "rank ? 0 : ptx::take(p.counter), number;\n    while ((number = tell(drawn)) < p.schedule.count()) {\n"
-        "      if (!rank) drawn = ptx::take(p.counter);",
-        "ptx::block() / p.schedule.size(), number;\n    while ((number = tell(drawn)) < p.schedule.count()) {\n"
-        "      drawn += clusters;",
+        "int drawn = draw(), number;\n    if constexpr (P::AHEAD == 1) {\n"
+        "      while ((number = tell(drawn)) < p.schedule.count()) {\n        drawn = draw();",
+        "int drawn = ptx::block() / p.schedule.size(), number;\n    if constexpr (P::AHEAD == 1) {\n"
+        "      while ((number = tell(drawn)) < p.schedule.count()) {\n        drawn += clusters;",
         "INLINE",
     ),
     "the mask of this tile again": (

@@ -338,7 +338,7 @@ def snapshot(model):
         ({"use_dora": True}, "lora_magnitude_vector"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [1]}, "token_adapter.trainable_tokens_delta"),
         ({"target_parameters": ["weight"]}, "target_parameters"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights"),
         ({"some_setting_of_tomorrow": 3}, "some_setting_of_tomorrow"),

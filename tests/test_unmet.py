@@ -70,9 +70,10 @@ def test_every_field_reports_an_entry_that_matches_nothing(kind, field, rule):
 @pytest.mark.parametrize("kind", [*EXAMPLES, *prompt.CONFIGS.values()], ids=lambda k: k.__name__)
 def test_every_field_that_names_modules_declares_how(kind):
     stored = {("AdaLoraConfig", "rank_pattern")}  # ranks kept by a checkpoint, not the user's words
+    refused = {"trainable_token_indices"}  # an entry that means no embedding is an error
     for f in fields(kind):
         names = re.match(r"(modules|layers)_|.*(_modules|pattern)$", f.name) or "dict[str" in f.type
-        assert not names or "names" in f.metadata or (kind.__name__, f.name) in stored, f.name
+        assert not names or "names" in f.metadata or (kind.__name__, f.name) in stored or f.name in refused
 
 
 @pytest.mark.parametrize("kind", prompt.CONFIGS.values(), ids=lambda k: k.__name__)
