@@ -105,7 +105,7 @@ layers than this one, and [speed on a CPU](speed-cpu.md) and [on a GPU](speed-gp
 """)
 
 text = "\n".join(topics[name] for name in sorted(topics)).encode()
-learning, steps = batches(text, options.steps), {"PEFT": trainer(stock, 1e-2), "accelerated": trainer(model, 1e-2)}
+learning, steps = batches(text, options.steps), {"PEFT": trainer(stock, 4e-3), "accelerated": trainer(model, 4e-3)}
 losses, seconds = {name: [] for name in steps}, {name: [] for name in steps}
 for ids in learning:
     for name, step in steps.items():
