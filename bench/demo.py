@@ -319,9 +319,8 @@ def report(runs: dict[str, Run], base: Classifier, out: Path) -> None:
         with (out / f"{name}.csv").open("w", newline="") as f:
             csv.writer(f).writerows(rows)
     plot.draw(lambda: plot.demo(out), out / "demo.png")
-    print(
-        f"\nIn {out}: results.csv and losses.csv, demo.png (the plot) and, where LoRA ran, its adapter, lora/.\n{NEXT}"
-    )
+    adapter = " and the adapter of LoRA, lora/" if "lora" in runs else ""
+    print(f"\nIn {out}: results.csv, losses.csv, the plot demo.png{adapter}.\n{NEXT}")
 
 
 def arguments() -> argparse.Namespace:
