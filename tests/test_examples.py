@@ -113,6 +113,7 @@ def test_experts_train_as_stock_and_keep_less(fused, monkeypatch, capsys):
     assert min(found["seconds"].values()) > 0
 
 
+@pytest.mark.slow
 def test_the_tour_shows_what_its_words_say(fused, small_llama, monkeypatch, capsys, tmp_path):
     import page
 

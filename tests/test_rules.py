@@ -1,6 +1,7 @@
 """The rules that keep it one house: who may import whom, and that the README tells the truth."""
 
 import ast
+import copy
 import json
 import re
 import subprocess
@@ -207,8 +208,8 @@ def test_the_readmes_figures_come_from_the_results():
         f"DoRA {dora[0]} against {dora[1]}",
         f"LoRA takes {on_gpu('gluon')} of the frozen layer's time, PEFT's {on_gpu('peft_half')} with bf16 adapters",
         f"and {on_gpu('peft')} with its default fp32 ones",
-        f"keeps {kept('lora', 'ours')} of that input",
-        f"PEFT's keeps {kept('lora', 'peft')}, and {kept('lora+dropout', 'peft')} with dropout",
+        f"keeps its input and {kept('lora', 'ours')} times as much again",
+        f"PEFT's keeps {kept('lora', 'peft')} times as much again, and {kept('lora+dropout', 'peft')} with dropout",
         f"{len(METHODS)} methods",
     ):
         assert said in text, said
@@ -263,15 +264,9 @@ def test_the_readmes_one_line_is_all_that_a_script_needs(monkeypatch):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     import fused_peft as fp
 
-    small = {
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 9,
-    }
-    loads = lambda name: transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, vocab_size=9))  # noqa: E731
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loads)
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, vocab_size=9))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda name: copy.deepcopy(model))
     (diff,) = _blocks("diff")
     before = [line[1:] for line in diff.splitlines() if not line.startswith("+")]
     after = [line[1:] for line in diff.splitlines()]

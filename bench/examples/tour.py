@@ -99,9 +99,10 @@ model = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config))
 fp.accelerate(model)  # the one line
 
 say("""
-Both train on the same batches, in turn, so that a busy machine slows both alike. The losses are the same to rounding.
-The time is that of a whole step, of which the adapted layers are a part; the models that people train have wider
-layers than this one, and [speed on a CPU](speed-cpu.md) and [on a GPU](speed-gpu.md) have measured figures.
+Both train on the same batches, in turn, so that a busy machine slows both alike. The losses are the same to rounding,
+which adds up over a run. The time is that of a whole step, of which the adapted layers are a part; the models that
+people train have wider layers than this one, and [speed on a CPU](speed-cpu.md) and [on a GPU](speed-gpu.md) have
+measured figures.
 """)
 
 text = "\n".join(topics[name] for name in sorted(topics)).encode()
