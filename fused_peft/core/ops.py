@@ -146,7 +146,7 @@ def _apart(x: Tensor, f: Factors, training: bool) -> bool:
     """Whether the product with a weight in parts is taken by itself: of few rows a kernel can decode in its loop, and
     the rest of the call is as beside any product, so that it is replayed."""
     taken = x.numel() <= FEW * x.shape[-1] and apart_in_form(f, training)
-    return 0 < x.numel() and taken and not (is_eager(x) or transforming() or (not is_compiling() and tracing()))
+    return x.numel() > 0 and taken and not (is_eager(x) or transforming() or (not is_compiling() and tracing()))
 
 
 def apart_in_form(f: Factors, training: bool) -> bool:
