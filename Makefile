@@ -1,5 +1,5 @@
 # make check: lint, rules and the fast tests.  make test: everything CI checks.  make gate, make cuda-check: compile every kernel.  make bare: torch and this alone.
-# make demo: a fine-tuning run on real weights.  make bench: CPU figures, tables and plots.
+# make demo: a fine-tuning run on real weights.  make bench: CPU figures, tables and plots.  make docs: the pages as a site, links checked.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,7 +55,14 @@ $(VENV)/trl: $(VENV)/dev
 	  "multiprocess==0.70.19" "xxhash==4.1.0" "pandas==3.1.1" "pyarrow==23.0.1" \
 	  || { rm -rf $@; echo "NOT CHECKED: TRL's trainers, since TRL does not install"; }
 
-.PHONY: lint check test bare gate cuda-check demo bench bench-gpu report clean
+# what builds the pages, apart: the extra "docs" without the package and PyTorch
+DOCS := $(shell sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',')
+$(VENV)/docs/mkdocs: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)/docs
+	$(VENV)/docs/bin/$(PIN) $(DOCS)
+	touch $@
+
+.PHONY: lint check test docs bare gate cuda-check demo bench bench-gpu report clean
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -113,6 +120,14 @@ bench-gpu:
 report: $(VENV)/dev
 	$(BIN)/python bench/report.py
 	$(BIN)/python bench/plot.py
+
+# the pages as a site in build/docs, every link and heading in them checked: laid out as in the repository, with what README.md and its
+# neighbours link to, so that links hold in both. Not a part of make test: its set-up may take a minute
+docs: $(VENV)/docs/mkdocs
+	rm -rf build/pages
+	mkdir -p build/pages
+	tar -cf - *.md docs csrc/README.md $$(grep -ohE '\]\([A-Za-z][^):#]*[#)]' *.md | tr -d '](#)' | sort -u) | tar -xf - -C build/pages
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info out

@@ -47,6 +47,11 @@ TARGETS, HEAD = ["query", "key", "value", "dense"], "classifier"  # dense: atten
 RANK, ALPHA = 8, 16
 HEAD_LR, WARMUP = 4e-2, 10  # steps; then the rate falls linearly to zero
 COMPARED, ACCURACY_BAR = 32, 0.75
+NEXT = """What to try next:
+  python bench/examples/tour.py        a PEFT script, accelerated and looked into, in words; a minute or two
+  python bench/examples/classifier.py  this task with Transformers' Trainer
+  make demo METHODS=dora,flora,vera    other methods on this task, or METHODS=all: 20 minutes
+README.md says which of three entry points is yours."""
 
 Example = tuple[list[int], int]  # token ids, label
 Batch = tuple[Tensor, Tensor, Tensor]  # ids (batch, tokens), mask (batch, tokens), labels (batch,)
@@ -314,7 +319,8 @@ def report(runs: dict[str, Run], base: Classifier, out: Path) -> None:
         with (out / f"{name}.csv").open("w", newline="") as f:
             csv.writer(f).writerows(rows)
     plot.draw(lambda: plot.demo(out), out / "demo.png")
-    print(f"results.csv, losses.csv, demo.png and the saved adapter are in {out}")
+    adapter = " and the adapter of LoRA, lora/" if "lora" in runs else ""
+    print(f"\nIn {out}: results.csv, losses.csv, the plot demo.png{adapter}.\n{NEXT}")
 
 
 def arguments() -> argparse.Namespace:
@@ -346,11 +352,13 @@ def main() -> None:
     runs = {name: Run(name, base, args.seed, len(batches)) for name in args.methods}
     for run in runs.values():
         run.measure_saved(max(batches, key=lambda batch: batch[0].numel()))
-    with tqdm(total=len(batches) * len(runs), desc="training", unit="step") as bar:
-        for batch in batches:
+    with tqdm(total=len(batches) * len(runs), desc="training", unit="step", disable=None) as bar:
+        for i, batch in enumerate(batches, 1):
             for run in runs.values():  # methods take turns, so that a busy machine slows all alike
                 run.step(batch)
                 bar.update()
+            if bar.disable and (i % -(-len(batches) // 4) == 0 or i == len(batches)):  # no terminal: a line a quarter
+                print(f"training: {i} of {len(batches)} steps of each method", flush=True)
 
     if {"lora", "peft_lora"} <= runs.keys():
         check_losses(runs["lora"].losses, runs["peft_lora"].losses)

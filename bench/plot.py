@@ -72,6 +72,21 @@ def speed() -> Drawn:
     return figure, found
 
 
+def steps() -> Drawn:
+    """A training step of whole models, accelerated and HF PEFT's, over one through the frozen model."""
+    of = {
+        (f"{r['model']}, {r['method']}", r["contender"]): float(r["ratio_p50"]) for r in report.rows("cpu/training.csv")
+    }
+    names = [name for name, who in reversed(of) if who == "peft" and "ia3" not in name]
+    found = {name: (of[name, "accelerated"], of[name, "peft"]) for name in names}
+    figure, (axes,) = subplots(1, 1, (8, 2.8))
+    dots(axes, names, found, "a training step, one CPU core, fp32")
+    axes.axvline(1, color=FLOOR, linewidth=1.5)
+    axes.margins(y=0.1)
+    axes.set_xlabel("multiples of a step through the frozen model")
+    return figure, {"fp32": found}
+
+
 def memory() -> Drawn:
     """Kept for backward beyond x, and the peak, by method."""
     rows = report.rows("cpu/memory.csv")
@@ -192,7 +207,7 @@ def demo(folder: Path) -> Drawn:
 
 
 FIGURES: dict[str, Callable[[], Drawn]] = {
-    "speed": speed, "memory": memory, "scaling": scaling_law, "roofline": roofline,
+    "steps": steps, "speed": speed, "memory": memory, "scaling": scaling_law, "roofline": roofline,
     "losses": lambda: demo(report.RESULTS / "demo"), "accuracy": lambda: demo(report.RESULTS / "demo_all"),
 }  # fmt: skip
 

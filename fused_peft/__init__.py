@@ -10,7 +10,7 @@ import importlib as _importlib
 import sys as _sys
 import warnings as _warnings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 from .core.paths import provide_kernels as _provide_kernels
 from .core.paths import provide_moved as _provide_moved

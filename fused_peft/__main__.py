@@ -88,7 +88,11 @@ def run_calibrate(args: argparse.Namespace) -> int:
 
 
 def _counted(done: int, of: int) -> None:
-    print(f"\r{done} of {of} jobs", end="\n" if done == of else "", file=sys.stderr, flush=True)
+    """On a terminal one line that counts, elsewhere a line a quarter."""
+    if sys.stderr.isatty():
+        print(f"\r{done} of {of} jobs", end="\n" if done == of else "", file=sys.stderr, flush=True)
+    elif 4 * done // of > 4 * (done - 1) // of:
+        print(f"{done} of {of} jobs", file=sys.stderr, flush=True)
 
 
 def run_verify(device: str) -> int:

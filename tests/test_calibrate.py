@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fused_peft as fp
-from fused_peft.__main__ import main
+from fused_peft.__main__ import _counted, main
 from fused_peft.core import dispatch, records
 from fused_peft.core.operands import Problem
 from fused_peft.tools import calibrate
@@ -347,6 +347,20 @@ def test_the_command(own_cache, capsys, monkeypatch):
     records.forget()
     with pytest.warns(UserWarning, match="is off"):
         assert main([*sizes, "--methods", "dora"]) == 1
+
+
+def test_a_log_gets_few_lines_of_progress(monkeypatch, capsys):
+    """And a terminal one line that is written over."""
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        for done in range(1, 201):
+            _counted(done, 200)
+        said = capsys.readouterr().err
+        assert (said.count("\r"), said.count("\n")) == ((200, 1) if terminal else (0, 4))
+        assert said.endswith("200 of 200 jobs\n")
+        with calibrate._bar() as progress:
+            progress(1, 2)
+        assert bool(capsys.readouterr().err) is terminal
 
 
 def at_start(monkeypatch, **options):

@@ -1,6 +1,8 @@
 """The example scripts in small: accelerated as stock, interrupted as whole, dropout included."""
 
 import importlib.util
+import re
+import runpy
 import sys
 import types
 from pathlib import Path
@@ -22,7 +24,8 @@ STEPS = 6  # three an epoch
 
 
 @pytest.fixture
-def causal_lm(monkeypatch):
+def small_llama(monkeypatch):
+    """Of the scripts that train a Llama on bytes, in this process."""
     import causal_lm
 
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -31,7 +34,12 @@ def causal_lm(monkeypatch):
     monkeypatch.setattr(causal_lm, "topics", {str(i): "word by word " * 8 for i in range(8)})
     monkeypatch.setattr(causal_lm, "BLOCK", 24)
     monkeypatch.setattr(causal_lm, "BATCH", 12)
-    return lambda options: causal_lm.main([*options, "--base-steps", "2"])
+    return causal_lm
+
+
+@pytest.fixture
+def causal_lm(small_llama):
+    return lambda options: small_llama.main([*options, "--base-steps", "2"])
 
 
 @pytest.fixture
@@ -103,6 +111,41 @@ def test_experts_train_as_stock_and_keep_less(fused, monkeypatch, capsys):
     assert found["losses"]["accelerated"] == pytest.approx(found["losses"]["PEFT"], abs=1e-5)
     assert 0 < found["kept"]["accelerated"] < found["kept"]["PEFT"]
     assert min(found["seconds"].values()) > 0
+
+
+@pytest.mark.slow
+def test_the_tour_shows_what_its_words_say(fused, small_llama, monkeypatch, capsys, tmp_path):
+    import page
+
+    monkeypatch.setattr(sys, "argv", [str(page.TOUR), "--base-steps=2", "--steps=3", f"--out={tmp_path}"])
+    threads = torch.get_num_threads()
+    try:
+        shown = runpy.run_path(str(page.TOUR), run_name="__main__")
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert all(words in printed for words, _ in page.cells(page.TOUR.read_text()))
+    assert fused
+    assert 0 < shown["apart"] + 1e-9 < 1e-5
+    assert len(shown["losses"]["PEFT"]) == len(shown["losses"]["accelerated"]) == 3
+    assert {row.form for row in fp.explain(shown["dropping"])} == {"factors"}
+    assert 0 < shown["bytes_kept"]["accelerated"] < shown["bytes_kept"]["PEFT"]
+    assert set(shown["errors"].values()) == {0}
+    assert shown["difference"] < 1e-5
+    assert shown["reloaded"] == 0
+    assert {folder.name for folder in tmp_path.iterdir()} == {"adapter", "plain-lora", "ssb"}
+
+
+def test_the_tours_page_is_the_tour():
+    """Words and code are the script's, and every cell that prints shows what it printed."""
+    import page
+
+    source, written = page.TOUR.read_text(), page.PAGE.read_text()
+    silent = ["" for _ in page.cells(source)]
+    without = re.sub(r"\n```text\n.*?\n```\n", "", written, flags=re.S)
+    assert without == page.page(source, silent), "run bench/examples/page.py"
+    assert written.count("```text") == sum("print" in code for code in re.findall(r"```py\n.*?```", written, re.S))
+    assert page.page(source.replace("## The one line", "## Another line"), silent) != without
 
 
 def tiny_chat():

@@ -25,7 +25,7 @@ from fused_peft.methods import METHODS  # noqa: E402
 from fused_peft.model import export  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PAGE = (Path(__file__).resolve().parent.parent / "docs/saving.md").read_text()
+PAGE = (Path(__file__).resolve().parent.parent / "docs/serving.md").read_text()
 # those whose update is a low-rank product at their usual settings, from their papers' equations
 EXACT = {"lora", "pissa", "milora", "olora", "adalora", "trilora", "flora", "moslora", "kasa", "delora"}
 EXACT |= {"spectral_adapter", "lora_dash", "lora_xs", "vera"}
@@ -364,7 +364,7 @@ def test_pefts_own_methods_once_accelerated(name, tmp_path):
 
 
 def test_the_page_names_what_exports():
-    can, cannot = PAGE.partition("## Serving")[2].partition("\n## ")[0].split("The others", 1)
+    can, cannot = PAGE.partition("## Plain LoRA files")[2].partition("\n## ")[0].split("The others", 1)
     exact = set()
     for name, method in METHODS.items():
         layer = fp.PeftLinear.from_linear(nn.Linear(16, 16), method.example(2))

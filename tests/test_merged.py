@@ -254,7 +254,9 @@ def test_the_command(base, folders, capsys):
     assert "4 of 4 layers exact" in capsys.readouterr().out
     theirs = peft.PeftModel.from_pretrained(llama(folder=folder / "base"), folder / "out").eval()
     torch.testing.assert_close(theirs(IDS).logits, want, rtol=0, atol=1e-6)
+    transformers.logging.enable_progress_bar()
     assert run(folder, "--merged", out="merged") == 0
+    assert "it/s" not in capsys.readouterr().err  # no bars where stderr is no terminal
     back = transformers.AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
     torch.testing.assert_close(back(IDS).logits, want, rtol=0, atol=1e-6)
     assert run(folder, "--rank", 1, out="less") == 0

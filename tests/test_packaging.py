@@ -3,6 +3,7 @@
 What set-up installs is pinned, and the wheel carries its licence and its types.
 """
 
+import ast
 import importlib.metadata
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import fused_peft
 from fused_peft.core import versions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,6 +127,25 @@ def test_mypy_sees_the_types_of_an_installed_wheel(wheel, tmp_path):
     assert errors[0].startswith("script.py:3: error: Argument")
 
 
+def test_the_pythons_it_names(metadata):
+    """Those that set-up is pinned for; the oldest of them can read every file."""
+    assert "Requires-Python: >=3.10" in metadata
+    named = [line.rpartition(":: ")[2] for line in metadata if line.startswith("Classifier: Programming Language")]
+    assert named == ["3", "3.10", "3.11", "3.12", "3.13"]
+    assert f"Python {named[1]} to {named[-1]}" in (ROOT / "constraints.txt").read_text().partition("\n")[0]
+    files = [file for folder in ("fused_peft", "kernels", "bench", "tests") for file in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 200
+    for file in files:
+        ast.parse(file.read_text("utf-8"), str(file), feature_version=(3, 10))
+    with pytest.raises(SyntaxError):
+        ast.parse("try: pass\nexcept* OSError: pass", feature_version=(3, 10))
+
+
+def test_the_changelog_begins_with_this_version():
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest[1] == fused_peft.__version__
+
+
 def pins() -> dict[str, Requirement]:
     """Name: the line of constraints.txt that holds for this Python. Fails where there are two."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
@@ -186,6 +207,8 @@ def test_sdist_is_complete(dist):
         "Makefile",
         "LICENSE",
         "constraints.txt",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
         "fused_peft/py.typed",
         "kernels/dropout.py",
         "csrc/gemm.cuh",

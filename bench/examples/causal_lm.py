@@ -19,7 +19,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from shared import adapted, arguments, run, training_arguments
+from shared import BARS, adapted, arguments, run, training_arguments
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, default_data_collator, set_seed
 
 from fused_peft.integrations.transformers import FusedPeftCallback
@@ -54,6 +54,7 @@ def base_model(args: argparse.Namespace) -> LlamaForCausalLM:
         options = TrainingArguments(
             str(folder), max_steps=args.base_steps, learning_rate=3e-3, warmup_steps=20, lr_scheduler_type="cosine",
             per_device_train_batch_size=BATCH, save_strategy="no", logging_steps=50, report_to=[], use_cpu=args.cpu,
+            disable_tqdm=not BARS,
         )  # fmt: skip
         data = blocks(sources())
         trainer = Trainer(LlamaForCausalLM(CONFIG), options, default_data_collator, data)

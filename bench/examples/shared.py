@@ -8,7 +8,7 @@ from pathlib import Path
 
 import peft
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, logging
 from transformers.trainer_utils import get_last_checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -16,6 +16,10 @@ from kept import held_by
 from kept import kept as bytes_kept
 
 import fused_peft as fp
+
+BARS = sys.stderr.isatty()  # in a log, Trainer's lines every logging_steps
+if not BARS:
+    logging.disable_progress_bar()
 
 RANKED = {"r": 8, "lora_alpha": 16}
 PEFT = {  # Hugging Face PEFT's methods: (config, learning rate)
@@ -63,7 +67,7 @@ def training_arguments(args: argparse.Namespace, **options) -> TrainingArguments
     return TrainingArguments(
         str(args.folder), max_steps=args.steps, learning_rate={**PEFT, **OURS}[args.method][1], warmup_steps=10,
         save_steps=args.save_steps, save_total_limit=2, logging_steps=50, seed=args.seed, use_cpu=args.cpu,
-        report_to=[], **options,
+        report_to=[], disable_tqdm=not BARS, **options,
     )  # fmt: skip
 
 

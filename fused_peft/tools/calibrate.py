@@ -378,8 +378,8 @@ def _not_done(e: Exception) -> None:
 
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar."""
-    with tqdm(desc="fused_peft calibrates", unit="job") as bar:
+    """A progress bar, on a terminal."""
+    with tqdm(desc="fused_peft calibrates", unit="job", disable=None) as bar:
 
         def progress(done: int, of: int) -> None:
             bar.total = of

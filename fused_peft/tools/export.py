@@ -80,6 +80,8 @@ def base_model(config: PeftConfig, base: str | None, adapter: Path) -> tuple[nn.
         )
     import transformers
 
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     revision = {} if base or not config.revision else {"revision": config.revision}
     try:
         own = transformers.AutoConfig.from_pretrained(name, **revision)
