@@ -152,10 +152,7 @@ def alone(monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_every_method_computes_beside_the_product(case, asked, alone):
     config = case.make(3)
-    try:
-        layer, reference, x, dy = few("stand-in", config)
-    except (TypeError, ValueError) as e:
-        pytest.skip(str(e)[:80])
+    layer, reference, x, dy = few("stand-in", config)
     got, want = layer_results(layer, x, dy), layer_results(reference, x, dy)
     assert got.keys() == want.keys()
     assert far(got, want)[0] < 1e-2, far(got, want)

@@ -405,8 +405,13 @@ def row_scale(table: nn.Module) -> Tensor | float | None:
 
 def looked_up(table: nn.Embedding, ids: Tensor, weight: Tensor) -> Tensor:
     """The rows (..., N) at ids (...) of a weight (V, N) in a table's place."""
-    y, by = F.embedding(ids, weight, table.padding_idx), row_scale(table)
-    return y if by is None else y * (by.to(y.dtype) if isinstance(by, Tensor) else by)
+    return scaled(table, F.embedding(ids, weight, table.padding_idx))
+
+
+def scaled(table: nn.Module, rows: Tensor) -> Tensor:
+    """Rows of a table as its own forward gives them."""
+    by = row_scale(table)
+    return rows if by is None else rows * (by.to(rows.dtype) if isinstance(by, Tensor) else by)
 
 
 def own_forward(module: nn.Module, x: Tensor) -> Tensor:

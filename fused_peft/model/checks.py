@@ -41,11 +41,16 @@ def vanished(model: nn.Module) -> list[str]:
 
 
 def _vanished(root: nn.Module) -> list[str]:
-    names, heads = root.__dict__[STATE].layers, _lost_heads(root) | _lost_rows(root)
+    names, beside = root.__dict__[STATE].layers, _lost_beside(root)
     if sum(isinstance(m, Holder) for m in root.modules()) >= len(names):
-        return [*heads]
+        return [*beside]
     here = {_plain(name) for name, _ in layers(root)}
-    return [*(name for name in names if _plain(name) not in here), *heads]
+    return [*(name for name in names if _plain(name) not in here), *beside]
+
+
+def _lost_beside(root: nn.Module) -> dict[str, str]:
+    """{name of what trained beside the layers and does not any more: what is there now}"""
+    return _lost_heads(root) | _lost_rows(root)
 
 
 def _lost_heads(root: nn.Module) -> dict[str, str]:
@@ -74,11 +79,11 @@ def _lost_rows(root: nn.Module) -> dict[str, str]:
 
 
 def _about_vanished(root: nn.Module, gone: list[str]) -> str:
-    state, heads = root.__dict__[STATE], _lost_heads(root) | _lost_rows(root)
-    now = {_plain(name): f"now a {type(m).__name__}" for name, m in root.named_modules()} | heads
+    state, beside = root.__dict__[STATE], _lost_beside(root)
+    now = {_plain(name): f"now a {type(m).__name__}" for name, m in root.named_modules()} | beside
     named = few(f"{name} ({now[_plain(name)]})" if _plain(name) in now else name for name in gone)
-    what = "adapted layers and what trains beside them" if heads else "adapted layers"
-    total = len(state.layers) + (len(state.saved) + len(state.tokens) if heads else 0)
+    what = "adapted layers and what trains beside them" if beside else "adapted layers"
+    total = len(state.layers) + (len(state.saved) + len(state.tokens) if beside else 0)
     return (
         f"{len(gone)} of {total} {what} have vanished since get_peft_model: {named}. Code that rebuilds linear layers "
         "(resize_token_embeddings, a float8 conversion) or ties weights (tie_weights) drops what they train; run it "

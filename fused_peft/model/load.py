@@ -31,7 +31,7 @@ from .named import addition, put_addition
 from .renamed import renaming
 from .save import PREFIX, disk_name, finder, layers_of, prompt_slot, refuse_method, refuse_settings, slots_of
 from .state import AdapterState, by_keyword, refuse_pefts, refuse_while_disabled, state_of
-from .targets import resolve
+from .targets import embeddings, resolve
 
 # with bias="all" PEFT stores the biases of modules_to_save a second and third time, under its wrapper's names
 _DUPLICATE = re.compile(r"\.(modules_to_save|original_module)\.(.*\.)?bias$")
@@ -117,7 +117,7 @@ def _take_embeddings(
     """Remove the embeddings and output embeddings that PEFT stores whole beside the adapter; {parameter: (own, value)}
     of those whose values are not the model's."""
     found, written_here = {}, slots.keys() & stored.keys()
-    heads = {id(m) for m in (_embeddings(model, which) for which in ("input", "output")) if m is not None}
+    heads = {id(m) for m in (embeddings(model, which) for which in ("input", "output")) if m is not None}
     for key in stored.keys() - slots.keys():
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         own, owner = parameters.get(name), name.rpartition(".")[0]
@@ -150,15 +150,6 @@ def _is_residual(value: Tensor, layer: PeftLinear) -> bool:
     """Whether PEFT has stored the residual on which the method trains: there it takes the place of the weight."""
     residual = layer.kind.placed(layer.method.residual(layer).merged(whole(layer.matrix).float())).cpu()
     return torch.allclose(value.float(), residual, rtol=0, atol=1e-2 * residual.abs().max().item())
-
-
-def _embeddings(model: nn.Module, which: str) -> nn.Module | None:
-    """A Transformers model's input or output embeddings."""
-    get = getattr(model, f"get_{which}_embeddings", None)
-    try:
-        return None if get is None else get()
-    except NotImplementedError:  # a Transformers model without any
-        return None
 
 
 @by_keyword("give a name as adapter_name=...")

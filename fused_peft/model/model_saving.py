@@ -24,7 +24,7 @@ from .holder import DEFAULT
 from .parts import guard, saves
 
 BASE_NAME = "base_model"  # the folder of a base without a name, within the adapter's
-_CHECKPOINT = re.compile(r"checkpoint-\d+|tmp-checkpoint-\d+")  # Trainer's folders
+_CHECKPOINT = re.compile(r"(tmp-)?checkpoint-\d+")  # Trainer's folders
 STATE_NAME = "model.safetensors"  # where Trainer looks for the state of a model that it resumes
 
 
@@ -60,7 +60,7 @@ class _SavesAdapter:
         save.put_adapter(self.model, save_directory, DEFAULT, state, base)
         for name in self.model.__dict__[STATE].added:  # PEFT's layout
             save.put_adapter(self.model, Path(save_directory) / name, name, state, base)
-        if base is not None and is_main_process:
+        if base is not None:
             write(self.model, base, state_dict=base_state_dict(self.model))
             warnings.warn(
                 f"{type(self.model).__name__} has no name by which its weights could be loaded again, so they are "

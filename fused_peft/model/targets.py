@@ -333,3 +333,12 @@ def expert_layers(model: nn.Module) -> list[str]:
     parts = {*_EXPERT_LAYERS, *renamed(model), *(stack for stacks in experts(model).values() for stack in stacks)}
     held = set(experts(model)) | {n.rpartition(".")[0] for n, _ in model.named_modules()}
     return [f"{name}.{part}" for name in held for part in parts] if experts(model) else []
+
+
+def embeddings(model: nn.Module, which: str) -> nn.Module | None:
+    """A Transformers model's input or output embeddings."""
+    get = getattr(model, f"get_{which}_embeddings", None)
+    try:
+        return None if get is None else get()
+    except NotImplementedError:  # a Transformers model without any
+        return None

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.frozen import DENSE, LOOKUP, row_scale
+from ..core.frozen import DENSE, LOOKUP, scaled
 from ..core.sharded import fill, shape_of, whole
 from ..methods import PeftConfig
-from .targets import ends_with_any, nearest
+from .targets import embeddings, ends_with_any, nearest
 
 KEY = "token_adapter"  # the name beside the embedding, in the model and on disk
 FIELD = "trainable_token_indices"
@@ -45,13 +45,11 @@ class TrainableTokens(nn.Module):
         if not isinstance(module, nn.Embedding):
             change = F.linear(x, (V - module.weight[self.ids]).to(x.dtype))
             return y.index_add_(-1, self.ids, change.to(y.dtype))
-        at, by = self.position[x], row_scale(module)
+        at = self.position[x]
         # a row in front for every other id, which takes no gradient
         padded = torch.cat((V.new_zeros(1, V.shape[1]), *self._parts(V)))
         rows = F.embedding(at + 1, padded, 0, scale_grad_by_freq=module.scale_grad_by_freq).to(y.dtype)
-        if by is not None:
-            rows = rows * (by.to(y.dtype) if isinstance(by, Tensor) else by)
-        return torch.where((at >= 0)[..., None], rows, y)
+        return torch.where((at >= 0)[..., None], scaled(module, rows), y)
 
     def _parts(self, V: Tensor) -> tuple[Tensor, ...]:
         """V, of which a padding row takes no gradient."""
@@ -78,11 +76,7 @@ def asked(model: nn.Module, config: PeftConfig) -> dict[str, list[int]]:
         return {}
     tables = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
     if isinstance(wanted, list):
-        get = getattr(model, "get_input_embeddings", None)
-        try:
-            own = get() if get is not None else None
-        except NotImplementedError:  # a Transformers model without any
-            own = None
+        own = embeddings(model, "input")
         names = [n for n, m in tables.items() if m is own] or [n for n in tables if ends_with_any(n, ("embed_tokens",))]
         if len(names) != 1:
             raise ValueError(
