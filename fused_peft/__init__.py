@@ -9,6 +9,7 @@ Methods and notation: arXiv 2407.05417. ``python -m fused_peft info`` shows what
 import importlib as _importlib
 import sys as _sys
 import warnings as _warnings
+from typing import TypeVar as _TypeVar
 
 __version__ = "0.2.0"
 
@@ -24,6 +25,8 @@ from .core.versions import warn_outside as _warn_outside  # noqa: E402
 
 _warn_outside("torch")  # before anything that an untried version could break
 _warn_outside("triton")
+
+from torch import nn as _nn  # noqa: E402
 
 from . import backends as _backends  # noqa: E402
 from .core import ops as _ops  # noqa: E402
@@ -90,6 +93,8 @@ from .model.status import get_layer_status  # noqa: E402
 from .tools.calibrate import calibrate  # noqa: E402
 from .tools.estimate import estimate  # noqa: E402
 from .tools.stored import decoding as _decoding  # noqa: E402
+
+_Model = _TypeVar("_Model", bound=_nn.Module)
 
 # What knows the floors above it by these lines alone: nothing below imports upwards.
 _backends.decode.failure = _decoding
@@ -171,12 +176,12 @@ for _module in ("dpo", "kto", "grpo", "rloo"):
 del _module
 
 
-def accelerate(model):
+def accelerate(model: _Model) -> _Model:
     """An existing Hugging Face PEFT model on the fused call, in place; see ``fused_peft.integrations.peft``."""
     return _bridge("accelerate").accelerate(model)
 
 
-def restore(model):
+def restore(model: _Model) -> _Model:
     """Undo ``accelerate``, in place."""
     return _bridge("restore").restore(model)
 

@@ -3,6 +3,7 @@
 import ast
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -257,6 +258,22 @@ def recipes_run(tmp_path_factory):
 @pytest.mark.parametrize("recipe", _blocks("python"), ids=lambda r: r.strip().splitlines()[-1][:40])
 def test_every_python_recipe_in_the_pages_runs(recipe, recipes_run):
     assert not recipes_run[recipe], recipes_run[recipe]
+
+
+_IN_THE_INTERPRETER = """
+import torch, example
+x = torch.randn(37, 70)[:, :65]
+torch.testing.assert_close(example.doubled(x), 2 * x, rtol=0, atol=0)
+"""
+
+
+def test_the_kernel_of_the_page_about_extending_runs(tmp_path):
+    (kernel,) = re.findall(r"```py\n(.*?)```", PAGES["docs/extend.md"], re.S)
+    (tmp_path / "example.py").write_text(kernel)
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", _IN_THE_INTERPRETER]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_readmes_one_line_is_all_that_a_script_needs(monkeypatch):

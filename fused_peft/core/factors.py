@@ -149,7 +149,12 @@ class Factors:
         return self.d_out * bias if self.scale_bias and self.d_out is not None and bias is not None else bias
 
     def expression(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None = None, c: Tensor | None = None, keep=None
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None = None,
+        c: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
         """The expression written out in plain differentiable PyTorch: the oracle behind ``verify``, not a fast path.
 

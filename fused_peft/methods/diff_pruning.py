@@ -42,7 +42,7 @@ class DiffPruningConfig(PeftConfig):
             raise ValueError(f"mask has no entry for {name!r}, only for {', '.join(sorted(self.mask))}")
         return replace(self, target_modules=None, target_parameters=None, mask=self.mask[name])
 
-    def stored(self) -> dict:
+    def stored(self) -> dict[str, Any]:
         fields = super().stored()
         count = lambda m: int(m.sum()) if isinstance(m, Tensor) else m  # noqa: E731
         fields["mask"] = (

@@ -54,7 +54,7 @@ class VeraConfig(PeftConfig):
     def for_targets(self, shapes: list[tuple[int, int]]) -> VeraConfig:
         return replace(self, projection_shape=tuple(map(max, zip(*shapes, strict=True))))
 
-    def stored(self) -> dict:
+    def stored(self) -> dict[str, Any]:
         return {**super().stored(), "projection_shape": None}
 
 

@@ -129,7 +129,7 @@ def _plainly(document: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in document.items() if k not in ("inference_mode", "peft_type")}
 
 
-def load_config(path: str | os.PathLike) -> PeftConfig:
+def load_config(path: str | os.PathLike[str]) -> PeftConfig:
     """The config stored in the folder ``path``, written by this library (equal to what was saved) or by PEFT.
 
     Raises FileNotFoundError, or AdapterFormatError for a broken file, an unknown method, or a setting that changes
@@ -215,7 +215,7 @@ def _read(stored: dict[str, Any], left: dict[str, Any], file: Path | str) -> Pef
         raise AdapterFormatError(f"{file}: {e}") from e
 
 
-def _config_file(path: str | os.PathLike) -> Path:
+def _config_file(path: str | os.PathLike[str]) -> Path:
     """The config's file in a folder; FileNotFoundError or NotADirectoryError that says what was given instead."""
     path = Path(path)
     file = path / CONFIG_NAME

@@ -72,7 +72,7 @@ OF_PEFT: list[Callable[[nn.Module, str], Source | None]] = []
 
 @torch.no_grad()
 def export_lora(
-    model: nn.Module, path: str | os.PathLike, *, adapter_name: str = DEFAULT, rank: int | None = None
+    model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = DEFAULT, rank: int | None = None
 ) -> dict[str, float]:
     """Write an adapter as plain LoRA in Hugging Face PEFT's layout into the folder ``path``, made if need be.
 

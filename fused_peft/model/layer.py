@@ -185,8 +185,8 @@ class PeftLinear(PeftLayer, nn.Linear):
         out_features: int,
         bias: bool = True,
         config: PeftConfig | None = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
     ):
         method_of(config)

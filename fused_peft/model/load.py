@@ -154,7 +154,7 @@ def _is_residual(value: Tensor, layer: PeftLinear) -> bool:
 
 @by_keyword("give a name as adapter_name=...")
 def load_adapter(
-    model: nn.Module, path: str | os.PathLike, *, adapter_name: str = DEFAULT, is_trainable: bool = True
+    model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = DEFAULT, is_trainable: bool = True
 ) -> nn.Module:
     """Load the adapter in the folder ``path``, written by this library or by PEFT, into ``model``; returns it.
 

@@ -85,7 +85,7 @@ def _keys(name: str, layer: Holder) -> tuple[str, str]:
 
 
 def save_merged(
-    model: nn.Module, path: str | os.PathLike, *, max_shard_size: int | str = "5GB", safe_merge: bool = False
+    model: nn.Module, path: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", safe_merge: bool = False
 ) -> None:
     """Write the merged model of a Transformers model into the folder ``path``: config, generation config and weights,
     which ``from_pretrained`` and servers read without this library. The model stays as it is.

@@ -38,7 +38,7 @@ class _SavesAdapter:
 
     def __call__(
         self,
-        save_directory: str | os.PathLike,
+        save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
         push_to_hub: bool = False,
         **kwargs,

@@ -171,7 +171,7 @@ def finder(model: nn.Module) -> Callable[[str], Tensor]:
 
 def save_pretrained(
     model: nn.Module,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     adapter_name: str = DEFAULT,
     state_dict: dict[str, Tensor] | None = None,
@@ -190,7 +190,7 @@ def save_pretrained(
 
 
 def put_adapter(
-    model: nn.Module, path: str | os.PathLike, adapter_name: str, state_dict: dict | None, base: str | None = None
+    model: nn.Module, path: str | os.PathLike[str], adapter_name: str, state_dict: dict | None, base: str | None = None
 ) -> None:
     """``save_pretrained``; base: the name to give the base model in the config, in place of the config's own."""
     model = unwrap(model)
@@ -242,7 +242,7 @@ def _taken_from(state_dict: dict[str, Tensor], slots: dict, model: nn.Module) ->
     return {key: slot._replace(tensor=taken(slot.tensor)) for key, slot in slots.items()}
 
 
-def folder(path: str | os.PathLike) -> Path:
+def folder(path: str | os.PathLike[str]) -> Path:
     """The folder to write into; FileExistsError or PermissionError where that cannot be."""
     path = Path(path)
     if path.exists() and not path.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -48,7 +49,9 @@ def on_step(model: nn.Module, step: int) -> None:
             copy.put_back()
 
 
-def lora_plus_groups(model: nn.Module, lr: float, ratio: float = 16.0, weight_decay: float = 0.0) -> list[dict]:
+def lora_plus_groups(
+    model: nn.Module, lr: float, ratio: float = 16.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
     """Optimizer parameter groups of LoRA+ (arXiv 2402.12354): lr for every trainable tensor, ratio · lr for the factor
     on the output's side, (out, r), whatever a method calls it.
 

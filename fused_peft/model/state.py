@@ -16,7 +16,8 @@ from .holder import DEFAULT
 from .parts import about_parts, adapted_parts, guard
 from .trainable_tokens import TrainableTokens
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 # what Hugging Face PEFT's own models have in place of the functions here
 _PEFT_CALLS = {

@@ -70,7 +70,7 @@ def calibrate(
     seconds: float = 30.0,
     *,
     dtype: torch.dtype | None = None,
-    folder: str | os.PathLike | None = None,
+    folder: str | os.PathLike[str] | None = None,
     apart: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Calibration:
