@@ -26,7 +26,7 @@ from .core.versions import warn_outside as _warn_outside  # noqa: E402
 _warn_outside("torch")  # before anything that an untried version could break
 _warn_outside("triton")
 
-from torch import nn as _nn  # noqa: E402
+import torch.nn as _nn  # noqa: E402
 
 from . import backends as _backends  # noqa: E402
 from .core import ops as _ops  # noqa: E402
@@ -177,12 +177,23 @@ del _module
 
 
 def accelerate(model: _Model) -> _Model:
-    """An existing Hugging Face PEFT model on the fused call, in place; see ``fused_peft.integrations.peft``."""
+    """Put the layers of a PEFT model (LoRA on linear layers, embeddings and stacks of experts, AdaLoRA, (IA)³, VeRA,
+    DeLoRA, HiRA, MiSS, GraLoRA) on the fused call, in place; returns the model.
+
+    Keys, checkpoints and the whole of PEFT's interface stay as they are; results differ from PEFT's by rounding,
+    dropout draws other masks, and gradients of gradients are refused. Layers that cannot be fused keep PEFT's forward:
+    one warning says how many, and why (``fused_peft.explain`` names every layer). Adapters added later, on whichever
+    modules, are accelerated by themselves until ``restore``; twice does no harm. Raises TypeError when model is no
+    module, ValueError when it has no PEFT layer.
+    """
     return _bridge("accelerate").accelerate(model)
 
 
 def restore(model: _Model) -> _Model:
-    """Undo ``accelerate``, in place."""
+    """Undo ``accelerate``, in place; returns the model. Layers that were not accelerated stay as they are.
+
+    Raises TypeError when model is no module.
+    """
     return _bridge("restore").restore(model)
 
 

@@ -25,6 +25,26 @@ def test_the_site_has_every_page_once():
     assert sorted(re.findall(r": docs/(\S+\.md)$", nav, re.M)) == sorted(DOCS)
 
 
+def test_the_api_page_is_of_the_docstrings(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import api
+
+    assert DOCS["api.md"] == api.page(), "run bench/api.py"
+
+
+CONFIGS = [name for name in fp.__all__ if name.endswith("Config")]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_help_of_a_config_shows_every_field(name):
+    config = getattr(fp, name)
+    entries = re.findall(r"^(\w+(?:, \w+)*): \S", config.__doc__, re.M)
+    shown = {field for entry in entries for field in entry.split(", ")}
+    assert not {f.name for f in dataclasses.fields(config)} - shown
+    assert re.search(r"arXiv \d{4}\.\d{5}", config.__doc__) or issubclass(config, prompt.SoftPromptConfig)
+
+
 def test_calls_that_moved_are_here():
     rows = re.findall(r"^\| (`.*) \| (.*`.*) \|$", section(COMING, "What moved"), re.M)
     assert len(rows) > 10

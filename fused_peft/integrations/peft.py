@@ -48,15 +48,7 @@ def __getattr__(name: str):
 
 
 def accelerate(model: nn.Module) -> nn.Module:
-    """Put the layers of a PEFT model (LoRA on linear layers, embeddings and stacks of experts, AdaLoRA, (IA)³, VeRA,
-    DeLoRA, HiRA, MiSS, GraLoRA) on the fused call, in place; returns the model.
-
-    Keys, checkpoints and the whole of PEFT's interface stay as they are; results differ from PEFT's by rounding,
-    dropout draws other masks, and gradients of gradients are refused. Layers that cannot be fused keep PEFT's forward:
-    one warning says how many, and why (``fused_peft.explain`` names every layer). Adapters added later, on whichever
-    modules, are accelerated by themselves until ``restore``; twice does no harm. Raises TypeError when model is no
-    module, ValueError when it has no PEFT layer.
-    """
+    """``fused_peft.accelerate``."""
     _check_module(model)
     layers = _layers(model)
     if not layers:
@@ -68,10 +60,7 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Undo ``accelerate``, in place; returns the model. Layers that were not accelerated stay as they are.
-
-    Raises TypeError when model is no module.
-    """
+    """``fused_peft.restore``."""
     _check_module(model)
     back = {fused: own for own, fused in FUSED.items()}
     for _, layer in _layers(model):

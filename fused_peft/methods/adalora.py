@@ -24,10 +24,19 @@ _SCHEDULE = frozenset({"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2"
 
 @dataclass(kw_only=True)
 class AdaLoraConfig(PeftConfig):
-    """init_r, target_r: rank at the start, and on average in the end. tinit, tfinal: steps before the budget falls, and
-    after it has fallen. deltaT: steps between allocations. beta1, beta2: smoothing of sensitivity and uncertainty.
-    total_step: steps of the whole training. orth_reg_weight: weight of the orthogonality penalty, which
-    ``fused_peft.orthogonality_penalty(model)`` returns. rank_pattern: the allocation of a stored adapter.
+    """AdaLoRA.
+
+    init_r, target_r: rank at the start, and on average in the end.
+    lora_alpha: s = lora_alpha / (init_r + 1e-5).
+    lora_dropout: probability on the input of A.
+    tinit, tfinal: steps before the budget falls, and after it has fallen.
+    deltaT: steps between allocations.
+    beta1, beta2: smoothing of sensitivity and uncertainty.
+    total_step: steps of the whole training.
+    orth_reg_weight: weight of the penalty that ``fused_peft.orthogonality_penalty(model)`` returns.
+    rank_pattern: the allocation of a stored adapter.
+    nonlinearity: one between A and B: identity, relu, gelu, silu or tanh.
+    fan_in_fan_out: as PEFT stores it; how a layer stores its weight is read from the layer.
     """
 
     peft_type: ClassVar[str] = "ADALORA"

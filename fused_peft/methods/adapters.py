@@ -21,7 +21,12 @@ from .low_rank import LowRankConfig, kaiming_a_zero_b
 
 @dataclass(kw_only=True)
 class ParallelAdapterConfig(LowRankConfig):
-    """use_bias: trained biases a (r,) and c (out,). learn_scale: a trained factor beside s, started at 1."""
+    """A bottleneck beside a layer.
+
+    nonlinearity: one between A and B: identity, relu, gelu, silu or tanh.
+    use_bias: trained biases a (r,) and c (out,).
+    learn_scale: a trained factor beside s, started at 1.
+    """
 
     peft_type: ClassVar[str] = "PARALLEL_ADAPTER"
 
@@ -59,9 +64,15 @@ def parallel_factors(layer):
 
 @dataclass(kw_only=True)
 class BottleneckConfig(PeftConfig):
-    """kind: "houlsby" (after the attention and the feed-forward output) or "pfeiffer" (after the feed-forward output
-    only); AdapterHub's double_seq_bn and seq_bn are aliases, and par_bn and scaled_par_bn make a ParallelAdapterConfig
-    through ``bottleneck``. r: width of the bottleneck. target_modules=None takes the architecture's output layers.
+    """A bottleneck behind a block; target_modules=None takes the architecture's output layers.
+
+    kind: "houlsby" (after the attention and the feed-forward output) or "pfeiffer" (after the feed-forward output
+        only); AdapterHub's double_seq_bn and seq_bn are aliases, and ``fused_peft.bottleneck`` makes a
+        ParallelAdapterConfig of its par_bn and scaled_par_bn.
+    r: width of the bottleneck.
+    nonlinearity: one between its two products: identity, relu, gelu, silu or tanh.
+    use_bias: trained biases a (r,) and c (out,).
+    scaling: s.
     """
 
     peft_type: ClassVar[str] = "BOTTLENECK"

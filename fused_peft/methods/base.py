@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple
@@ -64,9 +66,11 @@ class PeftConfig(Root):
         tied to the embeddings follows.
     bias: which biases train: "none", "all", or "<method>_only" for those of adapted layers.
     task_type: SEQ_CLS, TOKEN_CLS and QUESTION_ANS add their heads to modules_to_save, as PEFT's model classes do.
-    An entry that names modules and matches none is named in a warning of get_peft_model.
+    inference_mode: the adapter is for use alone: it does not train.
+    base_model_name_or_path, revision: where the base model comes from; written by save_pretrained where known.
 
-    Raises ValueError or TypeError that names the field, the value and what is allowed.
+    An entry that names modules and matches none is named in a warning of get_peft_model. Raises ValueError or TypeError
+    that names the field, the value and what is allowed.
     """
 
     peft_type: ClassVar[str]
@@ -89,6 +93,16 @@ class PeftConfig(Root):
     inference_mode: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None
+
+    def __init_subclass__(cls, **options) -> None:
+        """``help`` of a config shows its method's equation and source, and every field, inherited ones too."""
+        super().__init_subclass__(**options)
+        if not cls.__module__.startswith(f"{__package__.partition('.')[0]}."):
+            return
+        base, method = cls.__mro__[1], sys.modules[cls.__module__].__doc__
+        known = base.__module__ == cls.__module__ or not hasattr(cls, "peft_type")
+        said = [cls.__doc__, None if known else method, base.__doc__]
+        cls.__doc__ = "\n\n".join(inspect.cleandoc(text) for text in said if text) or None
 
     def __post_init__(self):
         for f in fields(self):  # None is an empty table, a tuple a list: what a file gives back

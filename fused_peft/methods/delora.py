@@ -19,7 +19,13 @@ from .low_rank import kaiming_a_zero_b
 
 @dataclass(kw_only=True)
 class DeloraConfig(PeftConfig):
-    """delora_lambda: start of the trained bound λ. module_dropout: probability on the input of A."""
+    """DeLoRA.
+
+    r: rank.
+    delora_lambda: start of the trained bound λ.
+    module_dropout: probability on the input of A.
+    rank_pattern, lambda_pattern: {name or regular expression: value} for layers that differ.
+    """
 
     peft_type: ClassVar[str] = "DELORA"
     target_defaults: ClassVar[dict[str, Any]] = {"target_modules": LORA_TARGETS}

@@ -18,8 +18,11 @@ from .defaults import LORA_TARGETS
 
 @dataclass(kw_only=True)
 class DiffPruningConfig(PeftConfig):
-    """density: the share of entries that train, those of largest magnitude in W. mask: {module name: boolean tensor
-    (out, in)} instead, or one tensor for a single layer; in a stored config, {module name: number of entries}.
+    """Diff pruning.
+
+    density: the share of entries that train, those of largest magnitude in W.
+    mask: {module name: boolean tensor (out, in)} instead, or one tensor for a single layer; in a stored config, {module
+        name: number of entries}.
     """
 
     peft_type: ClassVar[str] = "DIFF_PRUNING"

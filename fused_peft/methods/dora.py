@@ -20,7 +20,7 @@ from .lora import init as lora_init
 
 @dataclass(kw_only=True)
 class DoraConfig(LoraConfig):
-    """LoraConfig with use_dora=True."""
+    """DoRA: LoraConfig with use_dora=True."""
 
     use_dora: bool = True
 

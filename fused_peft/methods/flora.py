@@ -14,14 +14,14 @@ from .low_rank import LowRankConfig, gated_factors, normal_a_b
 
 @dataclass(kw_only=True)
 class FloraConfig(LowRankConfig):
-    """As LoRA's, with a trained mixer lora_M (r, r)."""
+    """FLoRA: LoRA's fields, with a trained mixer lora_M (r, r) that starts at 0."""
 
     peft_type: ClassVar[str] = "FLORA"
 
 
 @dataclass(kw_only=True)
 class MosLoraConfig(LowRankConfig):
-    """As LoRA's, with a trained mixer lora_M (r, r)."""
+    """MoSLoRA: LoRA's fields, with a trained mixer lora_M (r, r)."""
 
     peft_type: ClassVar[str] = "MOSLORA"
 

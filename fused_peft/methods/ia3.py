@@ -16,9 +16,13 @@ from .defaults import IA3_FEEDFORWARD, IA3_TARGETS
 
 @dataclass(kw_only=True)
 class IA3Config(PeftConfig):
-    """feedforward_modules: names or a regular expression of the layers whose input, not output, is scaled; None takes
-    the architecture's. scale_bias: l multiplies the bias too, as PEFT does. init_ia3_weights: False starts from
-    N(0, 1).
+    """(IA)³.
+
+    feedforward_modules: names or a regular expression of the layers whose input, not output, is scaled; None takes
+        the architecture's.
+    scale_bias: l multiplies the bias too, as PEFT does.
+    init_ia3_weights: False starts from N(0, 1).
+    fan_in_fan_out: as PEFT stores it; how a layer stores its weight is read from the layer.
     """
 
     peft_type: ClassVar[str] = "IA3"

@@ -15,7 +15,7 @@ from .low_rank import LowRankConfig, gated_factors, kaiming_a_zero_b
 
 @dataclass(kw_only=True)
 class KasaConfig(LowRankConfig):
-    """As LoRA's."""
+    """KaSA: LoRA's fields."""
 
     peft_type: ClassVar[str] = "KASA"
 

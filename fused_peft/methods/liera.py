@@ -15,7 +15,7 @@ from .low_rank import LowRankConfig, kaiming_a_zero_b
 
 @dataclass(kw_only=True)
 class LieraConfig(LowRankConfig):
-    """As LoRA's. Dropout and a nonlinearity have no place in a product of weights and are refused."""
+    """LieRA: LoRA's fields; dropout and a nonlinearity have no place in a product of weights and are refused."""
 
     peft_type: ClassVar[str] = "LIERA"
 

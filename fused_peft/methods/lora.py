@@ -24,9 +24,12 @@ _FROM_W = ("pissa", "milora", "olora")
 
 @dataclass(kw_only=True)
 class LoraConfig(LowRankConfig):
-    """lora_bias: a trained bias on B. use_dora: weight-decomposed (DoRA). init_lora_weights: True (A
-    kaiming_uniform(√5), B 0), "gaussian" (A N(0, 1/r²), B 0), "pissa", "pissa_niter_<n>" (randomised SVD), "milora",
-    "olora", or False (both random, not the identity: for tests).
+    """LoRA.
+
+    lora_bias: a trained bias on B.
+    use_dora: weight-decomposed (DoRA).
+    init_lora_weights: True (A kaiming_uniform(√5), B 0), "gaussian" (A N(0, 1/r²), B 0), "pissa", "pissa_niter_<n>"
+        (randomised SVD), "milora", "olora", or False (both random, not the identity: for tests).
     """
 
     peft_type: ClassVar[str] = "LORA"

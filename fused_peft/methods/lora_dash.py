@@ -24,7 +24,11 @@ _CHOSEN = weakref.WeakSet()  # layers known to have their directions, so that no
 
 @dataclass(kw_only=True)
 class LoraDashConfig(LowRankConfig):
-    """directions: t. warmup: the step of ``fused_peft.on_step`` after which the directions are chosen."""
+    """LoRA-Dash.
+
+    directions: t.
+    warmup: the step of ``fused_peft.on_step`` after which the directions are chosen.
+    """
 
     peft_type: ClassVar[str] = "LORA_DASH"
 

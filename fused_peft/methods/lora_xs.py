@@ -15,7 +15,7 @@ from .svd import decomposed
 
 @dataclass(kw_only=True)
 class LoraXsConfig(LowRankConfig):
-    """As LoRA's."""
+    """LoRA-XS: LoRA's fields."""
 
     peft_type: ClassVar[str] = "LORA_XS"
 

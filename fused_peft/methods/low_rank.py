@@ -15,10 +15,15 @@ from .defaults import LORA_TARGETS
 
 @dataclass(kw_only=True)
 class LowRankConfig(PeftConfig):
-    """r: rank. lora_alpha: s = lora_alpha / r, or lora_alpha / √r with use_rslora; None means s = 1. lora_dropout:
-    probability on the input of A. nonlinearity: one between A and B (MPC_n): identity, relu, gelu, silu or tanh.
-    rank_pattern,
-    alpha_pattern: {name or regular expression: value} for layers that differ.
+    """Of methods with factors A (r, in) and B (out, r).
+
+    r: rank.
+    lora_alpha: s = lora_alpha / r, or lora_alpha / √r with use_rslora; None means s = 1.
+    lora_dropout: probability on the input of A.
+    use_rslora: see lora_alpha (arXiv 2312.03732).
+    nonlinearity: one between A and B (MPC_n): identity, relu, gelu, silu or tanh.
+    rank_pattern, alpha_pattern: {name or regular expression: value} for layers that differ.
+    fan_in_fan_out: as PEFT stores it; how a layer stores its weight is read from the layer.
     """
 
     target_defaults: ClassVar[dict[str, Any]] = {"target_modules": LORA_TARGETS}

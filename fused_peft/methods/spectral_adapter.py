@@ -19,7 +19,7 @@ from .svd import decomposed
 
 @dataclass(kw_only=True)
 class SpectralAdapterConfig(LowRankConfig):
-    """lora_alpha=None means s = 1."""
+    """Spectral adapter: LoRA's fields, s = 1 unless lora_alpha is given."""
 
     peft_type: ClassVar[str] = "SPECTRAL_ADAPTER"
 

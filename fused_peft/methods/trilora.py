@@ -14,7 +14,7 @@ from .low_rank import LowRankConfig, gated_factors, kaiming_a_b
 
 @dataclass(kw_only=True)
 class TriLoraConfig(LowRankConfig):
-    """lora_alpha=None means s = 1."""
+    """TriLoRA: LoRA's fields, s = 1 unless lora_alpha is given."""
 
     peft_type: ClassVar[str] = "TRILORA"
 

@@ -20,8 +20,16 @@ from .defaults import LORA_TARGETS
 
 @dataclass(kw_only=True)
 class VeraConfig(PeftConfig):
-    """d_initial: start of d. projection_prng_key: seed of A and B. save_projection: store A and B; else they are
-    made again from the key. projection_shape: (largest out, largest in) of the adapted layers, found by get_peft_model.
+    """VeRA.
+
+    r: rank of A and B.
+    d_initial: start of d.
+    vera_dropout: probability on the input of A.
+    projection_prng_key: seed of A and B.
+    save_projection: store A and B; else they are made again from the key.
+    init_weights: b at 0 (True), or N(0, 1) (False): not the identity, for tests.
+    projection_shape: (largest out, largest in) of the adapted layers, found by get_peft_model.
+    fan_in_fan_out: as PEFT stores it; how a layer stores its weight is read from the layer.
     """
 
     peft_type: ClassVar[str] = "VERA"

@@ -29,7 +29,12 @@ _SIZES = {
 
 @dataclass(kw_only=True)
 class SoftPromptConfig(PeftConfig):
-    """num_virtual_tokens: length of P. token_dim, num_layers, num_attention_heads: taken from the model when None."""
+    """Of trained vectors P; fields that name modules have nothing to name.
+
+    num_virtual_tokens: length of P.
+    token_dim, num_layers, num_attention_heads: taken from the model when None.
+    num_transformer_submodules: as PEFT stores it.
+    """
 
     num_virtual_tokens: int = 20
     token_dim: int | None = None
@@ -53,7 +58,10 @@ class SoftPromptConfig(PeftConfig):
 
 @dataclass(kw_only=True)
 class PromptTuningConfig(SoftPromptConfig):
-    """prompt_tuning_init: "RANDOM", or "SAMPLE_VOCAB" (embeddings of random tokens)."""
+    """Prompt tuning.
+
+    prompt_tuning_init: "RANDOM", or "SAMPLE_VOCAB" (embeddings of random tokens).
+    """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     method_name: ClassVar[str] = "prompt_tuning"
@@ -68,7 +76,13 @@ class PromptTuningConfig(SoftPromptConfig):
 
 @dataclass(kw_only=True)
 class PromptEncoderConfig(SoftPromptConfig):
-    """P-tuning. encoder_reparameterization_type: MLP or LSTM. encoder_hidden_size: its width (None: token_dim)."""
+    """P-tuning.
+
+    encoder_reparameterization_type: MLP or LSTM.
+    encoder_hidden_size: its width (None: token_dim).
+    encoder_num_layers: layers of the LSTM; the MLP has two.
+    encoder_dropout: probability on the LSTM's output between layers.
+    """
 
     peft_type: ClassVar[str] = "P_TUNING"
     method_name: ClassVar[str] = "p_tuning"
@@ -87,7 +101,11 @@ class PromptEncoderConfig(SoftPromptConfig):
 
 @dataclass(kw_only=True)
 class PrefixTuningConfig(SoftPromptConfig):
-    """prefix_projection: P through a two-layer MLP of width encoder_hidden_size (token_dim if None)."""
+    """Prefix tuning.
+
+    prefix_projection: P through a two-layer MLP.
+    encoder_hidden_size: its width (None: token_dim).
+    """
 
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     method_name: ClassVar[str] = "prefix_tuning"
