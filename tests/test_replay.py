@@ -13,6 +13,7 @@ import torch
 from cases import CASES, Shape
 from oracle import build, distinct
 from test_selftest import KINDS
+from torch.utils import cpp_extension
 from torch.utils.checkpoint import checkpoint
 
 import fused_peft as fp
@@ -417,6 +418,22 @@ def test_state_and_switch(monkeypatch):
     replay._load()
     assert replay.state() == "off: no compiler"
     assert rates.host() == rates.IN_PYTHON
+
+
+def test_a_lock_of_a_killed_build_is_no_obstacle(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    made = []
+
+    def load(name, sources, build_directory, **options):  # as PyTorch's, which waits for a lock for ever
+        made.append(Path(build_directory))
+        assert not (made[-1] / "lock").exists()
+        (made[-1] / "lock").touch()
+        return "library"
+
+    monkeypatch.setattr(cpp_extension, "load", load)
+    assert {replay._build.__wrapped__(), replay._build.__wrapped__()} == {"library"}
+    assert len({*made}) == 1
+    assert made[0].parent == tmp_path
 
 
 PTX = """

@@ -80,6 +80,21 @@ def alone(folder: Path, lock: str) -> Iterator[None]:
         yield
 
 
+def load(name: str, sources: list[str], folder: Path, **options):
+    """What PyTorch's extension loader makes of the sources in a folder; by one process at a time, which takes away the
+    lock that a killed one left there, for which PyTorch would wait for ever. Within ``alone``."""
+    from torch.utils import cpp_extension
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):
+        (folder / "lock").unlink(missing_ok=True)
+    before, os.environ["PATH"] = os.environ.get("PATH", ""), path()
+    try:
+        return cpp_extension.load(name, sources, build_directory=str(folder), **options)
+    finally:
+        os.environ["PATH"] = before
+
+
 def first_error(text: str) -> str:
     """The line of a compiler's output that says what is wrong."""
     told = text.splitlines() or ["the compiler did not say why"]

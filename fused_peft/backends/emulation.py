@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -53,8 +52,6 @@ def library() -> ctypes.CDLL:
     folder = _folder()
     if not _built(folder):
         with built.alone(folder, "building"):
-            with suppress(OSError):
-                (folder / "lock").unlink(missing_ok=True)  # PyTorch's own, of a process that was killed
             if known := failure():  # perhaps of a process that was here first
                 raise BuildError(known)
             if not _built(folder):
@@ -80,20 +77,14 @@ def _attempt(folder: Path) -> None:
 
 
 def _build(folder: Path) -> None:
-    from torch.utils import cpp_extension
-
     folder.mkdir(parents=True, exist_ok=True)
     sources = [built.write(folder / f"{plan.name}.cpp", f'#include "launch.cuh"\n{plan.instance}') for plan in PLANS]
-    before, os.environ["PATH"] = os.environ.get("PATH", ""), built.path()
-    try:
-        cpp_extension.load(
-            f"fused_peft_{fingerprint()}",
-            [*sources, built.write(folder / "calls.cpp", '#include "host.cpp"\n')],
-            extra_cflags=list(FLAGS),
-            extra_ldflags=["-Wl,--as-needed"],
-            extra_include_paths=[str(source_dir("csrc"))],
-            build_directory=str(folder),
-            is_python_module=False,
-        )
-    finally:
-        os.environ["PATH"] = before
+    built.load(
+        f"fused_peft_{fingerprint()}",
+        [*sources, built.write(folder / "calls.cpp", '#include "host.cpp"\n')],
+        folder,
+        extra_cflags=list(FLAGS),
+        extra_ldflags=["-Wl,--as-needed"],
+        extra_include_paths=[str(source_dir("csrc"))],
+        is_python_module=False,
+    )

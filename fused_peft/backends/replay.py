@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import struct
+import sys
 import threading
 import types
 from collections import Counter
@@ -110,20 +111,18 @@ def load(driver: str | None) -> None:
 
 @cache
 def _build() -> types.ModuleType:
-    from torch.utils import cpp_extension
-
-    path, compiler = os.environ.get("PATH", ""), os.environ.get("CXX", "c++")
+    compiler = os.environ.get("CXX", "c++")
     missing = [] if shutil.which(compiler) else [f"no C++ compiler {compiler} on PATH"]
     missing += [] if shutil.which("ninja", path=built.path()) else ["ninja is not installed (pip install ninja)"]
     if missing:
         raise RuntimeError(", ".join(missing))
     source, driver = source_dir("csrc") / "replay.cpp", source_dir("csrc") / "driver.h"
-    version = hashlib.sha256(source.read_bytes() + driver.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
-    os.environ["PATH"] = built.path()
-    try:
-        return cpp_extension.load(f"fused_peft_replay_{version}", [str(source)], extra_cflags=["-O2", "-std=c++17"])
-    finally:
-        os.environ["PATH"] = path
+    parts = source.read_bytes(), driver.read_bytes(), f"{torch.__version__} {sys.implementation.cache_tag}".encode()
+    version = hashlib.sha256(b"".join(parts)).hexdigest()[:12]
+    name = f"fused_peft_replay_{version}"
+    folder = built.root() / name
+    with built.alone(folder, "building"):
+        return built.load(name, [str(source)], folder, extra_cflags=["-O2", "-std=c++17"])
 
 
 # ---- what Python computes, and the plan that it makes of it
