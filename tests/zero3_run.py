@@ -1,4 +1,5 @@
-"""DeepSpeed ZeRO-2 and 3 in one process on the CPU, run by test_zero3: prints, as JSON, what it found by method."""
+"""DeepSpeed ZeRO-2 and 3 on the CPU, in one process or several, run by test_zero3: the first prints, as JSON, what it
+found by method. Arguments: folder, port, rank, processes, methods."""
 
 import contextlib
 import json
@@ -6,7 +7,9 @@ import os
 import sys
 import warnings
 
-os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
+FOLDER, PORT, RANK, WORLD, *NAMES = sys.argv[1:]
+os.environ |= {"RANK": RANK, "WORLD_SIZE": WORLD, "LOCAL_RANK": RANK, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
+os.environ["DS_ACCELERATOR"] = "cpu"
 out, sys.stdout = sys.stdout, sys.stderr  # DeepSpeed talks
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
@@ -58,12 +61,15 @@ def trained(model, x, engine=None):
     losses = []
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = None if engine else torch.optim.SGD(trainable, 0.05)
+    mine = x.chunk(int(WORLD))[int(RANK)] if engine else x
     for _ in range(3):
-        loss = (engine or model)(x).square().mean()
+        loss = (engine or model)(mine).square().mean()
         engine.backward(loss) if engine else loss.backward()
         (engine or optimizer).step()
         if optimizer:
             optimizer.zero_grad()
+        if engine:  # of every process's share of the batch, as long each
+            torch.distributed.all_reduce(loss := loss.detach() / int(WORLD))
         losses.append(loss.item())
     return losses
 
@@ -93,7 +99,9 @@ def run(name, folder):
     y = model(x).detach()
     found["trained"] = far(y, plain(x))
     fp.save_pretrained(model, folder)
-    fp.save_pretrained(plain, f"{folder}/plain")
+    if RANK == "0":
+        fp.save_pretrained(plain, f"{folder}/plain")
+    torch.distributed.barrier()
     stored, theirs = (load_file(f"{f}/adapter_model.safetensors") for f in (folder, f"{folder}/plain"))
     found["shapes"] = {k: list(v.shape) for k, v in stored.items()} == {k: list(v.shape) for k, v in theirs.items()}
     found["reloaded"] = far(fp.load_adapter(net().eval(), folder)(x), y)
@@ -127,18 +135,22 @@ def run_stage_two(name, folder):
         model=model, model_parameters=[p for p in model.parameters() if p.requires_grad], config=SHARE
     )
     losses = trained(model, x, engine)
-    fp.save_pretrained(model, folder)
+    if RANK == "0":
+        fp.save_pretrained(model, folder)
+    torch.distributed.barrier()
     y = model.eval()(x).detach()
     return {"losses": losses, "want": want, "reloaded": far(fp.load_adapter(net().eval(), folder)(x), y)}
 
 
 if __name__ == "__main__":
-    folder, os.environ["MASTER_PORT"] = sys.argv[1:]
     warnings.simplefilter("ignore")
     with contextlib.redirect_stdout(sys.stderr):
+        deepspeed.ops.__compatible_ops__.clear()  # a C++ extension for messages within a machine: minutes to compile
         deepspeed.init_distributed("gloo")
-        found = {name: run(name, f"{folder}/{name}") for name in METHODS}
-        for name in METHODS:
-            found[name]["stage two"] = run_stage_two(name, f"{folder}/{name}-2")
-    print(json.dumps(found), file=out, flush=True)
+        found = {name: run(name, f"{FOLDER}/{name}") for name in NAMES}
+        for name in NAMES:
+            found[name]["stage two"] = run_stage_two(name, f"{FOLDER}/{name}-2")
+    if RANK == "0":
+        print(json.dumps(found), file=out, flush=True)
+    torch.distributed.barrier()
     os._exit(0)
