@@ -385,9 +385,19 @@ def crossovers() -> str:
 
 
 def methods() -> str:
-    table = method_table()
-    body = [[f"`{r['method']}`", f"`{r['config']}`", r["form"], r["mergeable"], r["trainable"]] for r in table]
-    return markdown(["method", "config", "form", "mergeable", "trainable, 768 x 768, r = 8"], body)
+    own = {r["method"]: r for r in rows("cpu/memory.csv") if r["contender"] == "ours"}
+    kept = {m: f"{int(r['kept_bytes']) / int(r['x_bytes']):.2f}" for m, r in own.items()}
+    measured = rows("cpu/layers.csv")
+    same = measured[0]["shape"], "fp32", "forward + backward", "ours"
+    times = {r["method"]: f"{float(r['ratio_p50']):.2f}" for r in measured
+             if (r["shape"], r["dtype"], r["step"], r["contender"]) == same}  # fmt: skip
+    body = []
+    for r in method_table():
+        stored = " ".join(f"`{key}`" for key in r["stored"].split())
+        shown = f"`{r['method']}`", f"`{r['config']}`", r["form"], r["mergeable"], r["trainable"]
+        body.append([*shown, kept[r["method"]], times[r["method"]], stored])
+    header = ["method", "config", "form", "mergeable", "trainable", "kept / x", "time / frozen", "tensors in a file"]
+    return markdown(header, body)
 
 
 TABLES: dict[str, Callable[[], str]] = {

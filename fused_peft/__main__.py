@@ -111,7 +111,8 @@ def run_verify(device: str) -> int:
 
 
 def method_table(in_features: int = 768, out_features: int = 768, r: int = 8) -> list[dict[str, str]]:
-    """One row a method: name, group, config, form, whether it merges, trainable parameters of one in x out layer."""
+    """One row a method: name, group, config, form, whether it merges, trainable parameters of one in x out layer, and
+    the tensors that a file holds of it."""
     rows = []
     for name, method in METHODS.items():
         config = method.example(r)
@@ -125,6 +126,7 @@ def method_table(in_features: int = 768, out_features: int = 768, r: int = 8) ->
                 "form": method.form,
                 "mergeable": "yes" if mergeable else "no",
                 "trainable": f"{sum(t.numel() for t in layer.adapter_tensors()):,}",
+                "stored": " ".join(map(method.disk_key, (*layer.tensor_names, *method.disk_buffers))),
             }
         )
     order = ("reconstruct", "extend", "combine")

@@ -25,6 +25,12 @@ def test_the_site_has_every_page_once():
     assert sorted(re.findall(r": docs/(\S+\.md)$", nav, re.M)) == sorted(DOCS)
 
 
+def test_every_method_has_its_equation():
+    table = DOCS["methods.md"].partition("| method | W' = |")[2].partition("\n\n")[0]
+    firsts = re.findall(r"^\| (`.*?) \|", table, re.M)
+    assert sorted(re.findall(r"`(\w+)`", " ".join(firsts))) == sorted(METHODS)
+
+
 def test_the_api_page_is_of_the_docstrings(monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(ROOT / "bench")
