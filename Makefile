@@ -74,7 +74,7 @@ PYTEST := OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest --numproces
 check: lint
 	$(PYTEST) -m "not slow"
 
-test: lint bare gate cuda-check $(VENV)/cutlass $(VENV)/deepspeed $(VENV)/torchao $(VENV)/trl
+test: lint docs bare gate cuda-check $(VENV)/cutlass $(VENV)/deepspeed $(VENV)/torchao $(VENV)/trl
 	$(PYTEST)
 
 bare: $(VENV)/bare/torch
@@ -122,7 +122,7 @@ report: $(VENV)/dev
 	$(BIN)/python bench/plot.py
 
 # the pages as a site in build/docs, every link and heading in them checked: laid out as in the repository, with what README.md and its
-# neighbours link to, so that links hold in both. Not a part of make test: its set-up may take a minute
+# neighbours link to, so that links hold in both
 docs: $(VENV)/docs/mkdocs
 	rm -rf build/pages
 	mkdir -p build/pages
