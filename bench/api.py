@@ -84,7 +84,7 @@ def signature(name: str, thing) -> str:
         return "\n".join(rows if len(rows) > 1 else [f"{base} ..."])
     if issubclass(thing, Exception):
         return f"{base} ..."
-    return f"{name}{_bare(thing.__init__)}".replace("(self, ", "(").removesuffix(" -> None")
+    return f"{name}{_bare(thing.__init__)}".replace("(self, ", "(").replace("\n    self,", "").removesuffix(" -> None")
 
 
 class _Said(str):
@@ -98,7 +98,15 @@ def _bare(call) -> str:
     of = inspect.signature(call)
     bare = lambda kind: kind if kind is inspect.Signature.empty else _Said(_TYPES.get(str(kind), kind))  # noqa: E731
     parameters = [p.replace(annotation=bare(p.annotation)) for p in of.parameters.values()]
-    return str(of.replace(parameters=parameters, return_annotation=bare(of.return_annotation)))
+    whole = str(of.replace(parameters=parameters, return_annotation=bare(of.return_annotation)))
+    if len(whole) <= 90:
+        return whole
+    lines, named = [], False  # else one to a line
+    for p in parameters:
+        lines += ["    *,"] * (p.kind is p.KEYWORD_ONLY and not named)
+        named |= p.kind is p.KEYWORD_ONLY
+        lines.append(f"    {p},")
+    return "\n".join(["(", *lines, whole[whole.rindex(") -> ") :]])
 
 
 def _new(f, inherited) -> bool:
