@@ -106,7 +106,8 @@ def _bare(call) -> str:
         lines += ["    *,"] * (p.kind is p.KEYWORD_ONLY and not named)
         named |= p.kind is p.KEYWORD_ONLY
         lines.append(f"    {p},")
-    return "\n".join(["(", *lines, whole[whole.rindex(") -> ") :]])
+    end = whole.rfind(") -> ")
+    return "\n".join(["(", *lines, whole[end:] if end >= 0 else ")"])
 
 
 def _new(f, inherited) -> bool:
