@@ -34,13 +34,25 @@ def base(shape: Shape) -> nn.Linear:
     return nn.Linear(shape.K, shape.N, bias=False, dtype=torch.bfloat16).requires_grad_(False)
 
 
-def contenders(method: str, backend: str) -> dict[str, tuple[nn.Module, Shape, bool]]:
-    """{name: layer, its shape, whether calls are replayed}."""
+class Call:
+    """What a layer's forward calls, ``ops.linear``, without the layer's own Python around it."""
+
+    def __init__(self, layer: fp.PeftLinear):
+        self.layer, self.factors, self.parameters = layer, layer.factors(), layer.parameters
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.linear(x, self.layer.weight, self.factors, self.layer.bias)
+
+
+def contenders(method: str, backend: str) -> dict[str, tuple[nn.Module | Call, Shape, bool]]:
+    """{name: layer, its shape, whether calls are replayed}; of LoRA the call alone too."""
     mine, of = (
         fp.PeftLinear.from_linear(base(FULL), config(method, FULL.r)),
         "" if backend == "triton" else f"@{backend}",
     )
     found = {"frozen": (base(TINY), TINY, False), f"ours{of}": (mine, FULL, True), f"python{of}": (mine, FULL, False)}
+    if method == "lora":
+        found[f"call{of}"] = Call(mine), FULL, True
     if has_peer(method) and not of:
         found["peft"] = peft_layer(method, base(TINY), TINY.r).train(), TINY, False
         model = nn.Sequential(peft_layer(method, base(FULL), FULL.r).train())
@@ -57,7 +69,7 @@ def microseconds(run: Callable[[], object]) -> float:
     return 1e6 * (time.thread_time() - start) / CALLS
 
 
-def steps(layer: nn.Module, shape: Shape) -> tuple[Callable[[], object], Callable[[], object]]:
+def steps(layer: nn.Module | Call, shape: Shape) -> tuple[Callable[[], object], Callable[[], object]]:
     """Forward, and the backward of one forward."""
     x = torch.zeros(shape.M, shape.K, dtype=torch.bfloat16, requires_grad=True)
     dy = torch.zeros(shape.M, shape.N, dtype=torch.bfloat16)
