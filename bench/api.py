@@ -58,12 +58,12 @@ def markdown(text: str) -> str:
         shown, before = [], ""  # an entry goes on to the next one, or to the paragraph's end
         for line in lines:
             words = line.strip().replace("``", "`").replace("<", "\\<")
-            named = re.match(r"([a-z]\w*(?:, [a-z]\w*)*)(\(.*?\)(?: -> [\w ]+)?)?: (.*)$", words)
+            named = re.match(r"([a-z]\w*(?:, [a-z]\w*)*): (.*)$", words)
             if named and before[-1:] in ("", ".", ":"):
                 listing = any(entry.startswith("- ") for entry in shown)
                 shown += [""] * (bool(shown) and not listing)
-                names = ", ".join(f"`{name}`" for name in f"{named[1]}{named[2] or ''}".split(", "))
-                shown.append(f"- {names}: {named[3]}")
+                names = ", ".join(f"`{name}`" for name in named[1].split(", "))
+                shown.append(f"- {names}: {named[2]}")
             else:
                 shown.append(("  " if shown and shown[-1].startswith(("- ", "  ")) else "") + words)
             before = words
