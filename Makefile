@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# every package at the version that constraints.txt names: what is set up next month is what was tested
-PIN := pip install --quiet --constraint constraints.txt
+# every package at the version that constraints.txt names: what is set up next month is what was tested.; its modules are compiled as they are imported, not all at set-up
+PIN := pip install --quiet --no-compile --constraint constraints.txt
 # for a CPU build of torch; a CUDA build requires one Triton and brings it
 TRITON := triton==3.9.0; platform_system == 'Linux'
 
@@ -28,30 +28,30 @@ $(VENV)/bare/torch: constraints.txt
 
 # an older Triton beside the environment's, as torch 2.11 brings it: the gate runs on both
 $(VENV)/triton-3.6: $(VENV)/torch
-	$(BIN)/pip install --quiet --no-deps --target $@ "triton==3.6.0"
+	$(BIN)/pip install --quiet --no-compile --no-deps --target $@ "triton==3.6.0"
 
 # CUDA's compiler as a library, as CUDA builds of PyTorch bring it: csrc/ is compiled by it, and by nvcc where that is
 $(VENV)/nvrtc: $(VENV)/torch
-	$(BIN)/pip install --quiet --no-deps --target $@ "nvidia-cuda-nvrtc==13.0.88" \
+	$(BIN)/pip install --quiet --no-compile --no-deps --target $@ "nvidia-cuda-nvrtc==13.0.88" \
 	  || { rm -rf $@; echo "NOT CHECKED: csrc/ by NVRTC, since that does not install"; }
 
 # CUTLASS's headers, which tests compare csrc/'s layouts with
 $(VENV)/cutlass: $(VENV)/torch
-	$(BIN)/pip install --quiet --no-deps --target $@ "nvidia-cutlass==4.2.0.0"
+	$(BIN)/pip install --quiet --no-compile --no-deps --target $@ "nvidia-cutlass==4.2.0.0"
 
 # DeepSpeed for the tests of ZeRO-3, and what it imports; where it does not install they are skipped, and this says so
 $(VENV)/deepspeed: $(VENV)/dev
-	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-deps --no-build-isolation --target $@ "deepspeed==0.19.8" \
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --no-compile --no-deps --no-build-isolation --target $@ "deepspeed==0.19.8" \
 	  "hjson==3.1.0" "einops==0.8.1" "msgpack==1.1.2" "py-cpuinfo==9.0.0" \
 	  || { rm -rf $@; echo "NOT CHECKED: ZeRO-3, since DeepSpeed does not install"; }
 
 # torchao for the tests of its weights, apart since Transformers and PEFT import it wherever they find it, for seconds
 $(VENV)/torchao: $(VENV)/torch
-	$(BIN)/pip install --quiet --no-deps --target $@ "torchao==0.18.0"
+	$(BIN)/pip install --quiet --no-compile --no-deps --target $@ "torchao==0.18.0"
 
 # TRL and what it imports; where they do not install the tests of its trainers are skipped, and this says so
 $(VENV)/trl: $(VENV)/dev
-	$(BIN)/pip install --quiet --no-deps --target $@ "trl==1.16.0" "datasets==5.2.0" "dill==0.4.1" \
+	$(BIN)/pip install --quiet --no-compile --no-deps --target $@ "trl==1.16.0" "datasets==5.2.0" "dill==0.4.1" \
 	  "multiprocess==0.70.19" "xxhash==4.1.0" "pandas==3.1.1" "pyarrow==23.0.1" \
 	  || { rm -rf $@; echo "NOT CHECKED: TRL's trainers, since TRL does not install"; }
 
