@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# every package at the version that constraints.txt names: what is set up next month is what was tested.; its modules are compiled as they are imported, not all at set-up
+# every package at the version that constraints.txt names: what is set up next month is what was tested; modules are compiled as they are imported, not all at set-up
 PIN := pip install --quiet --no-compile --constraint constraints.txt
 # for a CPU build of torch; a CUDA build requires one Triton and brings it
 TRITON := triton==3.9.0; platform_system == 'Linux'
