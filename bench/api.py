@@ -115,6 +115,8 @@ def _new(f, inherited) -> bool:
 
 
 def _default(f) -> str:
+    if isinstance(f.default, str):
+        return f'"{f.default}"'  # as ruff writes it
     return "{}" if f.default is dataclasses.MISSING else repr(f.default)
 
 

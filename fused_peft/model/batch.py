@@ -169,7 +169,7 @@ def adapter_batch(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]
 
         with fp.adapter_batch(model, ["a", "b", "b", "__base__"]):
             loss = model(**batch).loss
-        loss.backward()                                   # or within the context
+        loss.backward()  # or within the context
 
     For models of get_peft_model with further adapters (the first is "default") and for Hugging Face PEFT's, in training
     mode too. names has one entry a sample: layers read x (len(names), ..., in_features), or ids (len(names), ...). Each
