@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,13 +77,13 @@ def test_verify_prints_every_method_and_fails_when_a_figure_does(capsys, monkeyp
 def test_methods_lists_every_method_with_its_count(capsys):
     assert cli.main(["methods", "--in", "100", "--out", "50", "--r", "4"]) == 0
     out = capsys.readouterr().out
-    rows = {line.split()[0]: line.split() for line in out.splitlines()[2:]}
+    header, *lines = (re.split(r"\s{2,}", line) for line in out.splitlines()[1:])
+    rows = {line[0]: dict(zip(header, line, strict=True)) for line in lines}
     assert set(rows) == set(METHODS)
-    assert rows["lora"][-1] == str(4 * 150)
-    assert rows["ssb"][-1] == "150"
-    assert rows["dora"][-1] == "650"
-    assert rows["parallel_adapter"][-2] == "no"
-    assert rows["svdiff"][-5:-1] == ["factors", "or", "weight", "yes"]
+    assert [rows[m]["trainable"] for m in ("lora", "ssb", "dora")] == [str(4 * 150), "150", "650"]
+    assert rows["parallel_adapter"]["mergeable"] == "no"
+    assert rows["svdiff"]["form"] == "factors or weight"
+    assert rows["dora"]["stored"] == "lora_A.weight lora_B.weight lora_magnitude_vector"
 
 
 def test_usage_errors(capsys):

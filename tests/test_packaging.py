@@ -124,7 +124,8 @@ def public_names() -> list[str]:
     found = {}
     for name in fused_peft.__all__:
         found[name] = value = getattr(fused_peft, name)
-        ours = [k for k in getattr(value, "__mro__", ()) if k.__module__.startswith("fused_peft")]
+        known = [k for k in getattr(value, "__mro__", ()) if k.__module__.startswith("fused_peft")]
+        ours = [k for k in known if "integrations" not in k.__module__]  # not PEFT's own
         members = {m: v for k in reversed(ours) for m, v in vars(k).items() if not m.startswith("_")}
         kinds = (types.FunctionType, classmethod, staticmethod, property)
         found |= {f"{name}.{m}": v for m, v in members.items() if isinstance(v, kinds)}

@@ -483,7 +483,7 @@ def test_the_driver_gets_what_triton_would_give_it(on_stand_in):
 
 
 def test_host_time_stays_within_its_budget(tmp_path):
-    """In the time of the machine that the committed figures come from: the frozen layer's there over its time here."""
+    """The committed figures; and here, where other tests run beside, as parts of what Python takes for the same."""
     env = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(HERE.parent / "bench"), str(HERE.parent)])
     command = [sys.executable, str(HERE.parent / "bench/host.py"), "--out", str(tmp_path)]
@@ -497,9 +497,8 @@ def test_host_time_stays_within_its_budget(tmp_path):
 
     here, committed = table(tmp_path / "host.csv"), table(HERE.parent / "bench/results/cpu/host.csv")
     for (method, step), budget in BUDGETS.items():
-        for times, slack in ((committed, 1.0), (here, 1.5)):  # neighbours on the same cores slow one more than another
-            frozen = committed[method, "frozen", step] / times[method, "frozen", step]
-            assert times[method, "ours", step] * frozen <= slack * budget, (method, step, times)
+        assert committed[method, "ours", step] <= budget
+        assert here[method, "ours", step] <= 0.2 * here[method, "python", step], here  # 0.07 to 0.13
     for method in ("lora", "dora"):
         for step in ("forward", "backward"):
             assert here[method, "ours", step] < 0.75 * here[method, "peft", step]
