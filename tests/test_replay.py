@@ -498,7 +498,8 @@ def test_host_time_stays_within_its_budget(tmp_path):
     here, committed = table(tmp_path / "host.csv"), table(HERE.parent / "bench/results/cpu/host.csv")
     for (method, step), budget in BUDGETS.items():
         assert committed[method, "ours", step] <= budget
-        assert here[method, "ours", step] <= 0.2 * here[method, "python", step], here  # 0.07 to 0.13
+        part = here[method, "ours", step] / here[method, "python", step]
+        assert part <= {"lora": 0.15, "dora": 0.2}[method], here  # 0.08 to 0.11, 0.11 to 0.13
     for method in ("lora", "dora"):
         for step in ("forward", "backward"):
             assert here[method, "ours", step] < 0.75 * here[method, "peft", step]
