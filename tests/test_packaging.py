@@ -124,14 +124,14 @@ def public_names() -> list[str]:
     found = {}
     for name in fused_peft.__all__:
         found[name] = value = getattr(fused_peft, name)
-        known = [k for k in getattr(value, "__mro__", ()) if k.__module__.startswith("fused_peft")]
-        ours = [k for k in known if "integrations" not in k.__module__]  # not PEFT's own
+        ours = [k for k in getattr(value, "__mro__", ()) if k.__module__.startswith("fused_peft")]
         members = {m: v for k in reversed(ours) for m, v in vars(k).items() if not m.startswith("_")}
         kinds = (types.FunctionType, classmethod, staticmethod, property)
-        found |= {f"{name}.{m}": v for m, v in members.items() if isinstance(v, kinds)}
-    return [
-        name for name in found if not name.endswith(".to_peft")
-    ]  # PEFT's own types, of which this one knows nothing
+        calls = {m: getattr(v, "__func__", getattr(v, "fget", v)) for m, v in members.items() if isinstance(v, kinds)}
+        found |= {
+            f"{name}.{m}": v for m, v in calls.items() if "integrations" not in v.__module__
+        }  # once PEFT is there
+    return [name for name in found if not name.endswith(".to_peft")]  # whose type is PEFT's own
 
 
 def test_mypy_sees_the_types_of_an_installed_wheel(wheel, tmp_path):
