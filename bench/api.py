@@ -35,7 +35,7 @@ SECTIONS = {
     "Configs": "PeftConfig LowRankConfig SoftPromptConfig bottleneck "
     + " ".join(sorted(name for name in fp.__all__ if name.endswith("Config"))),
 }
-_TYPES = {"~_Model": "nn.Module", "_Model": "nn.Module"}
+_TYPES = {"~_Model": "nn.Module"}
 BEYOND = {c.__name__: c for c in (FusedPeftCallback, PeftConfig, LowRankConfig, SoftPromptConfig)}
 
 

@@ -121,16 +121,14 @@ _OPEN = r"dict\[str, Any\]|\*\*\w+: Any|\*args: Any(?=, \*\*)"
 
 def public_names() -> list[str]:
     """What a user may write after ``fp.``: every public name, and every public method of those that are classes."""
-    found = {}
+    found, kinds = {}, (types.FunctionType, classmethod, staticmethod, property)
     for name in fused_peft.__all__:
         found[name] = value = getattr(fused_peft, name)
         ours = [k for k in getattr(value, "__mro__", ()) if k.__module__.startswith("fused_peft")]
         members = {m: v for k in reversed(ours) for m, v in vars(k).items() if not m.startswith("_")}
-        kinds = (types.FunctionType, classmethod, staticmethod, property)
         calls = {m: getattr(v, "__func__", getattr(v, "fget", v)) for m, v in members.items() if isinstance(v, kinds)}
-        found |= {
-            f"{name}.{m}": v for m, v in calls.items() if "integrations" not in v.__module__
-        }  # once PEFT is there
+        # integrations: PEFT's own methods, which configs have once it is imported
+        found |= {f"{name}.{m}": v for m, v in calls.items() if "integrations" not in v.__module__}
     return [name for name in found if not name.endswith(".to_peft")]  # whose type is PEFT's own
 
 
